@@ -1,0 +1,27 @@
+"""Semantica: fast image-conditioned diffusion. Public names are loaded on first use, so that importing stays light."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "UserError": "semantica.errors",
+    "Condition": "semantica.condition",
+    "Stream": "semantica.condition",
+    "UViT": "semantica.uvit",
+    "ViTEncoder": "semantica.encoder",
+    "PretrainedEncoder": "semantica.encoder",
+    "SemanticaScheduler": "semantica.scheduler",
+    "SemanticaPipeline": "semantica.pipeline",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'semantica' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,8 @@
+"""Errors whose message is meant for the person at the keyboard."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for: one line saying what is wrong, with which value, and what to do.
+
+    The command line prints the message and exits with code 2; library users catch it as a `ValueError`.
+    """
