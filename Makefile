@@ -1,0 +1,41 @@
+# Everything below works from a fresh clone with Python 3.11-3.13 and a C++ compiler; without the compiler it works too,
+# minus semantica._C. To take torch from another index, set pip's own PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off --no-compile -c constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/semantica demo
+
+test: $(VENV)/installed-test
+	$(BIN)/pytest -q -m "not slow"
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/pytest -q -m slow
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info semantica/_C.* .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find semantica kernels train export benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit( \
+	  "Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d: choose another with make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+# torch by itself and exactly first, so that a CPU build of this version is kept by everything that follows
+$(VENV)/installed: $(SOURCES) $(VENV)/created
+	$(PIP) torch==2.13.0 'setuptools>=77' pybind11
+	$(PIP) --no-build-isolation -e '.[train,bench]'
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) 'semantica-diffusion[test]'
+	touch $@

@@ -1,0 +1,188 @@
+"""GroupNorm + FiLM + activation: y = act((x_hat * w + b) * (1 + scale) + shift), x_hat normalised per (sample, group).
+
+GroupNorm: Wu & He, arXiv 1803.08494, eq. 1. FiLM: Perez et al., arXiv 1709.07871, eq. 2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("silu", "none")
+
+
+def group_norm_ref(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    eps: float,
+) -> Tensor:
+    """Plain torch; what the operator means, and what an exporter decomposes it into."""
+    # stock channels-last GroupNorm on CPU loses digits when |mean| >> std, the contiguous one does not
+    y = F.group_norm(x.contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    if scale is not None:
+        y = y * (1 + per_channel(scale, x))
+    if shift is not None:
+        y = y + per_channel(shift, x)
+    return F.silu(y) if activation == "silu" else y
+
+
+def per_channel(value: Tensor, x: Tensor) -> Tensor:
+    """View `[B, C]` (or `[C]`) so that it broadcasts over the spatial dimensions of `x [B, C, *spatial]`."""
+    return value.to(x.dtype).reshape(*value.shape, *[1] * (x.ndim - 2))
+
+
+def like(y: Tensor, x: Tensor) -> Tensor:
+    """`y` in the dtype and strides that `torch.empty_like(x)` has, as a tensor that aliases no input."""
+    return torch.empty_like(x).copy_(y)
+
+
+@torch.library.custom_op("semantica::group_norm", mutates_args=())
+def op(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    eps: float,
+) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    # the dtype of the result is x's, whatever an enclosing autocast would prefer
+    with torch.autocast(x.device.type, enabled=False):
+        return like(group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps), x)
+
+
+@op.register_fake
+def _(x, groups, weight, bias, scale, shift, activation, eps):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("semantica::group_norm_backward", mutates_args=())
+def op_backward(
+    dy: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, scale, shift, accumulated in fp32 (fp64 for fp64 input); absent ones are empty."""
+    with torch.autocast(x.device.type, enabled=False):
+        return backward_ref(dy, x, groups, weight, bias, scale, shift, activation, eps)
+
+
+def backward_ref(dy, x, groups, weight, bias, scale, shift, activation, eps):
+    batch, channels = x.shape[:2]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dy, xs = (a.to(wide).reshape(batch, channels, -1) for a in (dy, x))
+    w, b = (a.to(wide)[None, :, None] for a in (weight, bias))
+    film = None if scale is None else 1 + scale.to(wide)[:, :, None]
+    grouped = (batch, groups, max(channels // groups, 1) * xs.shape[-1])
+    if x.numel() == 0:
+        x_hat, rstd = xs, xs.new_zeros(batch, groups, 1)
+    else:
+        var, mean = torch.var_mean(xs.reshape(grouped), dim=-1, correction=0, keepdim=True)
+        rstd = torch.rsqrt(var + eps)
+        x_hat = ((xs.reshape(grouped) - mean) * rstd).reshape_as(xs)
+
+    affine = x_hat * w + b
+    if activation == "silu":
+        pre = affine if film is None else affine * film
+        pre = pre if shift is None else pre + shift.to(wide)[:, :, None]
+        gate = torch.sigmoid(pre)
+        dy = dy * (gate * (1 + pre * (1 - gate)))
+    dshift = x.new_empty(0) if shift is None else dy.sum(-1).to(shift.dtype)
+    dscale = x.new_empty(0) if scale is None else (dy * affine).sum(-1).to(scale.dtype)
+    if film is not None:
+        dy = dy * film
+    dbias = dy.sum((0, 2)).to(bias.dtype)
+    dweight = (dy * x_hat).sum((0, 2)).to(weight.dtype)
+    if x.numel() == 0:
+        return torch.empty_like(x), dweight, dbias, dscale, dshift
+    dx_hat, x_hat = (dy * w).reshape(grouped), x_hat.reshape(grouped)
+    dx = rstd * (dx_hat - dx_hat.mean(-1, keepdim=True) - x_hat * (dx_hat * x_hat).mean(-1, keepdim=True))
+    return like(dx.reshape(x.shape), x), dweight, dbias, dscale, dshift
+
+
+@op_backward.register_fake
+def _(dy, x, groups, weight, bias, scale, shift, activation, eps):
+    film = [x.new_empty(0) if a is None else torch.empty_like(a) for a in (scale, shift)]
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), *film
+
+
+def save(ctx, inputs, output):
+    x, groups, weight, bias, scale, shift, activation, eps = inputs
+    ctx.save_for_backward(x, weight, bias, scale, shift)
+    ctx.settings = groups, activation, eps
+
+
+def backward(ctx, dy):
+    x, weight, bias, scale, shift = ctx.saved_tensors
+    groups, activation, eps = ctx.settings
+    dx, dweight, dbias, dscale, dshift = op_backward(dy, x, groups, weight, bias, scale, shift, activation, eps)
+    film = (dscale if scale is not None else None, dshift if shift is not None else None)
+    return dx, None, dweight, dbias, *film, None, None
+
+
+op.register_autograd(backward, setup_context=save)
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "silu",
+    eps: float = 1e-5,
+) -> Tensor:
+    """GroupNorm with fused FiLM and activation: `act((GN(x) * weight + bias) * (1 + scale) + shift)`.
+
+    Args:
+        x: `[B, C, *spatial]` with one to three spatial dimensions, contiguous or channels-last, fp16/bf16/fp32/fp64.
+        groups: number of groups; divides C.
+        weight, bias: `[C]`, fp32 or x's dtype.
+        scale, shift: `[B, C]` or None.
+        activation: "silu" or "none".
+        eps: added to the variance.
+
+    Returns:
+        A tensor with the shape, dtype and strides of `x`. Statistics are taken in fp32 or better.
+
+    Raises:
+        ValueError: an argument has the wrong rank, shape, dtype or device.
+    """
+    check(x, groups, weight, bias, scale, shift, activation)
+    return op(x, groups, weight, bias, scale, shift, activation, eps)
+
+
+def check(x, groups, weight, bias, scale, shift, activation):
+    if not 3 <= x.ndim <= 5:
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, C, *spatial] with 1 to 3 spatial dimensions")
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}: expected a floating-point type")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups={groups} does not divide the {x.shape[1]} channels of x {tuple(x.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+    channels, film = (x.shape[1],), (x.shape[0], x.shape[1])
+    expected = {"weight": (weight, channels), "bias": (bias, channels), "scale": (scale, film), "shift": (shift, film)}
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {list(shape)} for x {tuple(x.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}: expected {x.device}, where x is")
+        if tensor.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{name} has dtype {tensor.dtype}: expected {x.dtype} or torch.float32")

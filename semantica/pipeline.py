@@ -1,0 +1,179 @@
+"""The pipeline: condition images in, variations out."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from semantica.condition import Stream
+from semantica.encoder import PretrainedEncoder, ViTEncoder
+from semantica.errors import UserError
+from semantica.images import fit, to_tensor, to_uint8
+from semantica.runfolder import PATTERNS, check_run
+from semantica.sampling import denoise
+from semantica.scheduler import SemanticaScheduler
+from semantica.uvit import UViT
+
+# one picture, or several pictures that condition one sample together
+Picture = Image.Image | Sequence[Image.Image]
+OUTPUTS = ("pil", "np", "pt")
+
+
+class SemanticaPipeline(DiffusionPipeline):
+    """Image variations (arXiv 2405.14857): encode the condition once, denoise with cross-attention to it.
+
+    Args:
+        unet: the denoiser.
+        encoder: turns condition images into tokens.
+        scheduler: noise schedule and solver.
+    """
+
+    model_cpu_offload_seq = "encoder->unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, unet: UViT, encoder: ViTEncoder | PretrainedEncoder, scheduler: SemanticaScheduler):
+        super().__init__()
+        self.register_modules(unet=unet, encoder=encoder, scheduler=scheduler)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **kwargs) -> "SemanticaPipeline":
+        """Load a run folder, or a repository of the same layout from the hub (downloaded, then checked).
+
+        Only safetensors and JSON are read, whatever the arguments say.
+
+        Raises:
+            UserError: the folder is not a complete pipeline of this package, or could execute code.
+        """
+        folder = Path(source)
+        if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+            try:
+                folder = Path(snapshot_download(str(source), revision=kwargs.get("revision"), allow_patterns=PATTERNS))
+            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+                raise UserError(f"{source} is neither a folder nor a repository that can be reached") from error
+        check_run(folder)
+        kwargs.update(use_safetensors=True, trust_remote_code=False, local_files_only=True)
+        kwargs.pop("custom_pipeline", None)
+        try:
+            return super().from_pretrained(str(folder), **kwargs)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{folder} cannot be loaded: {reason}") from error
+
+    @torch.no_grad()
+    def encode(self, image: Tensor | Picture | Sequence[Picture]) -> Stream:
+        """Condition images to one stream `[B, M, C]`.
+
+        Args:
+            image: a picture, a list of pictures (one sample each; a nested list is several pictures for one sample),
+                or a tensor `[B, 3, S, S]` in [-1, 1].
+        """
+        if isinstance(image, Tensor):
+            return self.encoder(image.to(self._execution_device, self.encoder.dtype))
+        samples = [image] if isinstance(image, Image.Image) else list(image)
+        samples = [[s] if isinstance(s, Image.Image) else list(s) for s in samples]
+        if not samples or not all(samples):
+            raise UserError("image is empty: give at least one picture for each sample")
+        size = self.encoder.image_size
+        flat = to_tensor([fit(picture.convert("RGB"), size) for sample in samples for picture in sample])
+        out = self.encoder(flat.to(self._execution_device, self.encoder.dtype))
+        counts = [len(sample) for sample in samples]
+        if max(counts) == 1:
+            return out
+        # several pictures are one longer stream; shorter samples are filled up and masked
+        per_image = out.tokens.shape[1]
+        tokens = [part.flatten(0, 1) for part in out.tokens.split(counts)]
+        lengths = torch.tensor([per_image * n for n in counts], device=out.tokens.device)
+        pooled = torch.stack([part.mean(0) for part in out.pooled.split(counts)])
+        return Stream(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), pooled, lengths)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Tensor | Picture | Sequence[Picture],
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.5,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["SemanticaPipeline", int, Tensor, dict], dict] | None = None,
+        guider: BaseGuidance | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Make variations.
+
+        Args:
+            image: see `encode`.
+            num_images_per_prompt: variations of each sample; they follow one another in the result.
+            num_inference_steps: sampling steps.
+            guidance_scale: classifier-free guidance, uncond + scale * (cond - uncond); 1 = off.
+            generator: source of the noise (one, or one per output image).
+            latents: `[B * num_images_per_prompt, 3, S, S]` starting noise instead of drawing it.
+            output_type: "pil", "np" (`[B, S, S, 3]` in [0, 1]) or "pt" (`[B, 3, S, S]` in [0, 1]).
+            return_dict: False gives a plain tuple.
+            callback_on_step_end: `(pipeline, step, timestep, {"latents": z}) -> dict`, may replace the latents.
+            guider: any guider of diffusers (interval, autoguidance, ...) instead of `guidance_scale`.
+
+        Raises:
+            UserError: impossible numbers, or latents of the wrong shape.
+        """
+        if output_type not in OUTPUTS:
+            raise UserError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUTS)}")
+        if num_images_per_prompt < 1:
+            raise UserError(f"num_images_per_prompt={num_images_per_prompt} must be at least 1")
+        stream = self.encode(image)
+        condition = self.unet.condition({name: stream for name in self.unet.stream_names})
+        batch = stream.tokens.shape[0] * num_images_per_prompt
+        condition = condition.repeat(num_images_per_prompt) if self.unet.stream_names else condition
+        size, device = self.unet.config.image_size, self._execution_device
+        shape = (batch, self.unet.config.in_channels, size, size)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        elif tuple(latents.shape) != shape:
+            raise UserError(f"latents have shape {tuple(latents.shape)}: expected {list(shape)}")
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        guider = guider if guider is not None else make_guider(guidance_scale)
+        with self.progress_bar(total=num_inference_steps) as progress:
+
+            def on_step(i: int, timestep: Tensor, z: Tensor) -> Tensor:
+                progress.update()
+                if callback_on_step_end is not None:
+                    z = callback_on_step_end(self, i, timestep, {"latents": z}).get("latents", z)
+                return z
+
+            null = self.unet.null_condition(batch)
+            z = latents.to(device, self.unet.dtype)
+            z = denoise(self.unet, self.scheduler, guider, z, condition, null, generator, on_step)
+        images = finish(z, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def make_guider(scale: float) -> ClassifierFreeGuidance:
+    """diffusers' classifier-free guidance without its notice that guiders are new."""
+    logger = logging.get_logger("diffusers.guiders.guider_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return ClassifierFreeGuidance(guidance_scale=scale)
+    finally:
+        logger.setLevel(level)
+
+
+def finish(z: Tensor, output_type: str):
+    """Images `[B, 3, S, S]` around [-1, 1] in the form that was asked for."""
+    if output_type == "pil":
+        return [Image.fromarray(array) for array in to_uint8(z)]
+    unit = ((z.float() + 1) / 2).clamp(0, 1)
+    return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()

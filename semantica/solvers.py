@@ -1,0 +1,207 @@
+"""Noise schedule, v-parametrisation, thresholding and samplers: plain arithmetic on numpy arrays or torch tensors.
+
+Notation: z = alpha x + sigma eps with alpha^2 + sigma^2 = 1 (variance preserving), lambda = log(alpha^2 / sigma^2) is
+the natural log of the signal-to-noise ratio ("logsnr"), t runs from 0 (clean) to 1 (noise), v = alpha eps - sigma x.
+This module imports numpy only, so that an exported model can be sampled where torch is not installed.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from semantica.errors import UserError
+
+Array = TypeVar("Array")  # numpy.ndarray or torch.Tensor
+
+SOLVERS = ("ddpm", "ddim", "dpmpp_2m")
+THRESHOLDS = ("none", "clip", "dynamic")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Cosine schedule, shifted by resolution and bounded (simple diffusion, arXiv 2301.11093).
+
+    lambda(t) = shift - 2 log tan(a + t (b - a)), shift = 2 log(reference / image_size): mean-pooling an image by a
+    factor k multiplies its SNR by k^2, so the shift gives every image size, once pooled, the SNR of `reference` at the
+    same t. Two codings are in use. Adding the shift to the bounded curve moves the end points too, so that the noisiest
+    and the cleanest level depend on the image size. Here, as in k-diffusion, the shift is taken off the limits first
+    (inside a and b) and then added: lambda(0) = logsnr_max and lambda(1) = logsnr_min at every image size, and in
+    between the shift is exact up to terms of order exp(-|limit| / 2).
+
+    image_size, reference: pixels along one side. logsnr_min, logsnr_max: natural-log SNR at t = 1 and t = 0.
+    Raises `UserError` for sizes below 1 or limits that are not ordered.
+    """
+
+    image_size: int
+    reference: int = 64
+    logsnr_min: float = -15.0
+    logsnr_max: float = 15.0
+
+    def __post_init__(self):
+        if self.image_size < 1 or self.reference < 1:
+            raise UserError(f"noise schedule: image size {self.image_size}, reference {self.reference}: use 1 or more")
+        if not self.logsnr_min < self.logsnr_max:
+            raise UserError(f"noise schedule: logsnr_min {self.logsnr_min} must be below logsnr_max {self.logsnr_max}")
+
+    def logsnr(self, t: float | np.ndarray) -> np.ndarray:
+        """Log-SNR at times t in [0, 1], any shape; float64."""
+        shift = 2 * math.log(self.reference / self.image_size)
+        start = math.atan(math.exp((shift - self.logsnr_max) / 2))
+        end = math.atan(math.exp((shift - self.logsnr_min) / 2))
+        return shift - 2 * np.log(np.tan(start + np.asarray(t, np.float64) * (end - start)))
+
+    def grid(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Times and log-SNRs of a sampling run of n steps: two float64 arrays [n + 1], t uniform from 1 down to 0.
+
+        The last log-SNR is +inf instead of logsnr_max: the last step, from t = 1/n, returns the predicted clean image
+        itself, not that image with the noise of the cleanest training level still in it. Raises `UserError` for n < 1.
+        """
+        if steps < 1:
+            raise UserError(f"number of sampling steps {steps} must be at least 1")
+        t = np.linspace(1.0, 0.0, steps + 1)
+        return t, np.append(self.logsnr(t[:-1]), np.inf)
+
+
+def alpha_sigma(logsnr: Array) -> tuple[Array, Array]:
+    """Signal and noise scales: alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr); +inf gives exactly (1, 0)."""
+    return (1 + math.e**-logsnr) ** -0.5, (1 + math.e**logsnr) ** -0.5
+
+
+def v_from_x_eps(x: Array, eps: Array, alpha: Array, sigma: Array) -> Array:
+    """Velocity v = alpha eps - sigma x (Salimans & Ho, arXiv 2202.00512, section 4)."""
+    return alpha * eps - sigma * x
+
+
+def v_from_x(z: Array, x: Array, alpha: Array, sigma: Array) -> Array:
+    """Velocity of a denoiser that predicts the clean image x from z; sigma > 0."""
+    return (alpha * z - x) / sigma
+
+
+def x_from_v(z: Array, v: Array, alpha: Array, sigma: Array) -> Array:
+    """Predicted clean image."""
+    return alpha * z - sigma * v
+
+
+def eps_from_v(z: Array, v: Array, alpha: Array, sigma: Array) -> Array:
+    """Predicted noise."""
+    return sigma * z + alpha * v
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Every coefficient of an n-step sampling run, known before it starts: float64 arrays [n], one entry per step.
+
+    Step i goes from noise level logsnr[i], where z = alpha x + sigma eps, to the next one and is linear:
+    z_next = z_scale z + x_scale x + x_previous_scale x_previous + noise_scale noise.
+    """
+
+    logsnr: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    z_scale: np.ndarray
+    x_scale: np.ndarray
+    x_previous_scale: np.ndarray
+    noise_scale: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.logsnr)
+
+
+def make_plan(solver: str, logsnrs: np.ndarray) -> Plan:
+    """Coefficients of a run through the n + 1 increasing noise levels `logsnrs` (float [n + 1]; the last may be +inf).
+
+    - "ddpm": ancestral sampling with the variance sigma_s^2 (1 - exp(lambda_t - lambda_s)) of simple diffusion.
+    - "ddim": arXiv 2010.02502, equation 12 with no noise, eps recomputed from the thresholded x; it is DPM-Solver++(1).
+    - "dpmpp_2m": DPM-Solver++(2M), arXiv 2211.01095, algorithm 2. The first step is of first order, having no
+      previous x, and so is the last, which keeps few-step runs stable and is the only choice when the last level is
+      +inf (diffusers: `lower_order_final`). A single first-order step leaves the run's convergence of second order.
+
+    With a last level of +inf the last step of every solver returns x exactly; with a finite one it stops at that level.
+    Raises `UserError` for an unknown solver and for levels that do not increase.
+    """
+    if solver not in SOLVERS:
+        raise UserError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+    logsnrs = np.asarray(logsnrs, np.float64)
+    if logsnrs.ndim != 1 or len(logsnrs) < 2 or not np.isfinite(logsnrs[0]) or not (np.diff(logsnrs) > 0).all():
+        raise UserError(f"noise levels of a sampling run must increase from a finite log-SNR, got {logsnrs.tolist()}")
+    alpha, sigma = alpha_sigma(logsnrs)
+    alpha_next, sigma_next = alpha[1:], sigma[1:]
+    logsnr, alpha, sigma = logsnrs[:-1], alpha[:-1], sigma[:-1]
+    step_size = logsnrs[1:] - logsnr
+    x_previous_scale, noise_scale = np.zeros_like(logsnr), np.zeros_like(logsnr)
+    if solver == "ddpm":
+        # expm1 keeps the variance accurate when steps are short
+        fraction = -np.expm1(-step_size)
+        z_scale = np.exp(-step_size) * alpha_next / alpha
+        x_scale = alpha_next * fraction
+        noise_scale = sigma_next * np.sqrt(fraction)
+    else:
+        z_scale = sigma_next / sigma
+        x_scale = -alpha_next * np.expm1(-step_size / 2)
+    if solver == "dpmpp_2m":
+        # x is extrapolated, linearly in lambda, to the middle of the step; not in the first and the last step
+        extrapolation = np.zeros_like(logsnr)
+        extrapolation[1:-1] = step_size[1:-1] / (2 * step_size[:-2])
+        x_previous_scale = -extrapolation * x_scale
+        x_scale = (1 + extrapolation) * x_scale
+    return Plan(logsnr, alpha, sigma, z_scale, x_scale, x_previous_scale, noise_scale)
+
+
+def predict_x(plan: Plan, i: int, z: Array, v: Array) -> Array:
+    """Clean image predicted by the velocity v at step i; keeps the dtype of z and v."""
+    # a numpy scalar would turn float32 arrays into float64
+    return x_from_v(z, v, float(plan.alpha[i]), float(plan.sigma[i]))
+
+
+def step(plan: Plan, i: int, z: Array, x: Array, x_previous: Array | None = None, noise: Array | None = None) -> Array:
+    """One step of a run: the next z from z, the (thresholded) clean image x, that of the step before, and fresh noise.
+
+    x_previous is read where plan.x_previous_scale[i] is not 0, noise (standard normal) where plan.noise_scale[i] is
+    not 0. Nothing is read from a device: the coefficients are python floats, and dtypes are kept.
+    """
+    z_next = float(plan.z_scale[i]) * z + float(plan.x_scale[i]) * x
+    if plan.x_previous_scale[i]:
+        z_next = z_next + float(plan.x_previous_scale[i]) * x_previous
+    if plan.noise_scale[i]:
+        z_next = z_next + float(plan.noise_scale[i]) * noise
+    return z_next
+
+
+def threshold(x: Array, kind: str, clip_range: float = 1.0, ratio: float = 0.995) -> Array:
+    """Predicted clean images x [B, ...] brought back into [-clip_range, clip_range].
+
+    "none" returns x; "clip" clamps; "dynamic" clamps each image to its own s = max(clip_range, the `ratio` quantile of
+    |x|) and divides by s / clip_range (Imagen, arXiv 2205.11487, section 2.3). Raises `UserError` for another kind.
+    """
+    if kind not in THRESHOLDS:
+        raise UserError(f"unknown thresholding {kind!r}: choose one of {', '.join(THRESHOLDS)}")
+    if kind == "none":
+        return x
+    if kind == "clip":
+        return x.clip(-clip_range, clip_range)
+    magnitude = abs(x.reshape(x.shape[0], -1))
+    ordered = np.sort(magnitude, -1) if isinstance(magnitude, np.ndarray) else magnitude.sort(-1).values
+    # quantile with linear interpolation, as numpy's default
+    position = ratio * (ordered.shape[1] - 1)
+    low, high = ordered[:, math.floor(position)], ordered[:, math.ceil(position)]
+    limit = (low + position % 1 * (high - low)).clip(clip_range).reshape(-1, *[1] * (x.ndim - 1))
+    return x.clip(-limit, limit) * (clip_range / limit)
+
+
+def guide(v_cond: Array, v_uncond: Array, scale: float) -> Array:
+    """Classifier-free guidance (arXiv 2207.12598): scale 1 is the conditional, 0 the unconditional prediction."""
+    return v_uncond + scale * (v_cond - v_uncond)
+
+
+def noise(seed: int, shape: tuple[int, ...], *index: int) -> np.ndarray:
+    """Standard normal float32 array, a pure function of (seed, index..., shape).
+
+    `index` names further draws of the same seed, say the step of an ancestral sampler. Images come first to last: the
+    first images of a larger batch are those of a smaller one. Raises `UserError` for a negative seed or index.
+    """
+    if min((seed, *index)) < 0:
+        raise UserError(f"seed {seed} with index {index}: each must be 0 or more")
+    key = np.random.SeedSequence(seed, spawn_key=index).generate_state(2, np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
