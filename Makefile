@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off --no-compile -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
+# pip compiles nothing, which halves the install; so what is imported must be kept compiled, whatever the shell says
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/installed

@@ -1,5 +1,8 @@
 """What a model costs, counted on the meta device: parameters, operations and activation memory."""
 
+import copy
+import time
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
@@ -8,9 +11,6 @@ from semantica.condition import Stream
 from semantica.encoder import ViTEncoder
 from semantica.presets import PRESETS, encoder_preset, preset
 from semantica.uvit import UViT
-
-TOKENS, TOKEN_DIM = 256, 768
-
 
 @register_flop_formula(torch.ops.semantica.cross_attention)
 def cross_attention_flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
@@ -48,30 +48,41 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return tensor
 
 
-def cost(model: UViT, tokens: int = TOKENS, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
-    """Cost of one training step of a denoiser at a given batch, with the condition encoded already.
+def on_meta(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy that has shapes but no values."""
+    with torch.no_grad():
+        twin = copy.deepcopy(module)
+        for owner in twin.modules():
+            for table in (owner._parameters, owner._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        new = torch.empty_like(tensor, device="meta", dtype=dtype or tensor.dtype)
+                        table[name] = nn.Parameter(new, tensor.requires_grad) if table is owner._parameters else new
+    return twin
+
+
+def cost(model: UViT, tokens: int = 256, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """Cost of one training step of a denoiser, with the condition encoded already. Nothing is computed.
 
     Args:
-        model: on the meta device (nothing is computed).
+        model: on any device, the meta device included.
         tokens: tokens of each condition stream.
-        dtype: of the activations.
+        dtype: of weights and activations.
 
     Returns:
         `parameters`, `flops_forward` and `flops_step` (forward and backward; a multiply-add counts as 2),
-        `activation_bytes` (what the backward pass keeps).
+        `activation_bytes` (what the backward pass keeps; self-attention counted with its score matrix).
     """
-    model = model.to(dtype)
+    model = on_meta(model, dtype)
     size = model.config.image_size
-    device = "meta"
     streams = {
-        name: Stream(*(torch.empty(batch, *s, dim, device=device, dtype=dtype) for s in ((tokens,), ())))
-        for name, dim in (model.config.streams or {}).items()
-        if name in model.stream_names
+        name: Stream(*(torch.empty(batch, *s, model.config.streams[name], device="meta", dtype=dtype) for s in ((tokens,), ())))
+        for name in model.stream_names
     }
-    z, logsnr = torch.empty(batch, 3, size, size, device=device, dtype=dtype), torch.empty(batch, device=device)
+    z = torch.empty(batch, model.config.in_channels, size, size, device="meta", dtype=dtype)
     saved = SavedBytes(model)
     with FlopCounterMode(display=False) as forward, saved:
-        v = model(z, logsnr, model.condition(streams))
+        v = model(z, torch.empty(batch, device="meta"), model.condition(streams))
     with FlopCounterMode(display=False) as backward:
         v.sum().backward()
     return {
@@ -80,6 +91,37 @@ def cost(model: UViT, tokens: int = TOKENS, batch: int = 1, dtype: torch.dtype =
         "flops_step": forward.get_total_flops() + backward.get_total_flops(),
         "activation_bytes": saved.total,
     }
+
+
+def step_flops(unet: UViT, encoder: nn.Module) -> int:
+    """Operations of one sample in a training step, the encoder included (forward only where it is frozen)."""
+    twin = on_meta(encoder)
+    images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        stream = twin(images)
+        if encoder.trainable:
+            stream.tokens.sum().backward()
+    return counter.get_total_flops() + cost(unet, stream.tokens.shape[1])["flops_step"]
+
+
+# dense bf16 rates of the data sheets, operations per second
+DATASHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """The device's matrix rate, and where the figure is from: a data sheet, or a matrix product timed here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for chip, rate in DATASHEET.items():
+            if chip in name and dtype == torch.bfloat16:
+                return rate, f"{chip} data sheet, dense bf16"
+    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times), "best of 8 timed 1024 x 1024 matrix products"
 
 
 def preset_table() -> list[dict]:

@@ -136,7 +136,9 @@ def test_16_bit_rotated_by_exif():
 def test_broken_exif_costs_nothing():
     truth = picture(5, 6)
     file = encoded(Image.fromarray(truth), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 20)
-    assert np.array_equal(pixels(file), truth)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert np.array_equal(pixels(file), truth)
 
 
 def test_alpha_is_laid_on_white():
@@ -149,7 +151,8 @@ def test_alpha_is_laid_on_white():
     # one colour declared transparent, in a true-colour and in a palette picture
     keyed = np.full((4, 4, 3), 10, np.uint8)
     keyed[0, 0] = (1, 2, 3)
-    assert pixels(encoded(Image.fromarray(keyed), "PNG", transparency=(1, 2, 3)))[0, :2].tolist() == [[255] * 3, [10] * 3]
+    keyed = encoded(Image.fromarray(keyed), "PNG", transparency=(1, 2, 3))
+    assert pixels(keyed)[0, :2].tolist() == [[255] * 3, [10] * 3]
     indexed = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) % 2, "P")
     indexed.putpalette([200, 0, 0, 0, 0, 200])
     for kind in ("PNG", "GIF"):
@@ -270,22 +273,14 @@ def test_near_decodes_large_jpegs_at_a_fraction():
     assert np.abs(near.astype(int) - full).max() <= 3
 
 
-def test_fit_agrees_with_torch():
-    truth = torch.from_numpy(picture(90, 140)).permute(2, 0, 1)[None].double()
-    # short side 90 -> 45, then the centre
-    expected = torch.nn.functional.interpolate(truth, size=(45, 70), mode="bicubic", antialias=True, align_corners=False)
-    image = Image.fromarray(picture(90, 140))
-    result = torch.from_numpy(fit(image, 45)).permute(2, 0, 1)[None].double()
-    # the centre of 70 is at 12.5: compare with crops that both can make
-    left = torch.from_numpy(fit(image, 45, x=0.0)).permute(2, 0, 1)[None].double()
-    right = torch.from_numpy(fit(image, 45, x=1.0)).permute(2, 0, 1)[None].double()
-    assert (left - expected[..., :45].clamp(0, 255)).abs().max() <= 1
-    assert (right - expected[..., 25:].clamp(0, 255)).abs().max() <= 1
-    shifted = fit(Image.fromarray(picture(90, 142)), 45)
-    wide = torch.from_numpy(picture(90, 142)).permute(2, 0, 1)[None].double()
-    wide = torch.nn.functional.interpolate(wide, size=(45, 71), mode="bicubic", antialias=True, align_corners=False)
-    assert (torch.from_numpy(shifted).permute(2, 0, 1) - wide[0, ..., 13:58].clamp(0, 255)).abs().max() <= 1
-    assert result.shape == (1, 3, 45, 45)
+@pytest.mark.parametrize("share, left", [(0.0, 0), (0.5, 13), (1.0, 26)])
+def test_fit_agrees_with_torch(share, left):
+    truth = torch.from_numpy(picture(90, 142)).permute(2, 0, 1)[None].double()
+    # the short side 90 becomes 45; then a square is cut out
+    small = torch.nn.functional.interpolate(truth, size=(45, 71), mode="bicubic", antialias=True)[0].clamp(0, 255)
+    result = torch.from_numpy(fit(Image.fromarray(picture(90, 142)), 45, x=share)).permute(2, 0, 1)
+    # Pillow rounds after each of its two passes, and the second amplifies by the sum of its absolute weights, ~1.5
+    assert (result - small[..., left : left + 45]).abs().max() < 1.25
 
 
 def test_fit_places_the_crop():

@@ -71,6 +71,7 @@ class PairData:
         return label, number - int(self.ends[group]) + len(self.groups[label])
 
     def keep(self, groups: dict[str, tuple[str, ...]]) -> "PairData":
+        """The same folder with only these groups, whose paths are among its own."""
         sizes = {path: self.sizes[path] for paths in groups.values() for path in paths}
         return PairData(self.root, self.mode, groups, sizes)
 
@@ -114,7 +115,7 @@ def scan(root: str | os.PathLike, mode: str) -> PairData:
     try:
         files, bad = _list_files(root, mode)
     except OSError as error:
-        raise UserError(f"cannot list data folder {where}: {error.strerror}; make it readable") from error
+        raise UserError(f"cannot list data folder {error.filename!r}: {error.strerror}; make it readable") from error
     with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
         # oddities that Pillow only warns of are no news here
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -145,7 +146,7 @@ def scan(root: str | os.PathLike, mode: str) -> PairData:
 
 
 def digest(data: PairData) -> str:
-    """16 hex digits over the listing (relative paths and sizes): two folders with one digest hold the same pictures."""
+    """16 hex digits over the listing (relative paths and sizes), so that a resumed run can refuse other data."""
     listing = hashlib.sha256()
     for path in sorted(data.sizes):
         listing.update(os.fsencode(path) + b"\0%d\0" % data.sizes[path])
@@ -258,7 +259,7 @@ class Pairs(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Raises `UserError` when `PATIENCE` pictures in a row prove broken."""
+        """Raises `UserError` when `PATIENCE` pictures, or all there are, prove broken before a pair is found."""
         bad: list[tuple[str, str]] = []
         pair, condition, target = self._load_pair(index, bad)
         batch, position = divmod(index, self.global_batch)
@@ -276,7 +277,8 @@ class Pairs(Dataset):
         }
 
     def _load_pair(self, index: int, bad: list[tuple[str, str]]) -> tuple[Pair, Image.Image, Image.Image]:
-        for later in itertools.count(index):
+        # every picture is a target at least once in that span
+        for later in range(index, index + 2 * len(self.data)):
             pair = draw_pair(self.data, self.seed, later)
             found = self._first_usable(pair.group, pair.target, bad)
             if found is None:
@@ -287,7 +289,7 @@ class Pairs(Dataset):
             found = self._first_usable(pair.group, pair.condition, bad, taken=path)
             if found is not None:
                 return pair, found[1], target
-        raise AssertionError("unreachable")
+        raise self._give_up(bad)
 
     def _first_usable(
         self, group: str, start: str, bad: list[tuple[str, str]], taken: str | None = None
@@ -302,9 +304,12 @@ class Pairs(Dataset):
             except BadImage as error:
                 bad.append((path, error.reason))
             if len(bad) >= PATIENCE:
-                what = f"{len(bad)} pictures in a row in {str(self.data.root)!r} cannot be read"
-                raise UserError(f"{what}, the last is {path!r} ({bad[-1][1]}): check the data folder")
+                raise self._give_up(bad)
         return None
+
+    def _give_up(self, bad: list[tuple[str, str]]) -> UserError:
+        what = f"no readable pair after {len(bad)} broken pictures in {str(self.data.root)!r}"
+        return UserError(f"{what}, the last is {bad[-1][0]!r} ({bad[-1][1]}): check the data folder")
 
     @property
     def _near(self) -> int:
@@ -418,7 +423,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _outside(root: Path, path: Path) -> bool:
-    return path.is_symlink() and not path.resolve().is_relative_to(root.resolve())
+    return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def _list_files(root: Path, mode: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

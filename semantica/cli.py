@@ -1,0 +1,97 @@
+"""The `semantica` command: each verb's module is imported only when that verb runs."""
+
+import sys
+
+from semantica import __version__
+from semantica.errors import UserError
+
+USAGE = f"""semantica {__version__}: image variations with a fast conditioned diffusion model
+
+usage: semantica VERB [options]        semantica VERB --help for a verb's options
+
+  doctor     what is installed, and which implementation each operator uses
+  demo       draw a data set, train on it, make variations, write a report
+  train      train a model on a folder of pictures, or continue a run
+  sample     make variations of pictures
+  evaluate   figures for a run, or for a folder of pictures made elsewhere
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 1 for a failed check, 2 for a mistake in what was asked for."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"semantica {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        return fail(f"unknown verb {verb!r}: choose one of {', '.join(VERBS)}")
+    try:
+        return VERBS[verb](rest) or 0
+    except UserError as error:
+        return fail(str(error))
+    except FloatingPointError as error:
+        print(f"semantica: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("semantica: interrupted", file=sys.stderr)
+        return 130
+
+
+def fail(message: str) -> int:
+    print(f"semantica: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def parse(function, verb: str, arguments: list[str]):
+    """Call a function, or build a dataclass, with arguments from the command line."""
+    import tyro
+
+    return tyro.cli(function, prog=f"semantica {verb}", args=arguments, config=(tyro.conf.CascadeSubcommandArgs,))
+
+
+def doctor(arguments: list[str]) -> int:
+    from semantica.doctor import run
+
+    return parse(run, "doctor", arguments)
+
+
+def demo(arguments: list[str]) -> int:
+    from semantica.benchmarks.demo import run
+
+    return parse(run, "demo", arguments)
+
+
+def train(arguments: list[str]) -> None:
+    from semantica.train.config import TrainConfig
+
+    config = parse(TrainConfig, "train", arguments)
+
+    from semantica.train.loop import train
+
+    train(config)
+
+
+def sample(arguments: list[str]) -> None:
+    from semantica.sample import SampleConfig
+
+    config = parse(SampleConfig, "sample", arguments)
+
+    from semantica.sample import sample
+
+    sample(config)
+
+
+def evaluate(arguments: list[str]) -> None:
+    from semantica.benchmarks.evaluate import EvaluateConfig, evaluate
+
+    evaluate(parse(EvaluateConfig, "evaluate", arguments))
+
+
+VERBS = {"doctor": doctor, "demo": demo, "train": train, "sample": sample, "evaluate": evaluate}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Everything that a training run can be told, with the defaults a user would want."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from semantica.errors import UserError
+
+FORMAT = 1
+# settings that may change when a run is continued: they do not alter what any step computes
+FREE = {"steps", "out", "data", "val", "workers", "log_every", "save_every", "sample_every", "eval_every", "keep", "device"}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model on a folder of pictures. The same command continues a run that was interrupted."""
+
+    data: Path
+    """Folder of label folders with pictures: pictures that share a folder are pairs."""
+    out: Path
+    """Run folder to write; `semantica sample --model` reads it."""
+    steps: int = 10_000
+    """Optimizer steps in all."""
+    preset: Literal["tiny", "small", "base", "large"] = "tiny"
+    """Model size."""
+    mode: Literal["folders", "reconstruct"] = "folders"
+    """What a pair is: two pictures of one folder, or a picture and itself."""
+    image_size: int | None = None
+    """Side of the images in pixels; the preset's own by default."""
+    batch: int = 64
+    """Samples per optimizer step."""
+    accumulate: int = 1
+    """Parts that each batch is split into, to save memory."""
+    encoder: str = "vit"
+    """"vit" (small, trained along), or a frozen DINOv2, CLIP or SigLIP by hub name or local folder."""
+    encoder_size: int | None = None
+    """Side of the images that a frozen encoder sees."""
+    encoder_tokens: Literal["patches", "all"] = "patches"
+    """Tokens of a frozen encoder: patches only, or the class and register tokens too."""
+    conditioning: Literal["tokens", "global", "both", "none"] = "tokens"
+    """How the condition enters: cross-attention to tokens, pooled vector, both, or not at all."""
+    drop: float = 0.1
+    """Share of samples whose condition is dropped, which makes guidance possible."""
+    lr: float = 3e-4
+    """Peak learning rate of AdamW."""
+    warmup: int = 200
+    """Steps of linear warm-up."""
+    decay: float = 0.0
+    """Share of the steps at the end over which the learning rate falls linearly to zero."""
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.9999
+    """Decay of the averaged weights; lower in the first steps."""
+    loss: Literal["eps", "sigmoid", "v"] = "sigmoid"
+    """Weight of the noise levels."""
+    scales: tuple[int, ...] = ()
+    """Sides for the multi-scale loss, such as 32 64 128 256; empty = full size only."""
+    flip: bool = True
+    """Mirror pictures at random."""
+    crop: float = 1.0
+    """Smallest random crop, as a share of the shorter side."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """"auto" is bf16 autocast where the processor multiplies bf16 natively."""
+    compile: bool = False
+    """torch.compile the training step in place."""
+    attention: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
+    """Self-attention backend of diffusers' dispatcher, or "auto" for the best that works."""
+    val: Path | None = None
+    """Folder for held-out figures; by default groups are held out of --data."""
+    held_out: float = 0.05
+    """Share of groups held out where there is no --val; 0 = none."""
+    seed: int = 0
+    workers: int | None = None
+    """Processes that load data; by default half of the processors, at most 8."""
+    device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
+    log_every: int = 20
+    save_every: int = 1000
+    eval_every: int = 500
+    sample_every: int = 1000
+    keep: int = 2
+    """Checkpoints to keep."""
+
+    def check(self) -> "TrainConfig":
+        """Raises `UserError` for impossible numbers."""
+        for name in ("steps", "batch", "accumulate", "log_every", "save_every", "eval_every", "sample_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        if self.batch % self.accumulate:
+            raise UserError(f"--batch {self.batch} cannot be split into --accumulate {self.accumulate} equal parts")
+        for name, low, high in (("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1), ("crop", 1e-3, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {low} to {high}")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} is {getattr(self, name)}: give a positive number")
+        if self.warmup < 0 or self.weight_decay < 0 or (self.workers or 0) < 0 or self.seed < 0:
+            raise UserError("--warmup, --weight-decay, --workers and --seed must not be negative")
+        return self
+
+    def record(self) -> dict:
+        """As JSON values."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Warm-up, plateau, linear decay: a pure function of the step (0 is the first)."""
+    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    tail = config.decay * config.steps
+    fall = min(1.0, (config.steps - step) / tail) if tail >= 1 else 1.0
+    return config.lr * min(rise, fall)
+
+
+def ema_decay(config: TrainConfig, step: int) -> float:
+    """Short memory at first, so that the random start is forgotten: min(decay, (1 + step) / (10 + step))."""
+    return min(config.ema, (1 + step) / (10 + step))

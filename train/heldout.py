@@ -1,0 +1,42 @@
+"""A fixed set of held-out pairs, each with a partner from another group."""
+
+import torch
+
+from semantica.train.config import TrainConfig
+from semantica.train.data import PairData, Pairs, collate, draw_pair
+
+PAIRS, BATCH = 256, 64
+
+
+def held_out_batches(
+    data: PairData, config: TrainConfig, condition_size: int, image_size: int, device: torch.device
+) -> list[dict]:
+    """At most 256 pairs (one per held-out target picture) in batches of at most 64, centre crops, no flips.
+
+    Each batch has `other [B]`: the place in the batch of a sample from another group. Noise levels are stratified
+    over the whole set, and all is a function of the seed.
+    """
+    count = min(PAIRS, max(2, len(data)))
+    pairs = Pairs(
+        data, seed=config.seed, image_size=image_size, condition_size=condition_size,
+        global_batch=count, drop=0.0, flip=False, crop=None,
+    )  # fmt: skip
+    result = []
+    for start in range(0, count, BATCH):
+        indices = range(start, min(start + BATCH, count))
+        batch = collate([pairs[i] for i in indices])
+        batch["group"] = [draw_pair(data, config.seed, i).group for i in indices]
+        batch["other"] = partners(batch["group"], data.mode)
+        result.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+    return result
+
+
+def partners(groups: list[str], mode: str) -> torch.Tensor:
+    """For each sample the next one, going round, of another group (of any other sample, in mode "reconstruct")."""
+    count = len(groups)
+    places = []
+    for i in range(count):
+        ahead = [(i + step) % count for step in range(1, count)]
+        others = [j for j in ahead if mode == "reconstruct" or groups[j] != groups[i]]
+        places.append(others[0] if others else i)
+    return torch.tensor(places)

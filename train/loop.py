@@ -1,0 +1,316 @@
+"""The trainer: one function, top to bottom. The same command continues a run, bit-exactly."""
+
+import functools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import semantica
+from semantica.attention import set_attention
+from semantica.diffusion import noise_levels
+from semantica.errors import UserError
+from semantica.images import grid, save_png, to_uint8
+from semantica.kernels import implementations
+from semantica.pipeline import SemanticaPipeline
+from semantica.profile import count_parameters, peak_flops, step_flops
+from semantica.train import checkpoint
+from semantica.train.build import build, pick_device, pick_precision
+from semantica.train.config import FREE, TrainConfig
+from semantica.train.data import PairData, Pairs, bad_record, batches, collate, digest, scan, split
+from semantica.train.heldout import held_out_batches
+from semantica.train.objective import Objective, held_out_loss
+from semantica.train.state import TrainState
+
+SAMPLE_CONDITIONS, SAMPLE_VARIATIONS, SAMPLE_STEPS, HELD_OUT_PAIRS = 6, 4, 20, 256
+
+
+def train(config: TrainConfig) -> Path:
+    """Train or continue a run; returns the run folder.
+
+    Raises:
+        UserError: impossible options or data, or a run folder of another configuration.
+        FloatingPointError: the loss or a gradient is no longer finite; checkpoints are intact.
+    """
+    config.check()
+    device = pick_device(config.device)
+    data = scan(config.data, config.mode)
+    held = scan(config.val, config.mode) if config.val else None
+    bad = [*data.bad, *(held.bad if held else ())]
+    if held is None and config.held_out:
+        data, held = split(data, config.held_out, config.seed)
+    unet, encoder, scheduler = build(config, device)
+    backend, reason = set_attention(torch.nn.ModuleList([unet, encoder]), config.attention, device)
+    dtype = pick_precision(config.precision, device)
+
+    run = Run(config, data)
+    for path, why in bad:
+        run.bad_sample(path, why)
+    run.say(f"device {device}, {str(dtype).removeprefix('torch.')}; attention: {backend} ({reason})")
+    for name, (implementation, why) in implementations().items():
+        run.say(f"operator {name}: {implementation} ({why})")
+    run.say(f"{len(data)} pictures in {len(data.groups)} groups, {len(held) if held else 0} held out, {len(bad)} bad")
+    run.say(f"denoiser {count_parameters(unet) / 1e6:.1f} M parameters, encoder {count_parameters(encoder) / 1e6:.1f} M")
+
+    state = TrainState(config, {"unet": unet, "encoder": encoder})
+    found = checkpoint.load_newest(run.out / "checkpoints", state.files, device, run.say)
+    if found:
+        state.load(found[0]["step"], found[1])
+        run.say(f"continuing from step {state.step}")
+    run.rewind(state.step)
+    objective = Objective(unet, encoder, config.loss, config.scales).train()
+    if config.compile:
+        objective.compile(fullgraph=True)
+    averaged = Objective(state.ema["unet"], state.ema.get("encoder", encoder), config.loss, config.scales).eval()
+    autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
+    measure = Measure(config, device, dtype, step_flops(unet, encoder))
+    fixed = held_out_batches(held, config, encoder.image_size, unet.config.image_size, device) if held else []
+
+    part = config.batch // config.accumulate
+    pairs = Pairs(
+        data, seed=config.seed, image_size=unet.config.image_size, condition_size=encoder.image_size,
+        global_batch=config.batch, drop=config.drop, flip=config.flip, crop=config.crop,
+    )  # fmt: skip
+    workers = config.workers if config.workers is not None else max(1, min(8, (os.cpu_count() or 2) // 2))
+    feed = batches(pairs, first_index=state.step * config.batch, batch=part, workers=workers, device=device)
+    bar = tqdm(total=config.steps, initial=state.step, desc="train", unit="step", mininterval=1.0, smoothing=0.05)
+    measure.start()
+    while state.step < config.steps:
+        # dropout in the network: a pure function of the step, as all other randomness
+        torch.manual_seed((config.seed << 32) + state.step)
+        total = torch.zeros((), device=device)
+        for _ in range(config.accumulate):
+            batch = measure.waiting(feed)
+            for path, why in batch["bad"]:
+                run.bad_sample(path, why)
+            logsnr = noise_levels(batch["u"].cpu(), scheduler.schedule).to(device)
+            with autocast():
+                loss = objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"]).mean()
+            (loss / config.accumulate).backward()
+            total += loss.detach() / config.accumulate
+        norm = state.update()
+        measure.step(total, norm)
+        bar.update()
+        step, last = state.step, state.step == config.steps
+        if step % config.log_every == 0 or last:
+            row = measure.row(step, state.optimizer.param_groups[0]["lr"])
+            run.log(row)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", images_s=f"{row['images_per_s']:.0f}")
+        if fixed and (step % config.eval_every == 0 or last):
+            losses = held_out_loss(averaged, fixed, scheduler.schedule, autocast)
+            run.log({"step": step, "held_out_loss": losses["right"], "held_out_loss_shuffled": losses["shuffled"]})
+        if step % config.save_every == 0 or last:
+            measure.check()
+            checkpoint.save(run.out / "checkpoints", step, state.tensors(), {"seed": config.seed}, config.keep)
+        if step % config.sample_every == 0 or last:
+            pipeline = SemanticaPipeline(averaged.unet, averaged.encoder, scheduler)
+            run.sample(pipeline, fixed[0] if fixed else collate([pairs[i] for i in range(SAMPLE_CONDITIONS)]), step)
+        measure.start()
+    feed.close()
+    bar.close()
+    run.publish(SemanticaPipeline(averaged.unet, averaged.encoder, scheduler))
+    run.say(f"done: {run.out} after {state.step} steps")
+    return run.out
+
+
+class Measure:
+    """Loss, gradient norm and speed since the last row, without a device synchronisation at each step."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, dtype: torch.dtype, flops: int):
+        self.config, self.device, self.flops = config, device, flops
+        self.peak, self.peak_source = peak_flops(device, dtype)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.busy = self.waited = 0.0
+        self.steps = 0
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def waiting(self, feed: Iterator[dict]) -> dict:
+        began = time.perf_counter()
+        batch = next(feed)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def step(self, loss: Tensor, norm: Tensor) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.finite &= torch.isfinite(loss) & torch.isfinite(norm)
+        self.steps += 1
+        self.busy += time.perf_counter() - self.began
+
+    def check(self) -> None:
+        if not self.finite:
+            raise FloatingPointError(
+                "the loss or a gradient is not finite any more; nothing was saved since: continue from the last "
+                "checkpoint with a lower --lr or with --precision fp32"
+            )
+
+    def row(self, step: int, rate: float) -> dict:
+        self.check()
+        images = self.steps * self.config.batch / max(self.busy, 1e-9)
+        row = {
+            "step": step,
+            "loss": torch.stack(self.losses).mean().item(),
+            "grad_norm": torch.stack(self.norms).mean().item(),
+            "lr": rate,
+            "images_per_s": images,
+            "data_wait": self.waited / max(self.busy, 1e-9),
+            "peak_memory_bytes": peak_memory(self.device),
+            "mfu": images * self.flops / self.peak,
+            "flops_per_image": self.flops,
+            "peak_flops": self.peak,
+            "peak_flops_source": self.peak_source,
+        }
+        self.reset()
+        return row
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, the process' largest resident size on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Run:
+    """The run folder: configuration, logs, sample grids, and the pipeline at the end.
+
+    Raises:
+        UserError: the folder holds a run of another configuration, or something else.
+    """
+
+    def __init__(self, config: TrainConfig, data: PairData):
+        self.out, self.config = config.out, config
+        record = {"format": checkpoint.FORMAT, "semantica": semantica.__version__, "torch": torch.__version__}
+        record |= {"train": config.record(), "data_digest": digest(data)}
+        path = self.out / "config.json"
+        if path.exists():
+            self._compare(path, record)
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(f"{self.out} exists and is not a run folder: choose another --out")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            aside = self.out / ".config.json.incomplete"
+            aside.write_text(json.dumps(record, indent=1))
+            aside.replace(path)
+        except OSError as error:
+            raise UserError(f"run folder {self.out} cannot be written ({error.strerror}): choose another --out") from error
+        self.known_bad = self._known_bad()
+        self.board = self._board()
+
+    def _compare(self, path: Path, record: dict) -> None:
+        try:
+            old = json.loads(path.read_text())
+            before, version, seen = old["train"], old["format"], old["data_digest"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(f"{path} cannot be read: restore it or choose another --out") from error
+        if version != record["format"]:
+            raise UserError(f"{self.out} has format {version}: this version continues format {record['format']} only")
+        for name, now in record["train"].items():
+            if name not in FREE and before.get(name) != now:
+                option = name.replace("_", "-")
+                raise UserError(f"{self.out} was made with --{option} {before.get(name)}, not {now}: choose another --out")
+        if seen != record["data_digest"]:
+            raise UserError(f"the pictures in {self.config.data} changed since {self.out} was made: choose another --out")
+
+    def _known_bad(self) -> set[str]:
+        path = self.out / "bad_samples.jsonl"
+        return {json.loads(line)["path"] for line in path.read_text().splitlines()} if path.exists() else set()
+
+    def _board(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.say("no TensorBoard logs: install semantica-diffusion[train] for them")
+            return None
+        return SummaryWriter(str(self.out / "logs"))
+
+    def say(self, line: str) -> None:
+        tqdm.write(line)
+
+    def bad_sample(self, path: str, reason: str) -> None:
+        """Name a bad picture once."""
+        if path in self.known_bad:
+            return
+        self.known_bad.add(path)
+        with (self.out / "bad_samples.jsonl").open("a") as file:
+            file.write(json.dumps(bad_record(path, reason)) + "\n")
+        self.say(f"bad picture {path}: {reason}")
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after the step that the run continues from."""
+        path = self.out / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if json_step(line) <= step]
+            aside = path.with_name(".metrics.jsonl.incomplete")
+            aside.write_text("".join(f"{line}\n" for line in kept))
+            aside.replace(path)
+
+    def log(self, row: dict) -> None:
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    self.board.add_scalar(name, value, row["step"])
+
+    def sample(self, pipeline: SemanticaPipeline, batch: dict, step: int) -> None:
+        """A grid: each condition, its target, its variations."""
+        conditions, targets = (batch[name][:SAMPLE_CONDITIONS] for name in ("condition", "target"))
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        made = pipeline(
+            conditions,
+            num_images_per_prompt=SAMPLE_VARIATIONS,
+            num_inference_steps=SAMPLE_STEPS,
+            generator=generator,
+            output_type="pt",
+        ).images
+        size = targets.shape[-1]
+        shown = torch.nn.functional.interpolate(conditions, (size, size), mode="bilinear", antialias=True)
+        made = to_uint8(made * 2 - 1).reshape(len(conditions), SAMPLE_VARIATIONS, size, size, 3)
+        rows = [[c, t, *m] for c, t, m in zip(to_uint8(shown), to_uint8(targets), made, strict=True)]
+        (self.out / "samples").mkdir(exist_ok=True)
+        save_png(grid(rows, apart=1), self.out / "samples" / f"step-{step:08d}.png")
+
+    def publish(self, pipeline: SemanticaPipeline) -> None:
+        """Write the pipeline; its index, which makes the folder usable, comes last."""
+        index = self.out / "model_index.json"
+        index.unlink(missing_ok=True)
+
+        def fill(folder: Path) -> None:
+            pipeline.save_pretrained(folder, safe_serialization=True)
+
+        aside = self.out / "pipeline"
+        checkpoint.write_aside(aside, fill)
+        for part in sorted(aside.iterdir(), key=lambda p: p.name == index.name):
+            target = self.out / part.name
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
+        aside.rmdir()
+        if self.board is not None:
+            self.board.flush()
+
+
+def json_step(line: str) -> float:
+    """The step of a log line; lines cut short by a crash count as never kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,57 @@
+"""The loss of one batch, as a module that can be compiled in place."""
+
+import torch
+from torch import Tensor, nn
+
+from semantica.condition import Stream
+from semantica.diffusion import add_noise, loss_weight, multiscale_loss, v_target
+from semantica.uvit import UViT
+
+
+class Objective(nn.Module):
+    """Weighted squared error of v on pairs: E || v(z_t, t, y) - v_t ||^2, y the encoding of the other image.
+
+    arXiv 2405.14857 with the v-parametrisation and losses of simple diffusion (arXiv 2301.11093).
+
+    Args:
+        unet: the denoiser.
+        encoder: turns condition images into a stream. A frozen encoder without gradients runs inside all the same.
+        loss: weight of the noise levels, see `semantica.diffusion.loss_weight`.
+        scales: sides of the multi-scale loss; empty for the full size only.
+    """
+
+    def __init__(self, unet: UViT, encoder: nn.Module, loss: str = "sigmoid", scales: tuple[int, ...] = ()):
+        super().__init__()
+        self.unet, self.encoder = unet, encoder
+        self.loss, self.scales = loss, scales or (unet.config.image_size,)
+
+    def forward(self, condition: Tensor, target: Tensor, noise: Tensor, logsnr: Tensor, drop: Tensor) -> Tensor:
+        """Loss per sample `[B]` of images `[B, 3, S, S]`, noise levels `[B]`, and `drop` `[B]` (no condition)."""
+        stream = self.encoder(condition)
+        names = self.unet.stream_names
+        values = self.unet.condition({name: Stream(stream.tokens, stream.pooled) for name in names}, drop)
+        v = self.unet(add_noise(target, noise, logsnr), logsnr, values)
+        weight = loss_weight(logsnr, self.loss)
+        return multiscale_loss(v.float(), v_target(target, noise, logsnr), weight, self.scales)
+
+
+@torch.no_grad()
+def held_out_loss(objective: Objective, batches: list[dict], schedule, autocast) -> dict[str, float]:
+    """Loss with the right condition and with one of another group, on the same targets, noise levels and noise.
+
+    Args:
+        batches: as `semantica.train.data.collate`, with `other`, the index in the batch of a sample of another group.
+    """
+    from semantica.diffusion import noise_levels
+
+    sums, count = {"right": 0.0, "shuffled": 0.0}, 0
+    for batch in batches:
+        logsnr = noise_levels(batch["u"], schedule).to(batch["target"].device)
+        keep = torch.zeros_like(batch["drop"])
+        for name in sums:
+            condition = batch["condition"] if name == "right" else batch["condition"][batch["other"]]
+            with autocast():
+                losses = objective(condition, batch["target"], batch["noise"], logsnr, keep)
+            sums[name] += losses.double().sum().item()
+        count += len(logsnr)
+    return {name: total / count for name, total in sums.items()}
