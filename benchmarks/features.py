@@ -46,25 +46,27 @@ def shape_only(images: np.ndarray) -> np.ndarray:
     return in_blocks(images, shape)
 
 
-def nearest(queries: np.ndarray, gallery: np.ndarray, exclude_self: bool = False) -> np.ndarray:
+def nearest(queries: np.ndarray, gallery: np.ndarray, excluded: np.ndarray | None = None) -> np.ndarray:
     """Index [N] of the nearest row of gallery [M, F] for each row of queries [N, F]; the first one of equals.
 
-    Exact: Euclidean in float64, block by block. With `exclude_self`, row i is never its own answer (leave-one-out:
-    queries and gallery are the same array). Raises ValueError when no candidate is left.
+    Exact: Euclidean in float64, block by block. `excluded [N]` names one row of the gallery that is not an answer for
+    each query, -1 for none: `np.arange(M)` with the gallery as queries is leave-one-out. Raises ValueError when no
+    candidate is left, or for another number of exclusions than queries.
     """
-    if len(gallery) < 1 + exclude_self:
-        raise ValueError(f"the nearest of {len(gallery)} pictures is asked for: give at least {1 + exclude_self}")
-    if exclude_self and len(queries) != len(gallery):
-        raise ValueError(f"exclude_self needs the gallery as queries, not {len(queries)} rows against {len(gallery)}")
+    if len(gallery) < 1 + (excluded is not None):
+        raise ValueError(f"the nearest of {len(gallery)} pictures is asked for: give at least one that is not excluded")
+    if excluded is not None and len(excluded) != len(queries):
+        raise ValueError(f"{len(excluded)} exclusions for {len(queries)} queries: give one for each")
     points = gallery.astype(np.float64)
     lengths = (points**2).sum(1)
     found = np.empty(len(queries), np.int64)
     for start in range(0, len(queries), BLOCK):
         # the query's own length is the same for all candidates
         distance = lengths - 2 * queries[start : start + BLOCK].astype(np.float64) @ points.T
-        if exclude_self:
-            row = np.arange(len(distance))
-            distance[row, start + row] = np.inf
+        if excluded is not None:
+            places = excluded[start : start + BLOCK]
+            rows = np.flatnonzero(places >= 0)
+            distance[rows, places[rows]] = np.inf
         found[start : start + BLOCK] = distance.argmin(1)
     return found
 

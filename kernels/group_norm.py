@@ -22,7 +22,7 @@ def group_norm_ref(
 ) -> Tensor:
     """Plain torch; what the operator means, and what an exporter decomposes it into."""
     # stock channels-last GroupNorm on CPU loses digits when |mean| >> std, the contiguous one does not
-    y = F.group_norm(x.contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    y = torch.group_norm(x.contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:
         y = y * (1 + per_channel(scale, x))
     if shift is not None:
@@ -81,36 +81,26 @@ def op_backward(
 
 
 def backward_ref(dy, x, groups, weight, bias, scale, shift, activation, eps):
+    if x.numel() == 0:
+        film = [x.new_empty(0) if a is None else torch.zeros_like(a) for a in (scale, shift)]
+        return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias), *film
     batch, channels = x.shape[:2]
     wide = torch.promote_types(x.dtype, torch.float32)
-    dy, xs = (a.to(wide).reshape(batch, channels, -1) for a in (dy, x))
-    w, b = (a.to(wide)[None, :, None] for a in (weight, bias))
+    dy, xs = (a.to(wide).reshape(batch, channels, -1).contiguous() for a in (dy, x))
+    w, b = weight.to(wide), bias.to(wide)
+    sizes = batch, channels, xs.shape[-1], groups
+    affine, mean, rstd = torch.ops.aten.native_group_norm(xs, w, b, *sizes, eps)
     film = None if scale is None else 1 + scale.to(wide)[:, :, None]
-    grouped = (batch, groups, max(channels // groups, 1) * xs.shape[-1])
-    if x.numel() == 0:
-        x_hat, rstd = xs, xs.new_zeros(batch, groups, 1)
-    else:
-        var, mean = torch.var_mean(xs.reshape(grouped), dim=-1, correction=0, keepdim=True)
-        rstd = torch.rsqrt(var + eps)
-        x_hat = ((xs.reshape(grouped) - mean) * rstd).reshape_as(xs)
-
-    affine = x_hat * w + b
     if activation == "silu":
         pre = affine if film is None else affine * film
         pre = pre if shift is None else pre + shift.to(wide)[:, :, None]
-        gate = torch.sigmoid(pre)
-        dy = dy * (gate * (1 + pre * (1 - gate)))
+        dy = torch.ops.aten.silu_backward(dy, pre)
     dshift = x.new_empty(0) if shift is None else dy.sum(-1).to(shift.dtype)
     dscale = x.new_empty(0) if scale is None else (dy * affine).sum(-1).to(scale.dtype)
-    if film is not None:
-        dy = dy * film
-    dbias = dy.sum((0, 2)).to(bias.dtype)
-    dweight = (dy * x_hat).sum((0, 2)).to(weight.dtype)
-    if x.numel() == 0:
-        return torch.empty_like(x), dweight, dbias, dscale, dshift
-    dx_hat, x_hat = (dy * w).reshape(grouped), x_hat.reshape(grouped)
-    dx = rstd * (dx_hat - dx_hat.mean(-1, keepdim=True) - x_hat * (dx_hat * x_hat).mean(-1, keepdim=True))
-    return like(dx.reshape(x.shape), x), dweight, dbias, dscale, dshift
+    dy = dy if film is None else dy * film
+    masks = [True, True, True]
+    dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(dy, xs, mean, rstd, w, *sizes, masks)
+    return like(dx.reshape(x.shape), x), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift
 
 
 @op_backward.register_fake

@@ -6,11 +6,11 @@ from pathlib import Path
 from semantica.errors import UserError
 
 PIPELINE = "SemanticaPipeline"
-# component -> the classes that may stand there; a config that names any other is refused
+# component -> the (module, class) pairs that may stand there; an index that names any other is refused
 COMPONENTS = {
-    "unet": ("UViT",),
-    "encoder": ("ViTEncoder", "PretrainedEncoder"),
-    "scheduler": ("SemanticaScheduler",),
+    "unet": (("semantica.uvit", "UViT"),),
+    "encoder": (("semantica.encoder", "ViTEncoder"), ("semantica.encoder", "PretrainedEncoder")),
+    "scheduler": (("semantica.scheduler", "SemanticaScheduler"),),
 }
 CONFIGS = {"unet": "config.json", "encoder": "config.json", "scheduler": "scheduler_config.json"}
 UNSAFE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npz", ".h5", ".msgpack", ".py"}
@@ -54,11 +54,11 @@ def check_run(folder: Path) -> None:
     if set(named) != set(COMPONENTS):
         raise UserError(f"{folder}/model_index.json names {sorted(named)}: expected {sorted(COMPONENTS)}")
     for name, classes in COMPONENTS.items():
-        if not isinstance(named[name], list) or len(named[name]) != 2 or named[name][0] != "semantica":
-            raise UserError(f"{folder}/model_index.json asks for {named[name]} as {name}: remote code is never loaded")
+        if not isinstance(named[name], list) or tuple(named[name]) not in classes:
+            raise UserError(f"{folder}/model_index.json asks for {named[name]} as {name}: other code is never loaded")
         config = read_json(folder / name / CONFIGS[name])
-        if named[name][1] not in classes or config.get("_class_name") not in (named[name][1],):
-            raise UserError(f"{folder}/{name} is a {config.get('_class_name')!r}: expected one of {', '.join(classes)}")
+        if config.get("_class_name") != named[name][1]:
+            raise UserError(f"{folder}/{name} is a {config.get('_class_name')!r}: expected {named[name][1]!r}")
         if "auto_map" in config or "auto_map" in (config.get("vision") or {}):
             raise UserError(f"{folder}/{name}/{CONFIGS[name]} names code to run (auto_map): remote code is never loaded")
         if name != "scheduler" and not any((folder / name).glob("*.safetensors")):

@@ -11,36 +11,6 @@ from semantica.train.config import TrainConfig
 from semantica.uvit import UViT
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device, else the CPU.
-
-    Raises:
-        UserError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}): use 'cpu', 'cuda' or 'auto'") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported: use 'cpu', 'cuda' or 'auto'")
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast: bf16 where the processor has instructions for it, unless told otherwise."""
-    if name != "auto":
-        return torch.bfloat16 if name == "bf16" else torch.float32
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.bfloat16 if native else torch.float32
-
-
 def build(config: TrainConfig, device: torch.device) -> tuple[UViT, nn.Module, SemanticaScheduler]:
     """Denoiser, encoder and scheduler; initial weights are a function of the seed alone.
 

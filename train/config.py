@@ -67,7 +67,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """"auto" is bf16 autocast where the processor multiplies bf16 natively."""
     compile: bool = False
-    """torch.compile the training step in place."""
+    """torch.compile the repeated blocks in place."""
     attention: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """Self-attention backend of diffusers' dispatcher, or "auto" for the best that works."""
     val: Path | None = None

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import semantica
 from semantica.attention import set_attention
+from semantica.device import pick_device, pick_precision
 from semantica.diffusion import noise_levels
 from semantica.errors import UserError
 from semantica.images import grid, save_png, to_uint8
@@ -23,11 +24,11 @@ from semantica.kernels import implementations
 from semantica.pipeline import SemanticaPipeline
 from semantica.profile import count_parameters, peak_flops, step_flops
 from semantica.train import checkpoint
-from semantica.train.build import build, pick_device, pick_precision
+from semantica.train.build import build
 from semantica.train.config import FREE, TrainConfig
 from semantica.train.data import PairData, Pairs, bad_record, batches, collate, digest, scan, split
 from semantica.train.heldout import held_out_batches
-from semantica.train.objective import Objective, held_out_loss
+from semantica.train.objective import Objective, compile_blocks, held_out_loss
 from semantica.train.state import TrainState
 
 SAMPLE_CONDITIONS, SAMPLE_VARIATIONS, SAMPLE_STEPS, HELD_OUT_PAIRS = 6, 4, 20, 256
@@ -68,7 +69,7 @@ def train(config: TrainConfig) -> Path:
     run.rewind(state.step)
     objective = Objective(unet, encoder, config.loss, config.scales).train()
     if config.compile:
-        objective.compile(fullgraph=True)
+        compile_blocks(objective)
     averaged = Objective(state.ema["unet"], state.ema.get("encoder", encoder), config.loss, config.scales).eval()
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
     measure = Measure(config, device, dtype, step_flops(unet, encoder))

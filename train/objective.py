@@ -1,11 +1,24 @@
 """The loss of one batch, as a module that can be compiled in place."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from semantica.condition import Stream
-from semantica.diffusion import add_noise, loss_weight, multiscale_loss, v_target
+from semantica.diffusion import add_noise, loss_weight, multiscale_loss, noise_levels, v_target
+from semantica.encoder import EncoderBlock
+from semantica.layers import ResBlock, TransformerBlock
 from semantica.uvit import UViT
+
+REPEATED = (TransformerBlock, ResBlock, EncoderBlock)
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compile the repeated blocks in place: one graph serves all blocks of a kind, so that compiling takes seconds."""
+    for block in module.modules():
+        if isinstance(block, REPEATED):
+            block.compile(fullgraph=True)
 
 
 class Objective(nn.Module):
@@ -24,6 +37,8 @@ class Objective(nn.Module):
         super().__init__()
         self.unet, self.encoder = unet, encoder
         self.loss, self.scales = loss, scales or (unet.config.image_size,)
+        # -3 at 512 pixels (SiD2), moved with the resolution as the noise schedule is
+        self.bias = -3 + 2 * math.log(512 / unet.config.image_size)
 
     def forward(self, condition: Tensor, target: Tensor, noise: Tensor, logsnr: Tensor, drop: Tensor) -> Tensor:
         """Loss per sample `[B]` of images `[B, 3, S, S]`, noise levels `[B]`, and `drop` `[B]` (no condition)."""
@@ -31,7 +46,7 @@ class Objective(nn.Module):
         names = self.unet.stream_names
         values = self.unet.condition({name: Stream(stream.tokens, stream.pooled) for name in names}, drop)
         v = self.unet(add_noise(target, noise, logsnr), logsnr, values)
-        weight = loss_weight(logsnr, self.loss)
+        weight = loss_weight(logsnr, self.loss, self.bias)
         return multiscale_loss(v.float(), v_target(target, noise, logsnr), weight, self.scales)
 
 
@@ -42,8 +57,6 @@ def held_out_loss(objective: Objective, batches: list[dict], schedule, autocast)
     Args:
         batches: as `semantica.train.data.collate`, with `other`, the index in the batch of a sample of another group.
     """
-    from semantica.diffusion import noise_levels
-
     sums, count = {"right": 0.0, "shuffled": 0.0}, 0
     for batch in batches:
         logsnr = noise_levels(batch["u"], schedule).to(batch["target"].device)

@@ -1,0 +1,248 @@
+"""The operators against float64 closed forms, and as citizens of torch."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semantica.kernels import cross_attention, cross_attention_ref, group_norm, group_norm_ref, implementations
+from semantica.kernels.cases import CROSS_ATTENTION, GROUP_NORM, CrossAttentionCase, GroupNormCase
+
+ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def group_norm_exact(x, groups, weight, bias, scale, shift, activation, eps=1e-5):
+    """From the definition, without torch's own norm."""
+    grouped = x.reshape(x.shape[0], groups, -1)
+    mean = grouped.mean(-1, keepdim=True)
+    variance = (grouped - mean).square().mean(-1, keepdim=True)
+    y = ((grouped - mean) / (variance + eps).sqrt()).reshape(x.shape[0], x.shape[1], -1)
+    y = y * weight[:, None] + bias[:, None]
+    if scale is not None:
+        y = y * (1 + scale[:, :, None]) + shift[:, :, None]
+    return (y / (1 + (-y).exp()) if activation == "silu" else y).reshape(x.shape)
+
+
+def cross_attention_exact(q, k, v, sizes, lengths, gates, q_weight):
+    """From the definition, sample by sample, over the valid tokens only."""
+    batch, queries, heads, dim = q.shape
+    if q_weight is not None:
+        q = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * q_weight
+    samples = []
+    for b in range(batch):
+        total, start = torch.zeros_like(q[b]), 0
+        for s, size in enumerate(sizes):
+            count = size if lengths is None else int(lengths[b, s])
+            if count:
+                keys, values = k[b, start : start + count], v[b, start : start + count]
+                logits = torch.einsum("nhd,mhd->hnm", q[b], keys) / math.sqrt(dim)
+                weights = (logits - logits.amax(-1, keepdim=True)).exp()
+                part = torch.einsum("hnm,mhd->nhd", weights / weights.sum(-1, keepdim=True), values)
+                total = total + (part if gates is None else part * gates[b, s, :, None])
+            start += size
+        samples.append(total)
+    return torch.stack(samples)
+
+
+def run(function, inputs, cotangent_dtype=None):
+    """Output and gradients of every floating-point input, with a random cotangent."""
+    leaves = {
+        name: value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    out = function(**{**inputs, **leaves})
+    g = torch.Generator().manual_seed(7)
+    cotangent = torch.randn(out.shape, generator=g, dtype=torch.float64).to(cotangent_dtype or out.dtype).to(out.dtype)
+    gradients = torch.autograd.grad(out, list(leaves.values()), cotangent)
+    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def widen(inputs):
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def assert_accurate(actual, eager, truth, dtype):
+    """At most twice the error of eager torch on contiguous input in that dtype, plus one unit in the last place."""
+    for name, exact in truth.items():
+        ulp = ULP[dtype] * max(exact.abs().max().item(), 1e-6)
+        error, allowed = (actual[name].double() - exact).abs(), (eager[name].double() - exact).abs()
+        assert error.max() <= 2 * allowed.max() + ulp, f"{name}: {error.max():.3g} against {allowed.max():.3g}"
+        assert error.mean() <= 1.5 * allowed.mean() + ulp, f"{name}: mean {error.mean():.3g} against {allowed.mean():.3g}"
+        assert actual[name].dtype == eager[name].dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GROUP_NORM)
+def test_group_norm_and_gradients_are_accurate(name, dtype):
+    inputs = GROUP_NORM[name].inputs(dtype)
+    eager_inputs = {**inputs, "x": inputs["x"].contiguous(), "eps": 1e-5}
+    actual, eager = run(group_norm, inputs, dtype), run(group_norm_ref, eager_inputs, dtype)
+    truth = run(group_norm_exact, widen(inputs), dtype)
+    assert actual["out"].stride() == torch.empty_like(inputs["x"]).stride()
+    assert_accurate(actual, eager, truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CROSS_ATTENTION)
+def test_cross_attention_and_gradients_are_accurate(name, dtype):
+    inputs = CROSS_ATTENTION[name].inputs(dtype)
+    contiguous = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    actual, eager = run(cross_attention, inputs, dtype), run(cross_attention_ref, contiguous, dtype)
+    assert_accurate(actual, eager, run(cross_attention_exact, widen(inputs), dtype), dtype)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("ratio", [100.0, 300.0, 1000.0])
+def test_group_norm_keeps_its_digits_where_the_mean_is_large(ratio, channels_last):
+    inputs = GroupNormCase((2, 64, 32, 32), 32, False, "none", channels_last, ratio).inputs(torch.float32)
+    error = (group_norm(**inputs).double() - group_norm_exact(**widen(inputs))).abs().max()
+    # the input itself is rounded to ratio * 2^-24 of its standard deviation
+    assert error < 4 * ratio * 2**-24
+
+
+def test_one_softmax_per_stream_and_nothing_from_an_absent_one():
+    inputs = CROSS_ATTENTION["two streams"].inputs(torch.float64)
+    q, k, v, gates, weight = (inputs[n] for n in ("q", "k", "v", "gates", "q_weight"))
+    parts = [(k[:, :7], v[:, :7]), (k[:, 7:], v[:, 7:])]
+    separate = sum(
+        cross_attention(q, ks, vs, (ks.shape[1],), gates=gates[:, s : s + 1], q_weight=weight)
+        for s, (ks, vs) in enumerate(parts)
+    )
+    torch.testing.assert_close(cross_attention(**inputs), separate, rtol=0, atol=1e-13)
+    lengths = torch.tensor([[7, 0]] * 3)
+    first = cross_attention(q, *parts[0], (7,), gates=gates[:, :1], q_weight=weight)
+    # whatever stands in the absent tokens, even NaN in memory nobody wrote, must not matter to the values
+    k2 = k.clone()
+    k2[:, 7:] = 1e30
+    assert torch.equal(cross_attention(q, k2, v, (7, 12), lengths, gates, weight), first)
+
+
+def test_a_repeated_token_has_the_same_softmax():
+    inputs = CrossAttentionCase(2, 16, 2, 64, (1,)).inputs(torch.float64)
+    many = {**inputs, "k": inputs["k"].expand(-1, 9, -1, -1), "v": inputs["v"].expand(-1, 9, -1, -1), "sizes": (9,)}
+    torch.testing.assert_close(cross_attention(**many), cross_attention(**inputs), rtol=0, atol=1e-14)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 3), groups=st.integers(1, 5), width=st.integers(1, 5),
+    spatial=st.lists(st.integers(1, 6), min_size=1, max_size=3), film=st.booleans(), silu=st.booleans(), last=st.booleans(),
+)  # fmt: skip
+def test_group_norm_any_shape(batch, groups, width, spatial, film, silu, last):
+    case = GroupNormCase((batch, groups * width, *spatial), groups, film, "silu" if silu else "none", last and len(spatial) > 1)
+    inputs = case.inputs(torch.float64)
+    actual, truth = run(group_norm, inputs), run(group_norm_exact, inputs)
+    for name in truth:
+        # groups of one value have a variance of eps: gradients there are sums of nearly equal numbers
+        torch.testing.assert_close(actual[name], truth[name], rtol=1e-7, atol=1e-8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_cross_attention_any_streams(data):
+    sizes = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
+    batch = data.draw(st.integers(1, 3))
+    lengths = tuple(tuple(data.draw(st.integers(0, size)) for size in sizes) for _ in range(batch))
+    case = CrossAttentionCase(
+        batch, data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3)), 32, sizes,
+        lengths if data.draw(st.booleans()) else None, data.draw(st.booleans()), data.draw(st.booleans()), data.draw(st.booleans()),
+    )  # fmt: skip
+    inputs = case.inputs(torch.float64)
+    actual, truth = run(cross_attention, inputs), run(cross_attention_exact, inputs)
+    for name in truth:
+        torch.testing.assert_close(actual[name], truth[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["tiny", "plain", "volume"])
+def test_group_norm_passes_opcheck_and_gradcheck(name):
+    case = GROUP_NORM[name]
+    inputs = GroupNormCase((2, 8, *[3] * (len(case.shape) - 2)), 4, case.film, case.activation, case.channels_last).inputs(torch.float64)
+    arguments = [v.requires_grad_() if isinstance(v, torch.Tensor) else v for v in inputs.values()]
+    torch.library.opcheck(torch.ops.semantica.group_norm.default, (*arguments, 1e-5))
+    assert torch.autograd.gradcheck(group_norm, arguments)
+
+
+@pytest.mark.parametrize("name", ["tiny", "no norm", "absent stream"])
+def test_cross_attention_passes_opcheck_and_gradcheck(name):
+    case = CROSS_ATTENTION[name]
+    lengths = ((2, 0), (1, 3)) if case.lengths else None
+    small = CrossAttentionCase(2, 3, 2, 32, (2, 3), lengths, case.gates, case.q_norm)
+    floats = [v.requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in small.inputs(torch.float64).values()]
+    floats[3] = list(floats[3])
+    torch.library.opcheck(torch.ops.semantica.cross_attention.default, tuple(floats))
+    assert torch.autograd.gradcheck(cross_attention, floats)
+
+
+def test_the_operators_compile_whole_with_gradients():
+    gn, ca = GROUP_NORM["tiny"].inputs(torch.float32), CROSS_ATTENTION["absent stream"].inputs(torch.float32)
+
+    def both(x, q):
+        return group_norm(**{**gn, "x": x}).sum() + cross_attention(**{**ca, "q": q}).square().sum()
+
+    leaves = [gn["x"].clone(memory_format=torch.preserve_format).requires_grad_(), ca["q"].clone().requires_grad_()]
+    expected = torch.autograd.grad(both(*leaves), leaves)
+    actual = torch.autograd.grad(torch.compile(both, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+        assert a.stride() == e.stride()
+
+
+def test_inputs_are_left_alone_and_autocast_changes_nothing():
+    inputs = GROUP_NORM["tiny"].inputs(torch.bfloat16)
+    before = {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    plain = group_norm(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(group_norm(**inputs), plain)
+    assert all(torch.equal(inputs[k], v) for k, v in before.items())
+    inputs = CROSS_ATTENTION["tiny"].inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cross_attention(**inputs), cross_attention(**inputs))
+        assert cross_attention(**inputs).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)])
+def test_empty_input_gives_empty_output_and_zero_gradients(shape):
+    x = torch.randn(shape, requires_grad=True)
+    weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
+    y = group_norm(x, 4, weight, bias)
+    y.sum().backward()
+    assert y.shape == shape and weight.grad.abs().sum() == 0 and x.grad.shape == shape
+    q = torch.randn(0, 5, 2, 32)
+    assert cross_attention(q, torch.randn(0, 3, 2, 32), torch.randn(0, 3, 2, 32), (3,)).shape == q.shape
+
+
+def test_wrong_arguments_are_named():
+    gn = GROUP_NORM["tiny"].inputs(torch.float32)
+    q, k = torch.randn(2, 4, 2, 32), torch.randn(2, 6, 2, 32)
+    wrong = [
+        (group_norm, {**gn, "groups": 7}, "groups=7 does not divide"),
+        (group_norm, {**gn, "groups": 0}, "groups=0"),
+        (group_norm, {**gn, "x": gn["x"][0, 0]}, "x has shape"),
+        (group_norm, {**gn, "x": gn["x"].int()}, "x has dtype"),
+        (group_norm, {**gn, "weight": gn["weight"][:5]}, "weight has shape"),
+        (group_norm, {**gn, "bias": gn["bias"].half()}, "bias has dtype"),
+        (group_norm, {**gn, "shift": gn["shift"].to("meta")}, "shift is on meta"),
+        (group_norm, {**gn, "activation": "gelu"}, "activation='gelu'"),
+        (cross_attention, dict(q=q[0], k=k, v=k, sizes=(6,)), "q has shape"),
+        (cross_attention, dict(q=q[..., :20], k=k[..., :20], v=k[..., :20], sizes=(6,)), "head dim 20"),
+        (cross_attention, dict(q=q, k=k, v=k, sizes=(5,)), r"sizes=\[5\]"),
+        (cross_attention, dict(q=q, k=k, v=k, sizes=(6, 0)), "must be positive"),
+        (cross_attention, dict(q=q, k=k, v=k[:1], sizes=(6,)), "v has shape"),
+        (cross_attention, dict(q=q, k=k.half(), v=k, sizes=(6,)), "k has dtype"),
+        (cross_attention, dict(q=q, k=k, v=k, sizes=(6,), lengths=torch.ones(2, 1)), "lengths has dtype"),
+        (cross_attention, dict(q=q, k=k, v=k, sizes=(6,), gates=torch.ones(2, 2, 2)), "gates has shape"),
+        (cross_attention, dict(q=q.int(), k=k, v=k, sizes=(6,)), "q has dtype"),
+    ]
+    for function, arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            function(**arguments)
+
+
+def test_implementations_names_every_operator():
+    table = implementations()
+    assert set(table) == {"group_norm", "cross_attention"}
+    assert all(kind == "reference" and reason for kind, reason in table.values())
