@@ -59,10 +59,11 @@ def doctor(arguments: list[str]) -> int:
     return parse(run, "doctor", arguments)
 
 
-def demo(arguments: list[str]) -> int:
-    from semantica.benchmarks.demo import run
+def demo(arguments: list[str]) -> None:
+    from semantica.benchmarks.demo import DemoConfig
+    from semantica.benchmarks.demo import demo as run
 
-    return parse(run, "demo", arguments)
+    run(parse(DemoConfig, "demo", arguments))
 
 
 def train(arguments: list[str]) -> None:

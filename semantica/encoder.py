@@ -117,8 +117,8 @@ class PretrainedEncoder(ModelMixin, ConfigMixin):
         # the pinned attention is torch's own: nothing is fetched to run it
         config._attn_implementation = "sdpa"
         self.tower = model_class(config).requires_grad_(False).eval()
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
         side = image_size // config.patch_size
         self.patches = side * side
 
@@ -186,7 +186,7 @@ class PretrainedEncoder(ModelMixin, ConfigMixin):
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
-        pixels = ((images.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
+        pixels = ((images.clamp(-1, 1) + 1) / 2 - self.pixel_mean) / self.pixel_std
         out = self.tower(pixel_values=pixels.to(next(self.tower.parameters()).dtype))
         tokens = out.last_hidden_state
         first = tokens.shape[1] - self.patches

@@ -65,10 +65,15 @@ class SemanticaPipeline(DiffusionPipeline):
         kwargs.update(use_safetensors=True, trust_remote_code=False, local_files_only=True)
         kwargs.pop("custom_pipeline", None)
         try:
-            return super().from_pretrained(str(folder), **kwargs)
+            pipeline = super().from_pretrained(str(folder), **kwargs)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{folder} cannot be loaded: {reason}") from error
+        for module in (pipeline.unet, pipeline.encoder):
+            for parameter in module.parameters():
+                # a tensor mapped from a file is not aligned as an allocated one, and matrix products round by alignment
+                parameter.data = parameter.data.clone(memory_format=torch.preserve_format)
+        return pipeline
 
     @torch.no_grad()
     def encode(self, image: Tensor | Picture | Sequence[Picture]) -> Stream:

@@ -329,10 +329,14 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     Tensors `condition [B, 3, C, C]`, `target [B, 3, S, S]` float32 in [-1, 1], `noise [B, 3, S, S]` float32, `u [B]`
     float64, `drop [B]` bool, `index [B]` int64, and `bad`, all the items' (path, reason) in one list.
     """
+    noise = torch.empty(len(items), *items[0]["noise"].shape)
+    # torch's own memory: numpy's is aligned by chance, and that can change how later sums are rounded
+    for row, item in zip(noise, items, strict=True):
+        row.copy_(torch.from_numpy(item["noise"]))
     return {
         "condition": to_tensor([item["condition"] for item in items]),
         "target": to_tensor([item["target"] for item in items]),
-        "noise": torch.from_numpy(np.stack([item["noise"] for item in items])),
+        "noise": noise,
         "u": torch.tensor([item["u"] for item in items], dtype=torch.float64),
         "drop": torch.tensor([item["drop"] for item in items], dtype=torch.bool),
         "index": torch.tensor([item["index"] for item in items], dtype=torch.int64),

@@ -111,7 +111,7 @@ def train(config: TrainConfig) -> Path:
         if step % config.save_every == 0 or last:
             measure.check()
             checkpoint.save(run.out / "checkpoints", step, state.tensors(), {"seed": config.seed}, config.keep)
-        if step % config.sample_every == 0 or last:
+        if step % config.sample_every == 0:
             pipeline = SemanticaPipeline(averaged.unet, averaged.encoder, scheduler)
             run.sample(pipeline, fixed[0] if fixed else collate([pairs[i] for i in range(SAMPLE_CONDITIONS)]), step)
         measure.start()

@@ -79,9 +79,12 @@ class TrainState:
                 module.load_state_dict(files[name])
                 self.ema[name].load_state_dict(files[f"ema_{name}"])
             for key, parameter in self.parameters.items():
-                # a new mapping for each: the optimizer owns its tensors
                 slots = {slot: files["optimizer"][f"{key}.{slot}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = slots
+                # the fused step walks memory: moments need their parameter's strides, which files do not keep
+                self.optimizer.state[parameter] = {
+                    slot: (torch.empty_like(parameter) if value.ndim else torch.empty_like(value)).copy_(value)
+                    for slot, value in slots.items()
+                }
         except (RuntimeError, KeyError) as error:
             raise UserError("the checkpoint belongs to another model: give the options it was trained with") from error
         self.step = step

@@ -1,0 +1,176 @@
+"""`semantica demo`: draw a data set, train on it, make variations of held-out pictures, measure, report."""
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from semantica.errors import UserError
+
+CONDITIONS_PER_GROUP, VARIATIONS, SAMPLING_STEPS, GUIDANCE = 4, 4, 20, 2.0
+# what a good run shows on held-out groups: (figure, lowest value, what it means)
+GOALS = (
+    ("loss_gain", 0.25, "denoising loss: right condition below a shuffled one"),
+    ("on_topic", 0.70, "on-topic rate: nearest held-out picture is of the condition's group"),
+    ("same_shape_in_grey", 0.50, "same shape, judged on grey values alone"),
+    ("diversity", 0.60, "diversity, as a share of that among a group's real pictures"),
+)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Draw a data set, train on it, make variations of held-out pictures, write report.html and metrics.json."""
+
+    out: Path = Path("demo")
+    """Folder to write; the same command continues or repeats a demo there."""
+    steps: int = 1500
+    """Training steps."""
+    groups: int = 320
+    """Groups of drawn pictures to train on."""
+    seed: int = 0
+
+
+def train_options(config: DemoConfig) -> dict:
+    """What the demo trains with: settings for a few minutes on two cores."""
+    return dict(
+        data=config.out / "web" / "train", val=config.out / "web" / "val", out=config.out / "run",
+        steps=config.steps, preset="tiny", conditioning="both", batch=32, lr=1e-3, warmup=40, decay=0.4, ema=0.995,
+        loss="v", flip=False, compile=True, seed=config.seed, workers=1,
+        eval_every=max(1, config.steps // 5), sample_every=config.steps, save_every=max(1, config.steps // 3),
+    )  # fmt: skip
+
+
+def demo(config: DemoConfig) -> dict:
+    """Run the demo; returns the figures that metrics.json holds.
+
+    Raises:
+        UserError: impossible options, or a folder that holds something else.
+    """
+    from semantica.benchmarks.evaluate import EvaluateConfig, evaluate
+    from semantica.benchmarks.web import draw_web
+    from semantica.train.config import TrainConfig
+    from semantica.train.loop import train
+
+    if config.steps < 1 or config.groups < 1 or config.seed < 0:
+        raise UserError("--steps and --groups must be at least 1, --seed at least 0")
+    seconds = {}
+
+    def timed(name: str, function, *arguments):
+        began = time.perf_counter()
+        result = function(*arguments)
+        seconds[name] = time.perf_counter() - began
+        return result
+
+    print(f"1/4 drawing {config.groups} groups of pictures in {config.out / 'web'}")
+    timed("draw", draw_web, config.out / "web", config.seed, config.groups)
+    print(f"2/4 training {config.steps} steps in {config.out / 'run'}")
+    run = timed("train", train, TrainConfig(**train_options(config)))
+    print("3/4 measuring variations of held-out pictures")
+    settings = EvaluateConfig(
+        data=config.out / "web" / "val", model=run, attributes=config.out / "web" / "attributes.json",
+        out=config.out / "evaluation.json", conditions=16 * CONDITIONS_PER_GROUP, n=VARIATIONS,
+        steps=SAMPLING_STEPS, guidance=GUIDANCE, seed=config.seed, device="cpu",
+    )  # fmt: skip
+    result = timed("evaluate", evaluate, settings)
+    print("4/4 writing the report")
+    timed("grid", draw_grid, config, run)
+    metrics = {**result, "goals": goals(result)}
+    write_json(config.out / "metrics.json", metrics)
+    report(config, metrics, seconds)
+    for goal in metrics["goals"]:
+        mark = "reached" if goal["reached"] else "MISSED"
+        print(f"  {goal['value']:6.1%}  (goal {goal['goal']:.0%}, {mark})  {goal['meaning']}")
+    print(f"open {config.out / 'report.html'}")
+    return metrics
+
+
+def goals(result: dict) -> list[dict]:
+    values = {**result["figures"]["model"], "loss_gain": result["loss"]["right_below_shuffled"]}
+    return [
+        {"figure": name, "value": values[name], "goal": goal, "reached": values[name] >= goal, "meaning": meaning}
+        for name, goal, meaning in GOALS
+    ]
+
+
+def draw_grid(config: DemoConfig, run: Path) -> None:
+    """grid.png: the first picture of each held-out group, then its variations; two groups a row."""
+    from semantica.images import fit, grid, load_image, save_png
+    from semantica.sample import load_pipeline, variations
+    from semantica.train.data import scan
+
+    data = scan(config.out / "web" / "val", "folders")
+    pipeline = load_pipeline(run, "cpu", "dpmpp_2m")
+    pictures = [load_image(data.root / members[0]) for members in data.groups.values()]
+    made = variations(pipeline, pictures, 6, SAMPLING_STEPS, GUIDANCE, config.seed)
+    size = pipeline.unet.config.image_size
+    rows = [[fit(picture, size), *row] for picture, row in zip(pictures, made, strict=True)]
+    save_png(grid(rows, apart=4), config.out / "grid.png")
+
+
+def write_json(path: Path, content: dict) -> None:
+    aside = path.with_name(f".{path.name}.incomplete")
+    aside.write_text(json.dumps(content, indent=1))
+    aside.replace(path)
+
+
+def report(config: DemoConfig, metrics: dict, seconds: dict[str, float]) -> None:
+    """report.html: what ran, curves, the grid, timings, figures."""
+    import torch
+
+    from semantica import __version__
+    from semantica.benchmarks.report import Part, picture, plot, write_page
+
+    rows = [json.loads(line) for line in (config.out / "run" / "metrics.jsonl").read_text().splitlines()]
+    training = [r for r in rows if "loss" in r]
+    held = [r for r in rows if "held_out_loss" in r]
+    steps = [r["step"] for r in held]
+    curves = {
+        "training": ([r["step"] for r in training], [r["loss"] for r in training]),
+        "held out, right condition": (steps, [r["held_out_loss"] for r in held]),
+        "held out, shuffled condition": (steps, [r["held_out_loss_shuffled"] for r in held]),
+    }
+    names = sorted({name for row in metrics["figures"].values() for name in row}, key=lambda n: (n != "on_topic", n))
+    figures = tuple(
+        (name, *[f"{row[n]:.1%}" if n in row else "" for n in names]) for name, row in metrics["figures"].items()
+    )
+    speed = sorted(r["images_per_s"] for r in training)[len(training) // 2]
+    facts = (
+        ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}"),
+        ("versions", f"semantica {__version__}, torch {torch.__version__}, Python {platform.python_version()}"),
+        ("training", f"{config.steps} steps of 32 pictures, {speed:.0f} pictures/s (median)"),
+        ("waiting for data", f"{sum(r['data_wait'] for r in training) / len(training):.1%} of the step time"),
+        ("model", f"denoiser and encoder cost {training[-1]['flops_per_image'] / 1e9:.2f} GFLOP a picture and step"),
+        ("peak memory", f"{training[-1]['peak_memory_bytes'] / 2**30:.2f} GiB"),
+        *((f"seconds to {name}", f"{value:.1f}") for name, value in seconds.items()),
+    )
+    made = [(g["meaning"], f"{g['value']:.1%}", f"{g['goal']:.0%}", "yes" if g["reached"] else "no") for g in metrics["goals"]]
+    about = (
+        "A small model learned from pairs of drawn pictures that share a group, as pictures on a web page do: it sees "
+        "one picture and makes others of the same content. The groups below were held out: each crosses a shape with "
+        "a palette that training never showed together."
+    )
+    note = (
+        "Each row: a held-out picture, then variations of it. The object's shape, count and palette should carry over; "
+        "place, size and angle should not be copied."
+    )
+    write_page(
+        config.out / "report.html",
+        "Semantica demo: variations of pictures",
+        [
+            Part(text=about),
+            Part("Variations of held-out pictures", note, True, png=picture(config.out / "grid.png"), alt="grid"),
+            Part("Goals", columns=("figure on held-out groups", "value", "goal", "reached"), rows=tuple(made)),
+            Part(
+                "Figures beside baselines",
+                f"{metrics['groups']} groups: chance is {metrics['chance']:.1%}. Real pictures are the ceiling.",
+                True,
+                columns=("", *[n.replace("_", " ") for n in names]),
+                rows=figures,
+            ),
+            Part("Loss", svg=plot(curves, "step", "weighted squared error of v", log=True)),
+            Part("What ran", columns=("", ""), rows=facts),
+        ],
+        width=7 * 34 * 3,
+    )
+

@@ -1,0 +1,75 @@
+"""The one report writer: a self-contained HTML page of text, tables, plots and pictures."""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }
+th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
+img.pixels { image-rendering: pixelated; width: 100%; max-width: {{ width }}px }
+svg { max-width: 100%; height: auto } p.note { color: #555 } code { background: #f3f3f3; padding: 0 .2rem }
+</style></head><body><h1>{{ title }}</h1>
+{% for part in parts %}{% if part.heading %}<h2>{{ part.heading }}</h2>{% endif %}
+{% if part.text %}<p{% if part.note %} class="note"{% endif %}>{{ part.text }}</p>{% endif %}
+{% if part.rows %}<table><tr>{% for cell in part.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in part.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endif %}
+{% if part.png %}<img class="pixels" alt="{{ part.alt }}" src="data:image/png;base64,{{ part.png }}">{% endif %}
+{% if part.svg %}{{ part.svg | safe }}{% endif %}
+{% endfor %}</body></html>
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One section: a heading, then whichever of text, table, picture and plot are given."""
+
+    heading: str = ""
+    text: str = ""
+    note: bool = False
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    png: str = ""
+    alt: str = ""
+    svg: str = ""
+
+
+def picture(path: Path) -> str:
+    """A PNG file as text for `Part.png`."""
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def plot(curves: dict[str, tuple[list[float], list[float]]], x_label: str, y_label: str, log: bool = False) -> str:
+    """Curves `{name: (x, y)}` as an SVG text for `Part.svg`."""
+    # the object interface: no window system, no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=name, marker="o" if len(x) < 20 else None, markersize=3)
+    axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def write_page(path: Path, title: str, parts: list[Part], width: int = 900) -> None:
+    """Write the page aside, then rename it."""
+    from jinja2 import Environment
+
+    page = Environment(autoescape=True).from_string(PAGE).render(title=title, parts=parts, width=width)
+    aside = path.with_name(f".{path.name}.incomplete")
+    aside.write_text(page, encoding="utf-8")
+    aside.replace(path)

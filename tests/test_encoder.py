@@ -1,0 +1,112 @@
+"""Encoders: the trainable one, and the real loading code on small random DINOv2, CLIP and SigLIP towers."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from semantica import PretrainedEncoder, UserError, ViTEncoder
+
+TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+
+
+def save_tower(folder, kind):
+    torch.manual_seed(0)
+    if kind == "dinov2":
+        model = transformers.Dinov2Model(transformers.Dinov2Config(**TINY, patch_size=14, image_size=70))
+    elif kind == "clip":
+        vision = dict(**TINY, patch_size=16, image_size=64)
+        text = dict(TINY, vocab_size=50, max_position_embeddings=8)
+        model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text))
+    else:
+        vision = transformers.SiglipVisionConfig(**TINY, patch_size=16, image_size=64)
+        model = transformers.SiglipVisionModel(vision)
+    model.save_pretrained(folder)
+    mean = [0.1, 0.2, 0.3]
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": [0.5, 0.6, 0.7]}))
+    return model.eval()
+
+
+def pictures(size, batch=2):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+@pytest.mark.parametrize(("kind", "size", "patches"), [("dinov2", 70, 25), ("clip", 64, 16), ("siglip", 64, 16)])
+def test_the_tower_sees_normalised_images_and_gives_its_own_features(tmp_path, kind, size, patches):
+    model = save_tower(tmp_path, kind)
+    encoder = PretrainedEncoder.from_source(str(tmp_path), image_size=size)
+    images = pictures(size)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
+    tower = model.vision_model if kind == "clip" else model
+    out = tower(pixel_values=((images + 1) / 2 - mean) / std)
+    stream = encoder(images)
+    assert stream.tokens.shape == (2, patches, 32) and encoder.token_dim == 32
+    torch.testing.assert_close(stream.tokens, out.last_hidden_state[:, -patches:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(stream.pooled, out.pooler_output, rtol=0, atol=1e-5)
+    everything = PretrainedEncoder.from_source(str(tmp_path), image_size=size, tokens="all")
+    torch.testing.assert_close(everything(images).tokens, out.last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_it_is_frozen_and_comes_back_without_its_source(tmp_path):
+    save_tower(tmp_path / "source", "dinov2")
+    encoder = PretrainedEncoder.from_source(str(tmp_path / "source"), image_size=70)
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder.train().training and not encoder.tower.training
+    encoder.save_pretrained(tmp_path / "run")
+    again = PretrainedEncoder.from_pretrained(tmp_path / "run")
+    assert again.config.source == str(tmp_path / "source")
+    images = pictures(70)
+    assert torch.equal(encoder(images).tokens, again(images).tokens)
+
+
+def test_positions_are_interpolated_once(tmp_path):
+    model = save_tower(tmp_path, "dinov2")
+    encoder = PretrainedEncoder.from_source(str(tmp_path), image_size=140)
+    assert encoder.tower.embeddings.position_embeddings.shape[1] == 101
+    images = pictures(140)
+    mean, std = encoder.pixel_mean, encoder.pixel_std
+    # transformers interpolates on the fly at this size; ours must give the same
+    expected = model(pixel_values=((images + 1) / 2 - mean) / std).last_hidden_state[:, 1:]
+    torch.testing.assert_close(encoder(images).tokens, expected, rtol=0, atol=1e-5)
+    smaller = encoder(pictures(70))
+    assert smaller.tokens.shape == (2, 100, 32)
+
+
+def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path):
+    save_tower(tmp_path / "good", "clip")
+    with pytest.raises(UserError, match="image size 96 does not fit"):
+        PretrainedEncoder.from_source(str(tmp_path / "good"), image_size=96)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        PretrainedEncoder.from_source(str(tmp_path / "nothing" / "here"))
+    other = tmp_path / "bert"
+    transformers.BertModel(transformers.BertConfig(**TINY, vocab_size=20)).save_pretrained(other)
+    with pytest.raises(UserError, match="of type 'bert'"):
+        PretrainedEncoder.from_source(str(other))
+    pickled = tmp_path / "pickled"
+    save_tower(pickled, "dinov2")
+    weights = transformers.Dinov2Model.from_pretrained(pickled).state_dict()
+    (pickled / "model.safetensors").unlink()
+    torch.save(weights, pickled / "pytorch_model.bin")
+    with pytest.raises(UserError, match="no loadable safetensors") as caught:
+        PretrainedEncoder.from_source(str(pickled))
+    assert "\n" not in str(caught.value)
+    remote = tmp_path / "remote"
+    remote.mkdir()
+    (remote / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": {"AutoConfig": "evil.Config"}}))
+    (remote / "evil.py").write_text("raise SystemExit('code from a model folder ran')")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        PretrainedEncoder.from_source(str(remote))
+    with pytest.raises(UserError, match="tokens='cls'"):
+        PretrainedEncoder("x", None, {"model_type": "dinov2"}, 70, tokens="cls")
+
+
+def test_the_trainable_encoder_learns_from_every_parameter():
+    encoder = ViTEncoder(image_size=32, patch_size=4, width=64, depth=2, heads=1)
+    stream = encoder(pictures(32))
+    assert stream.tokens.shape == (2, 64, 64)
+    torch.testing.assert_close(stream.pooled, stream.tokens.mean(1))
+    stream.tokens.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in encoder.parameters())
+    with pytest.raises(UserError, match="patch_size=6"):
+        ViTEncoder(image_size=30, patch_size=6)

@@ -1,0 +1,388 @@
+"""The trainer: exact resume, what it writes, what it refuses."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from semantica import SemanticaPipeline, UserError
+from semantica.train import checkpoint
+from semantica.train.config import TrainConfig, ema_decay, learning_rate
+from semantica.train.data import Pairs, collate, scan
+from semantica.train.heldout import held_out_batches, partners
+from semantica.train.loop import Measure, train
+from semantica.train.objective import Objective
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for group in range(6):
+        (root / f"g{group}").mkdir()
+        base = rng.integers(0, 256, 3)
+        for i in range(4):
+            noise = rng.integers(-30, 30, (36, 36, 3))
+            Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8)).save(root / f"g{group}" / f"{i}.png")
+    return root
+
+
+def config(photos, out, **changes) -> TrainConfig:
+    options = dict(
+        data=photos, out=out, steps=4, batch=4, accumulate=2, warmup=2, precision="fp32", held_out=0.2,
+        log_every=2, save_every=2, eval_every=4, sample_every=6, workers=0, device="cpu",
+    )  # fmt: skip
+    return TrainConfig(**{**options, **changes})
+
+
+def newest(out: Path) -> Path:
+    return checkpoint.folders(out / "checkpoints")[-1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def rows(out: Path) -> list[dict]:
+    timing = {"images_per_s", "data_wait", "peak_memory_bytes", "mfu", "peak_flops"}
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def straight(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight") / "run"
+    train(config(photos, out, steps=6))
+    return out
+
+
+def test_a_run_folder_is_complete_and_samples(straight):
+    names = {p.name for p in straight.iterdir()}
+    expected = {"config.json", "metrics.jsonl", "model_index.json", "unet", "encoder", "scheduler", "checkpoints", "samples"}
+    assert expected <= names and not [n for n in names if n.startswith(".")]
+    assert [p.name for p in (straight / "checkpoints").iterdir()].sort() == ["step-00000004", "step-00000006"].sort()
+    pipeline = SemanticaPipeline.from_pretrained(straight)
+    pipeline.set_progress_bar_config(disable=True)
+    ema = load_file(newest(straight) / "ema_unet.safetensors")
+    assert all(torch.equal(ema[k], v) for k, v in pipeline.unet.state_dict().items())
+    assert pipeline(Image.new("RGB", (40, 30)), num_inference_steps=2).images[0].size == (32, 32)
+    with Image.open(straight / "samples" / "step-00000006.png") as grid:
+        assert grid.width > grid.height / 6
+    row = rows(straight)[0]
+    assert row["step"] == 2 and row["loss"] > 0 and row["grad_norm"] > 0 and row["lr"] == 3e-4
+    record = json.loads((straight / "config.json").read_text())
+    assert record["train"]["preset"] == "tiny" and record["train"]["seed"] == 0 and record["data_digest"]
+
+
+def test_weights_and_their_average_follow_the_definition(photos, tmp_path):
+    """Two steps of the trainer against a plain loop written here."""
+    settings = config(photos, tmp_path / "run", steps=2, accumulate=1, held_out=0.0, drop=0.0)
+    train(settings)
+    from semantica.diffusion import noise_levels
+    from semantica.train.build import build
+
+    unet, encoder, scheduler = build(settings, torch.device("cpu"))
+    unet.set_attention_backend("_native_math")
+    encoder.set_attention_backend("_native_math")
+    named = {f"{n}.{k}": p for n, m in (("unet", unet), ("encoder", encoder)) for k, p in m.named_parameters()}
+    mean = {k: p.detach().clone() for k, p in named.items()}
+    groups = [[p for p in named.values() if p.ndim > 1], [p for p in named.values() if p.ndim <= 1]]
+    adam = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.01}, {"params": groups[1], "weight_decay": 0.0}], betas=(0.9, 0.99)
+    )
+    pairs = Pairs(scan(photos, "folders"), seed=0, image_size=32, global_batch=4, drop=0.0)
+    objective = Objective(unet, encoder)
+    for step in range(2):
+        batch = collate([pairs[i] for i in range(step * 4, step * 4 + 4)])
+        logsnr = noise_levels(batch["u"], scheduler.schedule)
+        objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"]).mean().backward()
+        torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0)
+        for group in adam.param_groups:
+            group["lr"] = 3e-4 * (step + 1) / 2
+        adam.step()
+        adam.zero_grad()
+        decay = (1 + step) / (10 + step)
+        mean = {k: decay * mean[k] + (1 - decay) * p.detach() for k, p in named.items()}
+    for name in ("unet", "encoder"):
+        saved, averaged = (load_file(newest(tmp_path / "run") / f"{p}{name}.safetensors") for p in ("", "ema_"))
+        for key, value in saved.items():
+            torch.testing.assert_close(value, named[f"{name}.{key}"].detach(), rtol=0, atol=1e-6)
+            torch.testing.assert_close(averaged[key], mean[f"{name}.{key}"], rtol=0, atol=1e-6)
+
+
+def test_accumulation_does_not_change_the_batch(photos, tmp_path, straight):
+    train(config(photos, tmp_path / "run", steps=6, accumulate=1))
+    whole, parts = (load_file(newest(out) / "unet.safetensors") for out in (tmp_path / "run", straight))
+    # the same samples and gradients, summed in another order; Adam turns rounding near zero into steps of lr
+    difference = max((whole[k] - parts[k]).abs().mean().item() for k in whole)
+    assert difference < 2e-5
+
+
+def test_killed_and_continued_is_bit_equal(photos, tmp_path, straight):
+    """SIGKILL in a later step; the same command goes on from the checkpoint and ends the same."""
+    out = tmp_path / "run"
+    options = [f"--{f.name.replace('_', '-')}={getattr(config(photos, out), f.name)}" for f in dataclasses.fields(TrainConfig)
+               if f.name in ("data", "out", "batch", "accumulate", "warmup", "precision", "log_every", "save_every", "eval_every", "sample_every", "device")]  # fmt: skip
+    command = [sys.executable, "-P", "-m", "semantica.cli", "train", *options, "--steps=6", "--held-out=0.2", "--workers=1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 100
+        while not checkpoint.folders(out / "checkpoints") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert checkpoint.folders(out / "checkpoints"), "no checkpoint was written"
+    assert not (out / "model_index.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"continuing from step (2|4)", done.stdout + done.stderr)
+    for name in ("unet", "encoder", "ema_unet", "ema_encoder", "optimizer"):
+        a, b = (load_file(newest(o) / f"{name}.safetensors") for o in (out, straight))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    assert rows(out) == rows(straight)
+    grids = [(o / "samples" / "step-00000006.png").read_bytes() for o in (out, straight)]
+    assert grids[0] == grids[1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "state"])
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(photos, tmp_path, straight, capsys, damage):
+    out = tmp_path / "run"
+    train(config(photos, out, steps=4))
+    file = newest(out) / ("state.json" if damage == "state" else "ema_unet.safetensors")
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        file.write_bytes(flipped if damage == "flip" else content[:middle])
+    train(config(photos, out, steps=6))
+    said = capsys.readouterr().out
+    assert "step-00000004 is damaged" in said and "continuing from step 2" in said
+    a, b = (load_file(newest(o) / "unet.safetensors") for o in (out, straight))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_checkpoints_that_must_not_be_read(photos, tmp_path):
+    out = tmp_path / "run"
+    train(config(photos, out, steps=2))
+    folder = newest(out)
+    (folder / "unet.pt").write_bytes(b"\x80\x04cposix\nsystem\n")
+    with pytest.raises(UserError, match="unet.pt is refused unopened"):
+        train(config(photos, out, steps=4))
+    (folder / "unet.pt").unlink()
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "format": 99}))
+    with pytest.raises(UserError, match="checkpoint format 99"):
+        train(config(photos, out, steps=4))
+    (folder / "state.json").write_text("{")
+    with pytest.raises(UserError, match="every checkpoint .* is damaged"):
+        train(config(photos, out, steps=4))
+
+
+def test_another_configuration_data_or_folder_is_refused(photos, tmp_path):
+    out = tmp_path / "run"
+    train(config(photos, out, steps=2))
+    before = contents(newest(out))
+    for changes, message in (
+        (dict(lr=1e-3), "made with --lr 0.0003, not 0.001"),
+        (dict(batch=8), "made with --batch 4, not 8"),
+        (dict(preset="small"), "made with --preset tiny, not small"),
+        (dict(seed=1), "made with --seed 0, not 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(config(photos, out, **changes))
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="exists and is not a run folder"):
+        train(config(photos, taken))
+    assert [p.name for p in taken.iterdir()] == ["thesis.txt"] and contents(newest(out)) == before
+    record = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**record, "data_digest": "0" * 16}))
+    with pytest.raises(UserError, match="changed since"):
+        train(config(photos, out, steps=4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(steps=0), "--steps is 0"),
+        (dict(steps=-5), "--steps is -5"),
+        (dict(batch=5), "--batch 5 cannot be split"),
+        (dict(image_size=40), "image size 40 does not fit preset 'tiny'"),
+        (dict(preset="huge"), "preset 'huge' is unknown"),
+        (dict(device="abacus"), "device 'abacus' cannot be used"),
+        (dict(device="cuda:7"), "device 'cuda:7' cannot be used"),
+        (dict(attention="flash"), "attention backend 'flash' cannot run"),
+        (dict(drop=1.5), "--drop is 1.5"),
+        (dict(lr=0.0), "--lr is 0.0"),
+        (dict(lr=float("nan")), "--lr is nan"),
+        (dict(scales=(5,)), "--scales 5"),
+        (dict(encoder="/no/such/encoder"), "encoder '/no/such/encoder' cannot be loaded"),
+        (dict(encoder_size=64), "--encoder-size is for frozen encoders"),
+        (dict(held_out=0.99), "held"),
+    ],
+)
+def test_impossible_options_write_nothing(photos, tmp_path, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        train(config(photos, tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(tmp_path, monkeypatch):
+    tensors = {"unet": {"x": torch.arange(6.0)}}
+    root = tmp_path / "checkpoints"
+    checkpoint.save(root, 1, tensors, {}, keep=2)
+    before = contents(root / "step-00000001")
+
+    def full(content, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="no space left .* earlier checkpoints are intact"):
+        checkpoint.save(root, 2, tensors, {}, keep=2)
+    assert [p.name for p in root.iterdir()] == ["step-00000001"] and contents(root / "step-00000001") == before
+
+
+def test_a_crash_at_any_point_of_saving_leaves_a_checkpoint_that_loads(tmp_path, monkeypatch):
+    root = tmp_path / "checkpoints"
+    tensors = {n: {"x": torch.full((3,), float(i))} for i, n in enumerate(("unet", "optimizer"))}
+    checkpoint.save(root, 1, tensors, {}, keep=1)
+    calls = {"count": 0}
+    real = {"save_file": save_file, "sync": checkpoint.sync, "sha256": checkpoint.sha256}
+
+    class Crash(BaseException):
+        pass
+
+    for stop in range(1, 20):
+        calls["count"] = 0
+
+        def stopping(name, stop=stop):
+            def call(*arguments):
+                calls["count"] += 1
+                if calls["count"] == stop:
+                    raise Crash
+                return real[name](*arguments)
+
+            return call
+
+        for name in real:
+            monkeypatch.setattr(checkpoint, name, stopping(name))
+        try:
+            checkpoint.save(root, 2, tensors, {}, keep=1)
+            finished = True
+        except Crash:
+            finished = False
+        for name, function in real.items():
+            monkeypatch.setattr(checkpoint, name, function)
+        state, loaded = checkpoint.load_newest(root, {"unet", "optimizer"}, torch.device("cpu"), print)
+        assert state["step"] in (1, 2) and torch.equal(loaded["optimizer"]["x"], torch.ones(3))
+        if finished:
+            break
+    assert finished and stop > 8 and [p.name for p in root.iterdir()] == ["step-00000002"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(photos, tmp_path):
+    settings = config(photos, tmp_path / "run")
+    measure = Measure(settings, torch.device("cpu"), torch.float32, 10**9)
+    measure.start()
+    measure.step(torch.tensor(1.0), torch.tensor(2.0))
+    measure.check()
+    measure.step(torch.tensor(1.0), torch.tensor(float("inf")))
+    with pytest.raises(FloatingPointError, match="nothing was saved since"):
+        measure.row(2, 1e-4)
+    with pytest.raises(FloatingPointError):
+        train(config(photos, tmp_path / "run", lr=1e30, clip=1e30, warmup=0, steps=40, log_every=1))
+    assert all(s < 40 for s in (int(p.name[5:]) for p in checkpoint.folders(tmp_path / "run" / "checkpoints")))
+    for folder in checkpoint.folders(tmp_path / "run" / "checkpoints"):
+        assert all(v.isfinite().all() for v in load_file(folder / "unet.safetensors").values())
+
+
+def test_bad_pictures_are_named_counted_and_left_out(photos, tmp_path):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    (data / "g0" / "broken.jpg").write_text("no picture")
+    Image.new("RGB", (1, 1)).save(data / "g1" / "dot.png")
+    train(config(data, tmp_path / "run", steps=2))
+    bad = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert [b["path"] for b in bad] == ["g0/broken.jpg", "g1/dot.png"] and all(b["reason"] for b in bad)
+
+
+def test_reconstruct_mode_and_a_frozen_encoder(photos, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    tower = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    transformers.Dinov2Model(tower).save_pretrained(tmp_path / "dino")
+    out = tmp_path / "run"
+    train(config(photos, out, steps=2, mode="reconstruct", encoder=str(tmp_path / "dino"), encoder_size=28, conditioning="both"))
+    names = {p.name for p in newest(out).iterdir()}
+    assert names == {"unet.safetensors", "ema_unet.safetensors", "optimizer.safetensors", "state.json"}
+    pipeline = SemanticaPipeline.from_pretrained(out)
+    original = transformers.Dinov2Model.from_pretrained(tmp_path / "dino").state_dict()
+    assert all(torch.equal(original[k], v) for k, v in pipeline.encoder.tower.state_dict().items())
+
+
+def test_schedules_are_functions_of_the_step(photos, tmp_path):
+    settings = config(photos, tmp_path, steps=100, warmup=10, decay=0.5, lr=1.0, ema=0.9)
+    assert [learning_rate(settings, s) for s in (0, 4, 9, 10, 50, 75, 99)] == [0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.02]
+    assert ema_decay(settings, 0) == 0.1 and ema_decay(settings, 8) == 0.5 and ema_decay(settings, 1000) == 0.9
+
+
+def test_held_out_batches_pair_each_sample_with_another_group(photos, tmp_path):
+    assert partners(["a", "a", "b", "c"], "folders").tolist() == [2, 2, 3, 0]
+    assert partners(["a", "a"], "reconstruct").tolist() == [1, 0]
+    data = scan(photos, "folders")
+    found = held_out_batches(data, config(photos, tmp_path), 32, 32, torch.device("cpu"))
+    assert sum(len(b["u"]) for b in found) == len(data) == 24
+    for batch in found:
+        assert all(batch["group"][i] != batch["group"][j] for i, j in enumerate(batch["other"].tolist()))
+        assert not batch["drop"].any()
+
+
+def test_the_training_step_compiles_whole_and_once(photos):
+    """fullgraph, gradients as in eager, one graph for several batch sizes."""
+    from semantica.train.build import build
+
+    unet, encoder, _ = build(config(photos, photos), torch.device("cpu"))
+    objective = Objective(unet, encoder)
+    frames = []
+
+    def backend(graph, _):
+        frames.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(objective, fullgraph=True, backend=backend, dynamic=None)
+
+    def batch(size):
+        g = torch.Generator().manual_seed(size)
+        images = [torch.randn(size, 3, 32, 32, generator=g) for _ in range(3)]
+        tensors = [*images, torch.randn(size, generator=g), torch.zeros(size, dtype=torch.bool)]
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        return tensors
+
+    for size in (4, 4, 6, 3):
+        tensors = batch(size)
+        torch.testing.assert_close(compiled(*tensors), objective(*tensors), rtol=1e-4, atol=1e-5)
+    assert len(frames) == 1
+    compiled(*tensors).mean().backward()
+    actual = {k: p.grad.clone() for k, p in objective.named_parameters() if p.grad is not None}
+    objective.zero_grad()
+    objective(*tensors).mean().backward()
+    for key, p in objective.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(actual[key], p.grad, rtol=1e-3, atol=1e-6)
