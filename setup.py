@@ -16,7 +16,7 @@ OPENMP = {
     "darwin": (["-Xpreprocessor", "-fopenmp"], ["-lomp"]),
 }.get(sys.platform, (["-fopenmp"], ["-fopenmp"]))
 # what every source in csrc/ needs: the headers of python and a c++17 library
-PROBE = "#include <Python.h>\n#include <string_view>\n{header}\nextern \"C\" int probe() {{ return {value}; }}\n"
+PROBE = '#include <Python.h>\n#include <string_view>\n{header}\nextern "C" int probe() {{ return {value}; }}\n'
 
 
 class OptionalBuild(build_ext):

@@ -28,6 +28,8 @@ class DemoConfig:
     """Training steps."""
     groups: int = 320
     """Groups of drawn pictures to train on."""
+    compile: bool = True
+    """Compile the training step; needs a working C++ compiler on a CPU."""
     seed: int = 0
 
 
@@ -35,8 +37,8 @@ def train_options(config: DemoConfig) -> dict:
     """What the demo trains with: settings for a few minutes on two cores."""
     return dict(
         data=config.out / "web" / "train", val=config.out / "web" / "val", out=config.out / "run",
-        steps=config.steps, preset="tiny", conditioning="both", batch=32, lr=1e-3, warmup=40, decay=0.4, ema=0.995,
-        loss="v", flip=False, compile=True, seed=config.seed, workers=1,
+        steps=config.steps, preset="tiny", conditioning="both", batch=32, lr=1.5e-3, warmup=40, decay=0.4, ema=0.995,
+        loss="v", reference=16, align=0.05, flip=False, compile=config.compile, seed=config.seed, workers=1,
         eval_every=max(1, config.steps // 5), sample_every=config.steps, save_every=max(1, config.steps // 3),
     )  # fmt: skip
 
@@ -144,7 +146,10 @@ def report(config: DemoConfig, metrics: dict, seconds: dict[str, float]) -> None
         ("peak memory", f"{training[-1]['peak_memory_bytes'] / 2**30:.2f} GiB"),
         *((f"seconds to {name}", f"{value:.1f}") for name, value in seconds.items()),
     )
-    made = [(g["meaning"], f"{g['value']:.1%}", f"{g['goal']:.0%}", "yes" if g["reached"] else "no") for g in metrics["goals"]]
+    made = [
+        (g["meaning"], f"{g['value']:.1%}", f"{g['goal']:.0%}", "yes" if g["reached"] else "no")
+        for g in metrics["goals"]
+    ]
     about = (
         "A small model learned from pairs of drawn pictures that share a group, as pictures on a web page do: it sees "
         "one picture and makes others of the same content. The groups below were held out: each crosses a shape with "
@@ -173,4 +178,3 @@ def report(config: DemoConfig, metrics: dict, seconds: dict[str, float]) -> None
         ],
         width=7 * 34 * 3,
     )
-

@@ -74,7 +74,9 @@ class Space:
         wanted = [group for _, group in picks]
         result = {"on_topic": float(np.mean(found == np.array(wanted)))}
         for name in self._names(wanted):
-            same = [self.attributes[a].get(name) == self.attributes[b].get(name) for a, b in zip(found, wanted, strict=True)]
+            same = [
+                self.attributes[a].get(name) == self.attributes[b].get(name) for a, b in zip(found, wanted, strict=True)
+            ]
             result[f"same_{name}"] = float(np.mean(same))
         if sets is not None:
             result["diversity"] = mean_distance(features, sets) / self.real_diversity
@@ -138,10 +140,16 @@ def evaluate(config: EvaluateConfig) -> dict:
         pipeline = load_pipeline(config.model, config.device, "dpmpp_2m")
     size = pipeline.unet.config.image_size if pipeline else 64
     pictures = read(data, [path for _, path in paths], size)
-    describe = features.colour_and_shape if config.features == "colour-and-shape" else describe_with(config.features, device)
+    describe = (
+        features.colour_and_shape if config.features == "colour-and-shape" else describe_with(config.features, device)
+    )
     space = Space(describe, pictures, groups, attributes)
     # the grey feature space knows objects on calm backgrounds: for drawn data with known shapes only
-    grey = Space(features.shape_only, pictures, groups, attributes) if any("shape" in a for a in attributes.values()) else None
+    grey = (
+        Space(features.shape_only, pictures, groups, attributes)
+        if any("shape" in a for a in attributes.values())
+        else None
+    )
 
     chosen = spread(data.groups, config.conditions)
     conditions = [(place[data.groups[label][k]], label) for label, k in chosen]
@@ -165,7 +173,9 @@ def evaluate(config: EvaluateConfig) -> dict:
         made_data = scan(config.images, "reconstruct")
         unknown = sorted(set(made_data.groups) - set(data.groups))
         if unknown:
-            raise UserError(f"--images has {unknown[0]!r}, which is no label of --data: name its folders after the labels")
+            raise UserError(
+                f"--images has {unknown[0]!r}, which is no label of --data: name its folders after the labels"
+            )
         listed = [(label, path) for label, members in made_data.groups.items() for path in members]
         made = read(made_data, [path for _, path in listed], size)
         add("images", made, [(-1, label) for label, _ in listed], [label for label, _ in listed])
@@ -223,7 +233,9 @@ def write(config: EvaluateConfig, result: dict) -> None:
     from rich.table import Table
 
     columns = sorted({name for row in result["figures"].values() for name in row}, key=lambda n: (n != "on_topic", n))
-    table = Table("", *[name.replace("_", " ") for name in columns], title=f"{config.model or config.images} on {config.data}")
+    table = Table(
+        "", *[name.replace("_", " ") for name in columns], title=f"{config.model or config.images} on {config.data}"
+    )
     for name, row in result["figures"].items():
         table.add_row(name, *[f"{row[c]:.1%}" if c in row else "" for c in columns])
     console = Console()
@@ -231,7 +243,9 @@ def write(config: EvaluateConfig, result: dict) -> None:
     if "loss" in result:
         loss = result["loss"]
         below = f"{loss['right_below_shuffled']:.1%} below"
-        console.print(f"denoising loss {loss['right']:.5f}, {below} the {loss['shuffled']:.5f} with shuffled conditions")
+        console.print(
+            f"denoising loss {loss['right']:.5f}, {below} the {loss['shuffled']:.5f} with shuffled conditions"
+        )
     folder = config.model if config.model else config.images.parent
     out = config.out or folder / "evaluation.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Fused operators: `torch.library` ops with a plain-torch reference each. They know tensors and nothing of the model."""
+"""Fused operators: `torch.library` ops, a plain-torch reference each. They know tensors, nothing of the model."""
 
 from semantica.kernels.cross_attention import cross_attention, cross_attention_ref
 from semantica.kernels.group_norm import group_norm, group_norm_ref

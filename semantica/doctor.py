@@ -70,8 +70,10 @@ def versions() -> Iterator[tuple[str, str, Status]]:
         else:
             yield name, version, "ok"
     triton = installed("triton")
-    yield "triton", triton or "missing: the fused GPU kernels need it; it comes with torch's CUDA builds on Linux", (
-        "ok" if triton else "note"
+    yield (
+        "triton",
+        triton or "missing: the fused GPU kernels need it; it comes with torch's CUDA builds on Linux",
+        ("ok" if triton else "note"),
     )
 
 

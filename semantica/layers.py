@@ -151,7 +151,9 @@ class CrossAttention(nn.Module):
             values.append(v)
         return torch.cat(keys, 1), torch.cat(values, 1)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, sizes: tuple[int, ...], lengths: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, sizes: tuple[int, ...], lengths: Tensor | None
+    ) -> Tensor:
         q = self.to_q(x).unflatten(-1, (self.heads, -1))  # [B, N, H, D]
         # keys and values may come from another precision, a cache or a bundle
         keys, values = keys.to(q.dtype), values.to(q.dtype)

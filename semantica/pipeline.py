@@ -138,7 +138,7 @@ class SemanticaPipeline(DiffusionPipeline):
         if num_images_per_prompt < 1:
             raise UserError(f"num_images_per_prompt={num_images_per_prompt} must be at least 1")
         stream = self.encode(image)
-        condition = self.unet.condition({name: stream for name in self.unet.stream_names})
+        condition = self.unet.condition(dict.fromkeys(self.unet.stream_names, stream))
         batch = stream.tokens.shape[0] * num_images_per_prompt
         condition = condition.repeat(num_images_per_prompt) if self.unet.stream_names else condition
         size, device = self.unet.config.image_size, self._execution_device

@@ -5,7 +5,7 @@ from semantica.errors import UserError
 # settings of UViT, and of the trainable encoder that goes with the size
 PRESETS = {
     "tiny": dict(
-        image_size=32, patch_size=2, channels=(64,), depths=(2,), width=192, depth=6, heads=3, emb_dim=256
+        image_size=32, patch_size=2, channels=(48, 96), depths=(2, 2), width=192, depth=3, heads=3, emb_dim=256
     ),
     "small": dict(
         image_size=64, patch_size=1, channels=(96, 192), depths=(2, 2), width=512, depth=10, heads=8, emb_dim=512
@@ -20,7 +20,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 ENCODERS = {
-    "tiny": dict(width=192, depth=3, heads=3),
+    "tiny": dict(width=128, depth=3, heads=2),
     "small": dict(width=384, depth=6, heads=6),
     "base": dict(width=768, depth=12, heads=12),
     "large": dict(width=1024, depth=24, heads=16),

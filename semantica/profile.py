@@ -12,6 +12,7 @@ from semantica.encoder import ViTEncoder
 from semantica.presets import PRESETS, encoder_preset, preset
 from semantica.uvit import UViT
 
+
 @register_flop_formula(torch.ops.semantica.cross_attention)
 def cross_attention_flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
     """Two matrix products of 2 * N * M * D each, per sample and head."""
@@ -76,7 +77,9 @@ def cost(model: UViT, tokens: int = 256, batch: int = 1, dtype: torch.dtype = to
     model = on_meta(model, dtype)
     size = model.config.image_size
     streams = {
-        name: Stream(*(torch.empty(batch, *s, model.config.streams[name], device="meta", dtype=dtype) for s in ((tokens,), ())))
+        name: Stream(
+            *(torch.empty(batch, *s, model.config.streams[name], device="meta", dtype=dtype) for s in ((tokens,), ()))
+        )
         for name in model.stream_names
     }
     z = torch.empty(batch, model.config.in_channels, size, size, device="meta", dtype=dtype)

@@ -40,13 +40,17 @@ def check_run(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a run folder made by 'semantica train'")
-    for path in sorted(p for part in (folder, *(folder / n for n in COMPONENTS)) if part.is_dir() for p in part.iterdir()):
+    for path in sorted(
+        p for part in (folder, *(folder / n for n in COMPONENTS)) if part.is_dir() for p in part.iterdir()
+    ):
         if path.suffix.lower() in UNSAFE:
             raise UserError(f"{path} is refused: only safetensors and JSON are read from a run folder; remove it")
         if path.is_symlink() and folder.resolve() not in path.resolve().parents:
             raise UserError(f"{path} leads outside the run folder: copy the file in its place")
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} has no model_index.json: not a run folder, or its training has not saved a model yet")
+        raise UserError(
+            f"{folder} has no model_index.json: not a run folder, or its training has not saved a model yet"
+        )
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != PIPELINE:
         raise UserError(f"{folder} holds a {index.get('_class_name')!r}: expected {PIPELINE!r}")
@@ -60,6 +64,8 @@ def check_run(folder: Path) -> None:
         if config.get("_class_name") != named[name][1]:
             raise UserError(f"{folder}/{name} is a {config.get('_class_name')!r}: expected {named[name][1]!r}")
         if "auto_map" in config or "auto_map" in (config.get("vision") or {}):
-            raise UserError(f"{folder}/{name}/{CONFIGS[name]} names code to run (auto_map): remote code is never loaded")
+            raise UserError(
+                f"{folder}/{name}/{CONFIGS[name]} names code to run (auto_map): remote code is never loaded"
+            )
         if name != "scheduler" and not any((folder / name).glob("*.safetensors")):
             raise UserError(f"{folder}/{name} has no safetensors weights: the folder is half written, remake it")

@@ -64,12 +64,14 @@ class UViT(ModelMixin, ConfigMixin):
         token_dims = tuple(streams.values()) if self.use_tokens else ()
 
         # encoders differ in scale: each stream is normalised, then has a learned token that stands for its absence
-        self.null_tokens = nn.ParameterDict({n: nn.Parameter(0.02 * torch.randn(streams[n])) for n in self.stream_names})
+        self.null_tokens = nn.ParameterDict(
+            {n: nn.Parameter(0.02 * torch.randn(streams[n])) for n in self.stream_names}
+        )
         self.norm_tokens = nn.ModuleDict({n: nn.LayerNorm(streams[n]) for n in self.stream_names})
         self.pooled = nn.ModuleDict()
         if self.use_global:
             for name in self.stream_names:
-                net = nn.Sequential(nn.Linear(streams[name], emb_dim), nn.SiLU(), zero(nn.Linear(emb_dim, emb_dim)))
+                net = nn.Sequential(nn.Linear(streams[name], emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
                 self.pooled[name] = net
 
         self.embed_noise = NoiseEmbedding(emb_dim)
@@ -111,7 +113,9 @@ class UViT(ModelMixin, ConfigMixin):
         emb = None
         for name in self.pooled:
             if streams[name].pooled is None:
-                raise UserError(f"stream {name!r} has no pooled vector: conditioning {self.config.conditioning!r} needs one")
+                raise UserError(
+                    f"stream {name!r} has no pooled vector: conditioning {self.config.conditioning!r} needs one"
+                )
             term = self.pooled[name](self._tokens(name, streams[name].pooled, drop))
             emb = term if emb is None else emb + term
         if emb is None:

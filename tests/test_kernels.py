@@ -71,7 +71,9 @@ def assert_accurate(actual, eager, truth, dtype):
         ulp = ULP[dtype] * max(exact.abs().max().item(), 1e-6)
         error, allowed = (actual[name].double() - exact).abs(), (eager[name].double() - exact).abs()
         assert error.max() <= 2 * allowed.max() + ulp, f"{name}: {error.max():.3g} against {allowed.max():.3g}"
-        assert error.mean() <= 1.5 * allowed.mean() + ulp, f"{name}: mean {error.mean():.3g} against {allowed.mean():.3g}"
+        assert error.mean() <= 1.5 * allowed.mean() + ulp, (
+            f"{name}: mean {error.mean():.3g} against {allowed.mean():.3g}"
+        )
         assert actual[name].dtype == eager[name].dtype
 
 
@@ -130,10 +132,13 @@ def test_a_repeated_token_has_the_same_softmax():
 @settings(max_examples=25, deadline=None)
 @given(
     batch=st.integers(1, 3), groups=st.integers(1, 5), width=st.integers(1, 5),
-    spatial=st.lists(st.integers(1, 6), min_size=1, max_size=3), film=st.booleans(), silu=st.booleans(), last=st.booleans(),
+    spatial=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    film=st.booleans(), silu=st.booleans(), last=st.booleans(),
 )  # fmt: skip
 def test_group_norm_any_shape(batch, groups, width, spatial, film, silu, last):
-    case = GroupNormCase((batch, groups * width, *spatial), groups, film, "silu" if silu else "none", last and len(spatial) > 1)
+    case = GroupNormCase(
+        (batch, groups * width, *spatial), groups, film, "silu" if silu else "none", last and len(spatial) > 1
+    )
     inputs = case.inputs(torch.float64)
     actual, truth = run(group_norm, inputs), run(group_norm_exact, inputs)
     for name in truth:
@@ -147,10 +152,9 @@ def test_cross_attention_any_streams(data):
     sizes = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     batch = data.draw(st.integers(1, 3))
     lengths = tuple(tuple(data.draw(st.integers(0, size)) for size in sizes) for _ in range(batch))
-    case = CrossAttentionCase(
-        batch, data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3)), 32, sizes,
-        lengths if data.draw(st.booleans()) else None, data.draw(st.booleans()), data.draw(st.booleans()), data.draw(st.booleans()),
-    )  # fmt: skip
+    masked, gates, norm, strided = (data.draw(st.booleans()) for _ in range(4))
+    queries, heads = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3))
+    case = CrossAttentionCase(batch, queries, heads, 32, sizes, lengths if masked else None, gates, norm, strided)
     inputs = case.inputs(torch.float64)
     actual, truth = run(cross_attention, inputs), run(cross_attention_exact, inputs)
     for name in truth:
@@ -160,7 +164,9 @@ def test_cross_attention_any_streams(data):
 @pytest.mark.parametrize("name", ["tiny", "plain", "volume"])
 def test_group_norm_passes_opcheck_and_gradcheck(name):
     case = GROUP_NORM[name]
-    inputs = GroupNormCase((2, 8, *[3] * (len(case.shape) - 2)), 4, case.film, case.activation, case.channels_last).inputs(torch.float64)
+    inputs = GroupNormCase(
+        (2, 8, *[3] * (len(case.shape) - 2)), 4, case.film, case.activation, case.channels_last
+    ).inputs(torch.float64)
     arguments = [v.requires_grad_() if isinstance(v, torch.Tensor) else v for v in inputs.values()]
     torch.library.opcheck(torch.ops.semantica.group_norm.default, (*arguments, 1e-5))
     assert torch.autograd.gradcheck(group_norm, arguments)
@@ -171,7 +177,10 @@ def test_cross_attention_passes_opcheck_and_gradcheck(name):
     case = CROSS_ATTENTION[name]
     lengths = ((2, 0), (1, 3)) if case.lengths else None
     small = CrossAttentionCase(2, 3, 2, 32, (2, 3), lengths, case.gates, case.q_norm)
-    floats = [v.requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in small.inputs(torch.float64).values()]
+    floats = [
+        v.requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for v in small.inputs(torch.float64).values()
+    ]
     floats[3] = list(floats[3])
     torch.library.opcheck(torch.ops.semantica.cross_attention.default, tuple(floats))
     assert torch.autograd.gradcheck(cross_attention, floats)

@@ -46,7 +46,12 @@ def run(tmp_path, pipe):
 
 
 def call(pipe, image, seed=0, **options):
-    options = {"num_inference_steps": 3, "output_type": "pt", "generator": torch.Generator().manual_seed(seed), **options}
+    options = {
+        "num_inference_steps": 3,
+        "output_type": "pt",
+        "generator": torch.Generator().manual_seed(seed),
+        **options,
+    }
     return pipe(image, **options).images
 
 
@@ -130,7 +135,9 @@ def test_any_callable_denoises(pipe):
         # always sure of the same images
         return (alpha[:, None, None, None] * z - target) / sigma[:, None, None, None]
 
-    out = denoise(denoiser, scheduler, ClassifierFreeGuidance(guidance_scale=1.0), torch.randn(2, 3, 16, 16), None, None)
+    out = denoise(
+        denoiser, scheduler, ClassifierFreeGuidance(guidance_scale=1.0), torch.randn(2, 3, 16, 16), None, None
+    )
     torch.testing.assert_close(out, target, rtol=0, atol=1e-4)
 
 
@@ -172,7 +179,10 @@ def edit(path, **changes):
         (lambda run: (run / "encoder" / "evil.py").write_text("boom"), "is refused: only safetensors"),
         (lambda run: (run / "model_index.json").unlink(), "has no model_index.json"),
         (lambda run: (run / "model_index.json").write_text("{"), "cannot be read as JSON"),
-        (lambda run: edit(run / "model_index.json", _class_name="StableDiffusionPipeline"), "holds a 'StableDiffusionPipeline'"),
+        (
+            lambda run: edit(run / "model_index.json", _class_name="StableDiffusionPipeline"),
+            "holds a 'StableDiffusionPipeline'",
+        ),
         (lambda run: edit(run / "model_index.json", unet=["os", "system"]), "other code is never loaded"),
         (lambda run: edit(run / "model_index.json", extra=["os", "system"]), "names .*extra"),
         (lambda run: edit(run / "unet" / "config.json", auto_map={"AutoModel": "evil.Model"}), "names code to run"),
@@ -180,7 +190,10 @@ def edit(path, **changes):
         (lambda run: edit(run / "unet" / "config.json", width=128), "cannot be loaded"),
         (lambda run: edit(run / "unet" / "config.json", image_size=18), "cannot be loaded: image_size=18"),
         (lambda run: (run / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "half written"),
-        (lambda run: (run / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 100), "cannot be loaded"),
+        (
+            lambda run: (run / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 100),
+            "cannot be loaded",
+        ),
     ],
 )
 def test_what_is_no_safe_whole_run_is_refused(run, spoil, message):

@@ -1,6 +1,5 @@
 """The trainer: exact resume, what it writes, what it refuses."""
 
-import dataclasses
 import json
 import os
 import re
@@ -69,7 +68,16 @@ def straight(photos, tmp_path_factory):
 
 def test_a_run_folder_is_complete_and_samples(straight):
     names = {p.name for p in straight.iterdir()}
-    expected = {"config.json", "metrics.jsonl", "model_index.json", "unet", "encoder", "scheduler", "checkpoints", "samples"}
+    expected = {
+        "config.json",
+        "metrics.jsonl",
+        "model_index.json",
+        "unet",
+        "encoder",
+        "scheduler",
+        "checkpoints",
+        "samples",
+    }
     assert expected <= names and not [n for n in names if n.startswith(".")]
     assert [p.name for p in (straight / "checkpoints").iterdir()].sort() == ["step-00000004", "step-00000006"].sort()
     pipeline = SemanticaPipeline.from_pretrained(straight)
@@ -106,7 +114,7 @@ def test_weights_and_their_average_follow_the_definition(photos, tmp_path):
     for step in range(2):
         batch = collate([pairs[i] for i in range(step * 4, step * 4 + 4)])
         logsnr = noise_levels(batch["u"], scheduler.schedule)
-        objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"]).mean().backward()
+        objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])[0].mean().backward()
         torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0)
         for group in adam.param_groups:
             group["lr"] = 3e-4 * (step + 1) / 2
@@ -132,10 +140,25 @@ def test_accumulation_does_not_change_the_batch(photos, tmp_path, straight):
 def test_killed_and_continued_is_bit_equal(photos, tmp_path, straight):
     """SIGKILL in a later step; the same command goes on from the checkpoint and ends the same."""
     out = tmp_path / "run"
-    options = [f"--{f.name.replace('_', '-')}={getattr(config(photos, out), f.name)}" for f in dataclasses.fields(TrainConfig)
-               if f.name in ("data", "out", "batch", "accumulate", "warmup", "precision", "log_every", "save_every", "eval_every", "sample_every", "device")]  # fmt: skip
-    command = [sys.executable, "-P", "-m", "semantica.cli", "train", *options, "--steps=6", "--held-out=0.2", "--workers=1"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+    given = {**config(photos, out, steps=6, workers=1).record()}
+    names = (
+        "data",
+        "out",
+        "steps",
+        "batch",
+        "accumulate",
+        "warmup",
+        "precision",
+        "held-out",
+        "log-every",
+        "save-every",
+    )
+    names += ("eval-every", "sample-every", "workers", "device")
+    options = [f"--{name}={given[name.replace('-', '_')]}" for name in names]
+    command = [sys.executable, "-P", "-m", "semantica.cli", "train", *options]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
         deadline = time.monotonic() + 100
         while not checkpoint.folders(out / "checkpoints") and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -325,10 +348,22 @@ def test_reconstruct_mode_and_a_frozen_encoder(photos, tmp_path):
     import transformers
 
     torch.manual_seed(0)
-    tower = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    tower = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
     transformers.Dinov2Model(tower).save_pretrained(tmp_path / "dino")
     out = tmp_path / "run"
-    train(config(photos, out, steps=2, mode="reconstruct", encoder=str(tmp_path / "dino"), encoder_size=28, conditioning="both"))
+    train(
+        config(
+            photos,
+            out,
+            steps=2,
+            mode="reconstruct",
+            encoder=str(tmp_path / "dino"),
+            encoder_size=28,
+            conditioning="both",
+        )
+    )
     names = {p.name for p in newest(out).iterdir()}
     assert names == {"unet.safetensors", "ema_unet.safetensors", "optimizer.safetensors", "state.json"}
     pipeline = SemanticaPipeline.from_pretrained(out)
@@ -377,12 +412,12 @@ def test_the_training_step_compiles_whole_and_once(photos):
 
     for size in (4, 4, 6, 3):
         tensors = batch(size)
-        torch.testing.assert_close(compiled(*tensors), objective(*tensors), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(*tensors)[0], objective(*tensors)[0], rtol=1e-4, atol=1e-5)
     assert len(frames) == 1
-    compiled(*tensors).mean().backward()
+    compiled(*tensors)[0].mean().backward()
     actual = {k: p.grad.clone() for k, p in objective.named_parameters() if p.grad is not None}
     objective.zero_grad()
-    objective(*tensors).mean().backward()
+    objective(*tensors)[0].mean().backward()
     for key, p in objective.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(actual[key], p.grad, rtol=1e-3, atol=1e-6)

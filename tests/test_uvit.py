@@ -30,7 +30,10 @@ def make(conditioning="tokens", streams=None, **changes):
 
 def inputs(batch=3, tokens=5, dim=24, size=16):
     g = torch.Generator().manual_seed(1)
-    z, t, p = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((batch, 3, size, size), (batch, tokens, dim), (batch, dim)))
+    z, t, p = (
+        torch.randn(s, generator=g, dtype=torch.float64)
+        for s in ((batch, 3, size, size), (batch, tokens, dim), (batch, dim))
+    )
     return z, torch.linspace(-3, 3, batch, dtype=torch.float64), {"image": Stream(t, p)}
 
 
@@ -56,7 +59,8 @@ def test_a_condition_is_a_value_per_sample():
     z, logsnr, streams = inputs()
     condition = model.condition(streams)
     together = model(z, logsnr, condition)
-    apart = torch.cat([model(z[i : i + 1], logsnr[i : i + 1], condition.map(lambda t: t[i : i + 1])) for i in range(3)])
+    ones = [condition.map(lambda t, i=i: t[i : i + 1]) for i in range(3)]
+    apart = torch.cat([model(z[i : i + 1], logsnr[i : i + 1], one) for i, one in enumerate(ones)])
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-12)
     twice = model(z.repeat_interleave(2, 0), logsnr.repeat_interleave(2), condition.repeat(2))
     torch.testing.assert_close(twice[::2], together, rtol=0, atol=1e-12)
@@ -80,7 +84,9 @@ def test_lengths_hide_tokens_and_order_does_not_matter():
     filled = Stream(tokens, lengths=torch.tensor([4, 4, 4]))
     torch.testing.assert_close(model(z, logsnr, model.condition({"image": filled})), short, rtol=0, atol=1e-12)
     shuffled = model(z, logsnr, model.condition({"image": Stream(tokens[:, torch.randperm(6)])}))
-    torch.testing.assert_close(shuffled, model(z, logsnr, model.condition({"image": Stream(tokens)})), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        shuffled, model(z, logsnr, model.condition({"image": Stream(tokens)})), rtol=0, atol=1e-12
+    )
     null = model(z, logsnr, model.null_condition(3))
     dropped = model.condition({"image": filled}, torch.ones(3, dtype=torch.bool))
     torch.testing.assert_close(model(z, logsnr, dropped), null, rtol=0, atol=1e-12)
@@ -124,18 +130,27 @@ def test_rotary_scores_depend_on_the_offset_alone():
     place = lambda row, column: row * 6 + column  # noqa: E731
 
     def score(a, b):
-        turned = [rotate(x[None, None, None], angles[i : i + 1].cos(), angles[i : i + 1].sin()) for x, i in ((q, a), (k, b))]
+        turned = [
+            rotate(x[None, None, None], angles[i : i + 1].cos(), angles[i : i + 1].sin()) for x, i in ((q, a), (k, b))
+        ]
         return (turned[0] * turned[1]).sum()
 
     reference = score(place(1, 2), place(3, 1))
     for row, column in itertools.product(range(3), range(3)):
-        torch.testing.assert_close(score(place(1 + row, 2 + column), place(3 + row, 1 + column)), reference, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            score(place(1 + row, 2 + column), place(3 + row, 1 + column)), reference, rtol=0, atol=1e-5
+        )
     assert (score(place(1, 2), place(1, 3)) - reference).abs() > 1e-3
 
 
 def test_stable_names_of_what_later_work_reads():
     names = {name for name, _ in make().named_modules()}
-    expected = {"transformer_blocks.1.attn.to_out", "up_blocks.0.0", "down_blocks.0.0", "transformer_blocks.0.cross.to_out"}
+    expected = {
+        "transformer_blocks.1.attn.to_out",
+        "up_blocks.0.0",
+        "down_blocks.0.0",
+        "transformer_blocks.0.cross.to_out",
+    }
     assert expected <= names
 
 
@@ -150,7 +165,10 @@ def test_saved_and_loaded_is_bit_equal(tmp_path):
     assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("tiny", 3e6, 8e6), ("small", 50e6, 70e6), ("base", 300e6, 400e6), ("large", 1.7e9, 2.3e9)])
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("tiny", 3e6, 8e6), ("small", 50e6, 70e6), ("base", 300e6, 400e6), ("large", 1.7e9, 2.3e9)],
+)
 def test_presets_have_the_size_they_claim(name, low, high):
     row = next(r for r in preset_table() if r["preset"] == name)
     assert low <= row["parameters"] <= high
@@ -176,7 +194,10 @@ def test_counted_operations_match_the_formula_and_what_runs():
         model(torch.zeros(1, 3, 16, 16), torch.zeros(1), model.condition({"image": Stream(torch.zeros(1, tokens, 24))}))
     assert real.get_total_flops() == counted["flops_forward"]
     encoder = ViTEncoder(image_size=16, patch_size=4, width=24 * 4, depth=1, heads=3)
-    frozen_part = step_flops(UViT(**config, streams={"image": 96}), encoder) - cost(UViT(**config, streams={"image": 96}), 16)["flops_step"]
+    frozen_part = (
+        step_flops(UViT(**config, streams={"image": 96}), encoder)
+        - cost(UViT(**config, streams={"image": 96}), 16)["flops_step"]
+    )
     assert frozen_part > 0
 
 

@@ -34,4 +34,4 @@ def build(config: TrainConfig, device: torch.device) -> tuple[UViT, nn.Module, S
         raise UserError(f"--scales {bad[0]} does not divide the image size {size}")
     # convolutions are fastest with channels last, on every device
     modules = [m.to(device).to(memory_format=torch.channels_last) for m in (unet, encoder)]
-    return *modules, SemanticaScheduler(image_size=size)
+    return *modules, SemanticaScheduler(image_size=size, reference=config.reference)

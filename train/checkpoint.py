@@ -108,7 +108,9 @@ def load(folder: Path, names: set[str], device: torch.device) -> tuple[dict, dic
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"state.json: {type(error).__name__}") from error
     if version != FORMAT:
-        raise UserError(f"{folder} has checkpoint format {version}: this version reads {FORMAT}; use a matching version")
+        raise UserError(
+            f"{folder} has checkpoint format {version}: this version reads {FORMAT}; use a matching version"
+        )
     tensors = {}
     for name in sorted(names):
         path = folder / f"{name}.safetensors"

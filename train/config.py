@@ -11,7 +11,19 @@ from semantica.errors import UserError
 
 FORMAT = 1
 # settings that may change when a run is continued: they do not alter what any step computes
-FREE = {"steps", "out", "data", "val", "workers", "log_every", "save_every", "sample_every", "eval_every", "keep", "device"}
+FREE = {
+    "steps",
+    "out",
+    "data",
+    "val",
+    "workers",
+    "log_every",
+    "save_every",
+    "sample_every",
+    "eval_every",
+    "keep",
+    "device",
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,10 @@ class TrainConfig:
     """Decay of the averaged weights; lower in the first steps."""
     loss: Literal["eps", "sigmoid", "v"] = "sigmoid"
     """Weight of the noise levels."""
+    align: float = 0.0
+    """Weight of a contrastive loss between the encodings of a pair, for the encoder that is trained along."""
+    reference: int = 64
+    """Image size whose noise schedule is taken as it is; a smaller one means noisier training at every size."""
     scales: tuple[int, ...] = ()
     """Sides for the multi-scale loss, such as 32 64 128 256; empty = full size only."""
     flip: bool = True
@@ -98,6 +114,8 @@ class TrainConfig:
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: give a positive number")
+        if self.align < 0 or (self.align and self.encoder != "vit"):
+            raise UserError(f"--align {self.align} needs the trainable encoder (--encoder vit) and a positive weight")
         if self.warmup < 0 or self.weight_decay < 0 or (self.workers or 0) < 0 or self.seed < 0:
             raise UserError("--warmup, --weight-decay, --workers and --seed must not be negative")
         return self

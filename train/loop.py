@@ -28,7 +28,7 @@ from semantica.train.build import build
 from semantica.train.config import FREE, TrainConfig
 from semantica.train.data import PairData, Pairs, bad_record, batches, collate, digest, scan, split
 from semantica.train.heldout import held_out_batches
-from semantica.train.objective import Objective, compile_blocks, held_out_loss
+from semantica.train.objective import Objective, PairHead, compile_blocks, held_out_loss
 from semantica.train.state import TrainState
 
 SAMPLE_CONDITIONS, SAMPLE_VARIATIONS, SAMPLE_STEPS, HELD_OUT_PAIRS = 6, 4, 20, 256
@@ -59,15 +59,18 @@ def train(config: TrainConfig) -> Path:
     for name, (implementation, why) in implementations().items():
         run.say(f"operator {name}: {implementation} ({why})")
     run.say(f"{len(data)} pictures in {len(data.groups)} groups, {len(held) if held else 0} held out, {len(bad)} bad")
-    run.say(f"denoiser {count_parameters(unet) / 1e6:.1f} M parameters, encoder {count_parameters(encoder) / 1e6:.1f} M")
+    run.say(
+        f"denoiser {count_parameters(unet) / 1e6:.1f} M parameters, encoder {count_parameters(encoder) / 1e6:.1f} M"
+    )
 
-    state = TrainState(config, {"unet": unet, "encoder": encoder})
+    head = PairHead(encoder.token_dim).to(device) if config.align else None
+    state = TrainState(config, {"unet": unet, "encoder": encoder} | ({"head": head} if head else {}))
     found = checkpoint.load_newest(run.out / "checkpoints", state.files, device, run.say)
     if found:
         state.load(found[0]["step"], found[1])
         run.say(f"continuing from step {state.step}")
     run.rewind(state.step)
-    objective = Objective(unet, encoder, config.loss, config.scales).train()
+    objective = Objective(unet, encoder, config.loss, config.scales, head).train()
     if config.compile:
         compile_blocks(objective)
     averaged = Objective(state.ema["unet"], state.ema.get("encoder", encoder), config.loss, config.scales).eval()
@@ -94,9 +97,10 @@ def train(config: TrainConfig) -> Path:
                 run.bad_sample(path, why)
             logsnr = noise_levels(batch["u"].cpu(), scheduler.schedule).to(device)
             with autocast():
-                loss = objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"]).mean()
-            (loss / config.accumulate).backward()
-            total += loss.detach() / config.accumulate
+                losses = objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])
+            denoising, pairing = (a if a is None else a.mean() / config.accumulate for a in losses)
+            (denoising if pairing is None else denoising + config.align * pairing).backward()
+            total += denoising.detach()
         norm = state.update()
         measure.step(total, norm)
         bar.update()
@@ -211,7 +215,9 @@ class Run:
             aside.write_text(json.dumps(record, indent=1))
             aside.replace(path)
         except OSError as error:
-            raise UserError(f"run folder {self.out} cannot be written ({error.strerror}): choose another --out") from error
+            raise UserError(
+                f"run folder {self.out} cannot be written ({error.strerror}): choose another --out"
+            ) from error
         self.known_bad = self._known_bad()
         self.board = self._board()
 
@@ -226,9 +232,13 @@ class Run:
         for name, now in record["train"].items():
             if name not in FREE and before.get(name) != now:
                 option = name.replace("_", "-")
-                raise UserError(f"{self.out} was made with --{option} {before.get(name)}, not {now}: choose another --out")
+                raise UserError(
+                    f"{self.out} was made with --{option} {before.get(name)}, not {now}: choose another --out"
+                )
         if seen != record["data_digest"]:
-            raise UserError(f"the pictures in {self.config.data} changed since {self.out} was made: choose another --out")
+            raise UserError(
+                f"the pictures in {self.config.data} changed since {self.out} was made: choose another --out"
+            )
 
     def _known_bad(self) -> set[str]:
         path = self.out / "bad_samples.jsonl"

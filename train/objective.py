@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semantica.condition import Stream
@@ -21,6 +22,25 @@ def compile_blocks(module: nn.Module) -> None:
             block.compile(fullgraph=True)
 
 
+class PairHead(nn.Module):
+    """InfoNCE between the two pictures of a pair, against the other pairs of the batch (arXiv 1807.03748, eq. 4).
+
+    What makes two pictures a pair is what the condition has to carry, so an encoder that starts from nothing finds it
+    long before the denoiser could ask for it.
+    """
+
+    temperature = 0.1
+
+    def __init__(self, dim: int, width: int = 64):
+        super().__init__()
+        self.project = nn.Linear(dim, width, bias=False)
+
+    def forward(self, condition: Tensor, target: Tensor) -> Tensor:
+        """Pooled codes `[B, C]` of conditions and targets to losses `[B]`."""
+        a, b = (F.normalize(self.project(code).float(), dim=-1) for code in (condition, target))
+        return F.cross_entropy(a @ b.T / self.temperature, torch.arange(len(a), device=a.device), reduction="none")
+
+
 class Objective(nn.Module):
     """Weighted squared error of v on pairs: E || v(z_t, t, y) - v_t ||^2, y the encoding of the other image.
 
@@ -31,23 +51,37 @@ class Objective(nn.Module):
         encoder: turns condition images into a stream. A frozen encoder without gradients runs inside all the same.
         loss: weight of the noise levels, see `semantica.diffusion.loss_weight`.
         scales: sides of the multi-scale loss; empty for the full size only.
+        head: gives the contrastive loss too, for an encoder that is trained along.
     """
 
-    def __init__(self, unet: UViT, encoder: nn.Module, loss: str = "sigmoid", scales: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        unet: UViT,
+        encoder: nn.Module,
+        loss: str = "sigmoid",
+        scales: tuple[int, ...] = (),
+        head: PairHead | None = None,
+    ):
         super().__init__()
-        self.unet, self.encoder = unet, encoder
+        self.unet, self.encoder, self.head = unet, encoder, head
         self.loss, self.scales = loss, scales or (unet.config.image_size,)
         # -3 at 512 pixels (SiD2), moved with the resolution as the noise schedule is
         self.bias = -3 + 2 * math.log(512 / unet.config.image_size)
 
-    def forward(self, condition: Tensor, target: Tensor, noise: Tensor, logsnr: Tensor, drop: Tensor) -> Tensor:
-        """Loss per sample `[B]` of images `[B, 3, S, S]`, noise levels `[B]`, and `drop` `[B]` (no condition)."""
+    def forward(
+        self, condition: Tensor, target: Tensor, noise: Tensor, logsnr: Tensor, drop: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Denoising loss `[B]`, and contrastive loss `[B]` where there is a head.
+
+        Images are `[B, 3, S, S]`, noise levels `[B]`; `drop` `[B]` says which samples get no condition.
+        """
         stream = self.encoder(condition)
         names = self.unet.stream_names
         values = self.unet.condition({name: Stream(stream.tokens, stream.pooled) for name in names}, drop)
         v = self.unet(add_noise(target, noise, logsnr), logsnr, values)
         weight = loss_weight(logsnr, self.loss, self.bias)
-        return multiscale_loss(v.float(), v_target(target, noise, logsnr), weight, self.scales)
+        losses = multiscale_loss(v.float(), v_target(target, noise, logsnr), weight, self.scales)
+        return losses, None if self.head is None else self.head(stream.pooled, self.encoder(target).pooled)
 
 
 @torch.no_grad()
@@ -64,7 +98,7 @@ def held_out_loss(objective: Objective, batches: list[dict], schedule, autocast)
         for name in sums:
             condition = batch["condition"] if name == "right" else batch["condition"][batch["other"]]
             with autocast():
-                losses = objective(condition, batch["target"], batch["noise"], logsnr, keep)
+                losses, _ = objective(condition, batch["target"], batch["noise"], logsnr, keep)
             sums[name] += losses.double().sum().item()
         count += len(logsnr)
     return {name: total / count for name, total in sums.items()}

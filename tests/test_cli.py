@@ -1,0 +1,136 @@
+"""The command line as a user meets it: help, unknown options, one-line errors with exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from semantica.cli import main
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-P", "-m", "semantica.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small untrained pipeline on disk."""
+    from semantica import SemanticaPipeline, SemanticaScheduler, UViT, ViTEncoder
+
+    unet = UViT(
+        image_size=16, channels=(32,), depths=(1,), width=32, depth=1, heads=1, emb_dim=32, streams={"image": 32}
+    )
+    encoder = ViTEncoder(image_size=16, patch_size=4, width=32, depth=1, heads=1)
+    folder = tmp_path_factory.mktemp("model") / "run"
+    SemanticaPipeline(unet, encoder, SemanticaScheduler(image_size=16)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for group in ("a", "b", "c"):
+        (root / group).mkdir()
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(root / group / f"{i}.png")
+    return root
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from semantica.cli import main; main(['--help']); print({'torch', 'numpy'} & {*sys.modules})"
+    out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip().endswith("set()")
+    assert all(f"\n  {verb} " in out for verb in ("doctor", "demo", "train", "sample", "evaluate"))
+    assert main(["--version"]) == 0 and main([]) == 0
+
+
+@pytest.mark.parametrize("verb", ["doctor", "demo", "train", "sample", "evaluate"])
+def test_every_verb_has_help_and_refuses_unknown_options(verb, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([verb, "--help"])
+    assert left.value.code == 0 and f"semantica {verb}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main([verb, "--colour", "blue"])
+    assert left.value.code == 2
+
+
+def test_unknown_verbs_and_mistakes_are_one_line(capsys, tmp_path, data, model):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    picture = data / "a" / "0.png"
+    text = tmp_path / "text.jpg"
+    text.write_text("no picture")
+    for arguments, message in (
+        (["paint"], "unknown verb 'paint'"),
+        (["train", "--data", tmp_path / "no", "--out", tmp_path / "run"], "does not exist"),
+        (["train", "--data", data, "--out", tmp_path / "run", "--steps", "0"], "--steps is 0"),
+        (["sample", "--model", tmp_path / "no", "--image", picture], "is not a folder"),
+        (["sample", "--model", data, "--image", picture], "has no model_index.json"),
+        (["sample", "--model", model, "--image", tmp_path / "no.png"], "no.png"),
+        (["sample", "--model", model, "--image", text], "text.jpg"),
+        (["sample", "--model", model, "--image", picture, "-n", "0"], "--n is 0"),
+        (["sample", "--model", model, "--image", picture, "--out", taken], "exists: choose another folder"),
+        (["sample", "--model", model, "--image", picture, "--device", "abacus"], "device 'abacus'"),
+        (["evaluate", "--data", data], "give either --model or --images"),
+        (["evaluate", "--data", data, "--model", model, "--n", "1"], "--n is 1"),
+        (["evaluate", "--data", data, "--images", taken], "taken"),
+    ):
+        capsys.readouterr()
+        assert main([str(a) for a in arguments]) == 2, arguments
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("semantica: ") and message in error and "\n" not in error, error
+    assert list(taken.iterdir()) == [] and not (tmp_path / "run").exists()
+
+
+def test_sampling_writes_a_grid_or_single_pictures_and_is_repeatable(tmp_path, data, model):
+    pictures = [data / "a" / "0.png", data / "b" / "1.png"]
+    options = ["--model", model, "--image", *pictures, "-n", "3", "--steps", "2", "--seed", "5"]
+    done = run("sample", *options, "--out", tmp_path / "grid.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.height == 2 * 18 + 2 and grid.width >= 4 * 18
+        first = np.asarray(grid)
+    record = json.loads((tmp_path / "grid.json").read_text())
+    assert record["seed"] == 5 and record["guidance"] == 1.5 and record["model"] == str(model)
+    assert main([str(a) for a in ("sample", *options, "--out", tmp_path / "again.png")]) == 0
+    assert np.array_equal(first, np.asarray(Image.open(tmp_path / "again.png")))
+    assert main([str(a) for a in ("sample", *options, "--out", tmp_path / "single")]) == 0
+    names = sorted(p.name for p in (tmp_path / "single").iterdir())
+    assert names == [*(f"{i:03d}-{s}-{j}.png" for i, s in enumerate("01") for j in range(3)), "config.json"]
+    # the picture does not depend on what else is made with it
+    assert (
+        main(
+            [
+                str(a)
+                for a in (
+                    "sample",
+                    "--model",
+                    model,
+                    "--image",
+                    pictures[0],
+                    "-n",
+                    "1",
+                    "--steps",
+                    "2",
+                    "--seed",
+                    "5",
+                    "--out",
+                    tmp_path / "one",
+                )
+            ]
+        )
+        == 0
+    )
+    alone, among = (np.asarray(Image.open(tmp_path / f / "000-0-0.png")).astype(int) for f in ("one", "single"))
+    assert np.abs(alone - among).max() <= 1
+
+
+def test_doctor_answers(capsys):
+    assert main(["doctor"]) in (0, 1)
+    out = capsys.readouterr().out
+    assert "group_norm" in out and "cross_attention" in out and "torch" in out
