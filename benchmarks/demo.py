@@ -24,7 +24,7 @@ class DemoConfig:
 
     out: Path = Path("demo")
     """Folder to write; the same command continues or repeats a demo there."""
-    steps: int = 1500
+    steps: int = 1600
     """Training steps."""
     groups: int = 320
     """Groups of drawn pictures to train on."""
@@ -37,7 +37,7 @@ def train_options(config: DemoConfig) -> dict:
     """What the demo trains with: settings for a few minutes on two cores."""
     return dict(
         data=config.out / "web" / "train", val=config.out / "web" / "val", out=config.out / "run",
-        steps=config.steps, preset="tiny", conditioning="both", batch=32, lr=1.5e-3, warmup=40, decay=0.4, ema=0.995,
+        steps=config.steps, preset="tiny", conditioning="both", batch=32, lr=2.5e-3, warmup=40, decay=0.4, ema=0.99,
         loss="v", reference=16, align=0.05, flip=False, compile=config.compile, seed=config.seed, workers=1,
         eval_every=max(1, config.steps // 5), sample_every=config.steps, save_every=max(1, config.steps // 3),
     )  # fmt: skip

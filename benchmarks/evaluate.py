@@ -38,7 +38,7 @@ class EvaluateConfig:
     """Feature space: "colour-and-shape", or a DINOv2, CLIP or SigLIP encoder by hub name or local folder."""
     conditions: int = 64
     """Condition pictures, spread over the groups."""
-    n: int = 4
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4
     """Variations of each condition."""
     steps: int = 20
     guidance: float = 1.5

@@ -5,9 +5,10 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import tyro
 
 from semantica.errors import UserError
 
@@ -24,7 +25,7 @@ class SampleConfig:
     """Condition pictures, one or more."""
     out: Path = Path("variations.png")
     """A .png gets one grid, each condition first in its row; any other name becomes a folder of single pictures."""
-    n: int = 4
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4
     """Variations of each picture."""
     steps: int = 20
     """Sampling steps."""
