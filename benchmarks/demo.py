@@ -8,7 +8,7 @@ from pathlib import Path
 
 from semantica.errors import UserError
 
-CONDITIONS_PER_GROUP, VARIATIONS, SAMPLING_STEPS, GUIDANCE = 4, 4, 20, 2.0
+CONDITIONS_PER_GROUP, VARIATIONS, SAMPLING_STEPS, GUIDANCE = 4, 4, 20, 1.5
 # what a good run shows on held-out groups: (figure, lowest value, what it means)
 GOALS = (
     ("loss_gain", 0.25, "denoising loss: right condition below a shuffled one"),
@@ -37,8 +37,8 @@ def train_options(config: DemoConfig) -> dict:
     """What the demo trains with: settings for a few minutes on two cores."""
     return dict(
         data=config.out / "web" / "train", val=config.out / "web" / "val", out=config.out / "run",
-        steps=config.steps, preset="tiny", conditioning="both", batch=32, lr=2.5e-3, warmup=40, decay=0.4, ema=0.99,
-        loss="v", reference=16, align=0.05, flip=False, compile=config.compile, seed=config.seed, workers=1,
+        steps=config.steps, preset="tiny", conditioning="both", batch=32, lr=2e-3, warmup=40, decay=0.4, ema=0.99,
+        loss="x", reference=16, align=0.05, flip=False, compile=config.compile, seed=config.seed, workers=1,
         eval_every=max(1, config.steps // 5), sample_every=config.steps, save_every=max(1, config.steps // 3),
     )  # fmt: skip
 
@@ -173,7 +173,7 @@ def report(config: DemoConfig, metrics: dict, seconds: dict[str, float]) -> None
                 columns=("", *[n.replace("_", " ") for n in names]),
                 rows=figures,
             ),
-            Part("Loss", svg=plot(curves, "step", "weighted squared error of v", log=True)),
+            Part("Loss", svg=plot(curves, "step", "squared error of the image", log=True)),
             Part("What ran", columns=("", ""), rows=facts),
         ],
         width=7 * 34 * 3,

@@ -78,7 +78,7 @@ class Space:
                 self.attributes[a].get(name) == self.attributes[b].get(name) for a, b in zip(found, wanted, strict=True)
             ]
             result[f"same_{name}"] = float(np.mean(same))
-        if sets is not None:
+        if sets is not None and len(set(sets)) < len(sets):
             result["diversity"] = mean_distance(features, sets) / self.real_diversity
         return result
 
@@ -232,12 +232,11 @@ def write(config: EvaluateConfig, result: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = sorted({name for row in result["figures"].values() for name in row}, key=lambda n: (n != "on_topic", n))
-    table = Table(
-        "", *[name.replace("_", " ") for name in columns], title=f"{config.model or config.images} on {config.data}"
-    )
-    for name, row in result["figures"].items():
-        table.add_row(name, *[f"{row[c]:.1%}" if c in row else "" for c in columns])
+    names = sorted({name for row in result["figures"].values() for name in row}, key=lambda n: (n != "on_topic", n))
+    table = Table("", *result["figures"], title=f"{config.model or config.images} on {config.data}")
+    for name in names:
+        cells = [f"{row[name]:.1%}" if name in row else "" for row in result["figures"].values()]
+        table.add_row(name.replace("_", " "), *cells)
     console = Console()
     console.print(table)
     if "loss" in result:

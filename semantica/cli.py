@@ -1,10 +1,13 @@
 """The `semantica` command: each verb's module is imported only when that verb runs."""
 
+import contextlib
+import io
 import sys
 
 from semantica import __version__
 from semantica.errors import UserError
 
+BOX = "│╭╮╰╯─"
 USAGE = f"""semantica {__version__}: image variations with a fast conditioned diffusion model
 
 usage: semantica VERB [options]        semantica VERB --help for a verb's options
@@ -47,10 +50,22 @@ def fail(message: str) -> int:
 
 
 def parse(function, verb: str, arguments: list[str]):
-    """Call a function, or build a dataclass, with arguments from the command line."""
+    """Call a function, or build a dataclass, with arguments from the command line.
+
+    Raises:
+        UserError: an unknown option or an impossible value, in one line instead of the parser's box.
+    """
     import tyro
 
-    return tyro.cli(function, prog=f"semantica {verb}", args=arguments, config=(tyro.conf.CascadeSubcommandArgs,))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(function, prog=f"semantica {verb}", args=arguments)
+    except SystemExit as left:
+        if not left.code:
+            raise
+        words = "".join(" " if c in BOX else c for c in said.getvalue()).split()
+        raise UserError(" ".join(words)) from left
 
 
 def doctor(arguments: list[str]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from semantica.errors import UserError
 from semantica.solvers import Schedule, alpha_sigma, v_from_x_eps
 
-LOSS_WEIGHTS = ("eps", "sigmoid", "v")
+LOSS_WEIGHTS = ("eps", "sigmoid", "v", "x")
 
 
 def noise_levels(u: np.ndarray | Tensor, schedule: Schedule) -> Tensor:
@@ -53,6 +53,7 @@ def loss_weight(logsnr: Tensor, kind: str = "eps", bias: float = -3.0) -> Tensor
     - "sigmoid": sigmoid(logsnr) sigmoid(bias - logsnr); the sigmoid weight of Kingma & Gao (arXiv 2303.00848) and
       SiD2 (arXiv 2410.19324) on the eps-loss. They integrate over lambda and so carry a further factor -dlambda/dt;
       here noise levels stay distributed as the schedule draws them.
+    - "x": sigma^2 = sigmoid(-logsnr); the x-loss || x - x_hat ||^2 that arXiv 2405.14857 is reported to use.
     - "v": 1; the plain v-loss, equal to the SNR + 1 weighting of the x-loss (arXiv 2202.00512).
 
     `bias`: the log-SNR above which "sigmoid" falls off (-2 to -3 in SiD2). Raises `UserError` for another kind.
@@ -61,8 +62,8 @@ def loss_weight(logsnr: Tensor, kind: str = "eps", bias: float = -3.0) -> Tensor
         raise UserError(f"unknown loss weight {kind!r}: choose one of {', '.join(LOSS_WEIGHTS)}")
     if kind == "v":
         return torch.ones_like(logsnr)
-    if kind == "eps":
-        return torch.sigmoid(logsnr)
+    if kind in ("eps", "x"):
+        return torch.sigmoid(logsnr if kind == "eps" else -logsnr)
     return torch.sigmoid(logsnr) * torch.sigmoid(bias - logsnr)
 
 

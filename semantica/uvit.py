@@ -14,12 +14,18 @@ from torch import Tensor, nn
 from semantica.condition import Condition, Stream
 from semantica.errors import UserError
 from semantica.layers import GroupNormAct, NoiseEmbedding, ResBlock, TransformerBlock, rotary_grid, zero
+from semantica.solvers import alpha_sigma
 
+# below this noise the prediction fades into z itself, so that v stays of order 1
+SIGMA_MIN = 0.1
 CONDITIONING = ("tokens", "global", "both", "none")
 
 
 class UViT(ModelMixin, ConfigMixin):
     """Denoiser v(z, logsnr, condition).
+
+    The last layer estimates the image x, and v = (alpha z - x) / sigma follows from it: networks whose patches have
+    more pixels than they have channels learn images, not noise (Li & He, arXiv 2511.13720).
 
     Args:
         image_size: side of the square image in pixels; divisible by `patch_size * 2 ** len(channels)`.
@@ -175,7 +181,11 @@ class UViT(ModelMixin, ConfigMixin):
             x = F.interpolate(up(x), scale_factor=2.0, mode="nearest")
             for block in blocks:
                 x = block(torch.cat([x, skips.pop()], 1), emb)
-        return F.pixel_shuffle(self.conv_out(self.norm_out(x)), self.config.patch_size)
+        x = F.pixel_shuffle(self.conv_out(self.norm_out(x)), self.config.patch_size)
+        # a narrow network cannot carry the noise of a patch through to v, but the image it can name
+        wide = torch.promote_types(z.dtype, torch.float32)
+        alpha, sigma = alpha_sigma(logsnr.to(wide)[:, None, None, None])
+        return ((alpha * z.to(wide) - x.to(wide)) / sigma.clamp(min=SIGMA_MIN)).to(z.dtype)
 
     def _tokens(self, name: str, tokens: Tensor, drop: Tensor | None) -> Tensor:
         tokens = self.norm_tokens[name](tokens)

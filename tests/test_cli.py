@@ -54,9 +54,20 @@ def test_every_verb_has_help_and_refuses_unknown_options(verb, capsys):
     with pytest.raises(SystemExit) as left:
         main([verb, "--help"])
     assert left.value.code == 0 and f"semantica {verb}" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as left:
-        main([verb, "--colour", "blue"])
-    assert left.value.code == 2
+    assert main([verb, "--colour", "blue"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("semantica: ") and "--colour" in error and "\n" not in error
+
+
+def test_impossible_values_are_one_line(capsys):
+    for arguments, words in (
+        (["train", "--data", "x", "--out", "y", "--preset", "huge"], ("preset", "tiny")),
+        (["train", "--data", "x", "--out", "y", "--steps", "many"], ("steps", "many")),
+        (["train", "--data", "x"], ("--out",)),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.strip()
+        assert all(word in error for word in words) and "\n" not in error and "│" not in error, error
 
 
 def test_unknown_verbs_and_mistakes_are_one_line(capsys, tmp_path, data, model):

@@ -57,6 +57,7 @@ def test_weights_turn_the_velocity_loss_into_the_loss_they_are_named_after(kind)
     x_loss = (x_hat - x).square().mean((1, 2, 3))
     expected = {
         "eps": eps_loss,
+        "x": x_loss,
         # SiD2 states it on the x-loss, exp(b) sigmoid(logsnr - b); the same thing
         "sigmoid": np.exp(-3.0) * torch.sigmoid(LOGSNR + 3.0) * x_loss,
         "v": (1 + LOGSNR.exp()) * x_loss,

@@ -253,7 +253,7 @@ def test_another_configuration_data_or_folder_is_refused(photos, tmp_path):
         (dict(scales=(5,)), "--scales 5"),
         (dict(encoder="/no/such/encoder"), "encoder '/no/such/encoder' cannot be loaded"),
         (dict(encoder_size=64), "--encoder-size is for frozen encoders"),
-        (dict(held_out=0.99), "held"),
+        (dict(held_out=0.99), "cannot hold out 6 of 6"),
     ],
 )
 def test_impossible_options_write_nothing(photos, tmp_path, changes, message):
