@@ -18,7 +18,7 @@ from semantica.errors import UserError
 SIDE = 32
 SUPERSAMPLING = 8
 # raise this when the same arguments draw other pictures: an older web is then drawn again
-VERSION = 3
+VERSION = 5
 
 
 def arc(start: float, stop: float, radius: float = 1.0, centre: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
@@ -83,12 +83,12 @@ TEXTURES = ("plain", "stripes", "dots", "gradient")
 HELD_OUT_SHAPES = tuple(OUTLINES)[:4]
 HELD_OUT_PALETTES = tuple(PALETTES)[:4]
 # by number of objects: nominal radius, largest change of scale, largest shift in pixels; objects stay apart
-SIZES: dict[int, tuple[float, float, float]] = {1: (10.5, 0.1, 1.5), 2: (6.6, 0.06, 0.8), 3: (5.6, 0.05, 0.6)}
+SIZES: dict[int, tuple[float, float, float]] = {1: (10.5, 0.08, 1.2), 2: (6.3, 0.06, 0.6), 3: (5.4, 0.05, 0.5)}
 # by number of objects: where their centres may lie, in pixels
 LAYOUTS: dict[int, tuple[tuple[tuple[float, float], ...], ...]] = {
     1: (((16, 16),),),
-    2: (((8.4, 16), (23.6, 16)), ((16, 8.4), (16, 23.6))),
-    3: (((16, 8.5), (8.5, 23), (23.5, 23)), ((8.5, 9), (23.5, 9), (16, 23.5))),
+    2: (((8, 16), (24, 16)),),
+    3: (((16, 8.5), (8.5, 23), (23.5, 23)),),
 }
 
 
@@ -139,7 +139,7 @@ def draw_image(attributes: Attributes, layout: int, rng: np.random.Generator) ->
     mask = Image.new("L", (SIDE * SUPERSAMPLING, SIDE * SUPERSAMPLING))
     pen = ImageDraw.Draw(mask)
     for centre, extra in zip(centres, wobble, strict=False):
-        angle = np.radians(7 * tilt + 2 * extra)
+        angle = np.radians(6 * tilt + 2 * extra)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         points = centre + radius * (1 + stretch * scale) * OUTLINES[attributes.shape] @ turn.T
         pen.polygon([tuple(p) for p in (points * SUPERSAMPLING - 0.5).tolist()], fill=255)

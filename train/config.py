@@ -68,7 +68,7 @@ class TrainConfig:
     """Largest norm of the gradient."""
     ema: float = 0.9999
     """Decay of the averaged weights; lower in the first steps."""
-    loss: Literal["eps", "sigmoid", "v", "x"] = "sigmoid"
+    loss: Literal["x", "v", "eps", "sigmoid"] = "x"
     """What the weight of the noise levels makes the loss equal to; "x" learns content first, "eps" and "v" detail."""
     align: float = 0.0
     """Weight of a contrastive loss between the encodings of a pair, for the encoder that is trained along."""

@@ -58,7 +58,7 @@ class Objective(nn.Module):
         self,
         unet: UViT,
         encoder: nn.Module,
-        loss: str = "sigmoid",
+        loss: str = "x",
         scales: tuple[int, ...] = (),
         head: PairHead | None = None,
     ):
