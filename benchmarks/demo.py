@@ -8,7 +8,7 @@ from pathlib import Path
 
 from semantica.errors import UserError
 
-CONDITIONS_PER_GROUP, VARIATIONS, SAMPLING_STEPS, GUIDANCE = 4, 4, 20, 1.5
+CONDITIONS_PER_GROUP, VARIATIONS, SAMPLING_STEPS, GUIDANCE = 4, 4, 20, 4.0
 # what a good run shows on held-out groups: (figure, lowest value, what it means)
 GOALS = (
     ("loss_gain", 0.25, "denoising loss: right condition below a shuffled one"),
@@ -24,7 +24,7 @@ class DemoConfig:
 
     out: Path = Path("demo")
     """Folder to write; the same command continues or repeats a demo there."""
-    steps: int = 1600
+    steps: int = 1750
     """Training steps."""
     groups: int = 320
     """Groups of drawn pictures to train on."""

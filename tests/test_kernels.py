@@ -33,7 +33,8 @@ def cross_attention_exact(q, k, v, sizes, lengths, gates, q_weight):
         q = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * q_weight
     samples = []
     for b in range(batch):
-        total, start = torch.zeros_like(q[b]), 0
+        # zero times q, so that a sample without any token still has (zero) gradients
+        total, start = 0 * q[b], 0
         for s, size in enumerate(sizes):
             count = size if lengths is None else int(lengths[b, s])
             if count:
@@ -57,7 +58,7 @@ def run(function, inputs, cotangent_dtype=None):
     out = function(**{**inputs, **leaves})
     g = torch.Generator().manual_seed(7)
     cotangent = torch.randn(out.shape, generator=g, dtype=torch.float64).to(cotangent_dtype or out.dtype).to(out.dtype)
-    gradients = torch.autograd.grad(out, list(leaves.values()), cotangent)
+    gradients = torch.autograd.grad(out, list(leaves.values()), cotangent, materialize_grads=True)
     return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
