@@ -9,6 +9,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from semantica.benchmarks import features
 from semantica.errors import UserError
 
 # (condition's place in the gallery or -1, group) of each evaluated picture
@@ -63,14 +64,12 @@ class Space:
     def __init__(self, describe, pictures: np.ndarray, groups: list[str], attributes: dict[str, dict]):
         self.describe, self.groups, self.attributes = describe, np.array(groups), attributes
         self.gallery = describe(pictures)
-        self.real_diversity = mean_distance(self.gallery, self.groups)
+        self.real_diversity = features.pairwise_mean_distance(self.gallery, self.groups)
 
     def figures(self, made: np.ndarray, picks: Picks, sets: list | None) -> dict[str, float]:
         """Figures of pictures uint8 `[N, S, S, 3]`; `sets [N]` says which ones are variations of one another."""
-        from semantica.benchmarks.features import nearest
-
-        features = self.describe(made)
-        found = self.groups[nearest(features, self.gallery, np.array([place for place, _ in picks]))]
+        described = self.describe(made)
+        found = self.groups[features.nearest(described, self.gallery, np.array([place for place, _ in picks]))]
         wanted = [group for _, group in picks]
         result = {"on_topic": float(np.mean(found == np.array(wanted)))}
         for name in self._names(wanted):
@@ -79,18 +78,12 @@ class Space:
             ]
             result[f"same_{name}"] = float(np.mean(same))
         if sets is not None and len(set(sets)) < len(sets):
-            result["diversity"] = mean_distance(features, sets) / self.real_diversity
+            result["diversity"] = features.pairwise_mean_distance(described, sets) / self.real_diversity
         return result
 
     def _names(self, wanted: list[str]) -> list[str]:
         known = all(group in self.attributes for group in {*self.groups, *wanted})
         return sorted(self.attributes[wanted[0]]) if known and self.attributes else []
-
-
-def mean_distance(features: np.ndarray, groups) -> float:
-    from semantica.benchmarks.features import pairwise_mean_distance
-
-    return pairwise_mean_distance(features, groups)
 
 
 def describe_with(source: str, device):
@@ -121,7 +114,6 @@ def evaluate(config: EvaluateConfig) -> dict:
     Raises:
         UserError: data, run or pictures that cannot be used.
     """
-    from semantica.benchmarks import features
     from semantica.device import pick_device
     from semantica.runfolder import read_json
     from semantica.train.data import scan
@@ -216,13 +208,11 @@ def losses(pipeline, config: EvaluateConfig, data, device) -> dict[str, float]:
     """Denoising loss with the right condition and with one of another group."""
     from contextlib import nullcontext
 
-    from semantica.train.config import TrainConfig
     from semantica.train.heldout import held_out_batches
     from semantica.train.objective import Objective, held_out_loss
 
     unet, encoder = pipeline.unet, pipeline.encoder
-    settings = TrainConfig(data=config.data, out=config.data, seed=config.seed)
-    batches = held_out_batches(data, settings, encoder.image_size, unet.config.image_size, device)
+    batches = held_out_batches(data, config.seed, encoder.image_size, unet.config.image_size, device)
     found = held_out_loss(Objective(unet, encoder), batches, pipeline.scheduler.schedule, nullcontext)
     return {**found, "right_below_shuffled": 1 - found["right"] / found["shuffled"]}
 

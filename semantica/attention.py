@@ -22,7 +22,9 @@ def backends() -> list[str]:
     return sorted(name.value for name in AttentionBackendName)
 
 
-def set_attention(model: nn.Module, name: str, device: torch.device | str) -> tuple[str, str]:
+def set_attention(
+    model: nn.Module, name: str, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> tuple[str, str]:
     """Make a model's self-attention run on a backend, after a tiny forward and backward pass on it succeeded.
 
     Args:
@@ -30,6 +32,7 @@ def set_attention(model: nn.Module, name: str, device: torch.device | str) -> tu
         name: a backend of diffusers' dispatcher, or "auto": the first flash-attention that works, else "native"
             (PyTorch's scaled_dot_product_attention).
         device: where the model runs.
+        dtype: of its activations; flash-attention knows fp16 and bf16 only.
 
     Returns:
         (backend, reason).
@@ -39,8 +42,8 @@ def set_attention(model: nn.Module, name: str, device: torch.device | str) -> tu
     """
     dims = {m.to_qkv.in_features // m.heads for m in model.modules() if isinstance(m, SelfAttention)} or {64}
     tokens = max((m.rope_cos.shape[0] for m in model.modules() if hasattr(m, "rope_cos")), default=SHORT + 1)
-    name, reason = choose(device, tuple(dims), tokens) if name == "auto" else (name, "asked for")
-    problem = probe(name, device, tuple(dims))
+    name, reason = choose(device, tuple(dims), tokens, dtype) if name == "auto" else (name, "asked for")
+    problem = probe(name, device, tuple(dims), dtype)
     if problem:
         raise UserError(f"attention backend {name!r} cannot run on {device}: {problem}; use 'auto' or another backend")
     for module in model.modules():
@@ -49,7 +52,12 @@ def set_attention(model: nn.Module, name: str, device: torch.device | str) -> tu
     return name, reason
 
 
-def choose(device: torch.device | str, head_dims: tuple[int, ...] = (64,), tokens: int = 256) -> tuple[str, str]:
+def choose(
+    device: torch.device | str,
+    head_dims: tuple[int, ...] = (64,),
+    tokens: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[str, str]:
     """The backend that "auto" means on a device, for some head dims and a number of tokens: (name, reason)."""
     if torch.device(device).type != "cuda":
         why = "flash-attention needs a CUDA device"
@@ -60,24 +68,23 @@ def choose(device: torch.device | str, head_dims: tuple[int, ...] = (64,), token
     for name in FLASH:
         if name.endswith("_hub") and not is_kernels_available():
             continue
-        problem = probe(name, device, head_dims)
+        problem = probe(name, device, head_dims, dtype)
         if not problem:
             return name, "a tiny forward and backward pass succeeded"
         problems.append(f"{name}: {problem}")
     return NATIVE, "PyTorch SDPA: no flash-attention works here (" + "; ".join(problems) + ")"
 
 
-def probe(name: str, device: torch.device | str, head_dims: tuple[int, ...]) -> str | None:
+def probe(name: str, device: torch.device | str, head_dims: tuple[int, ...], dtype: torch.dtype) -> str | None:
     """Try a backend on a few tokens. Returns what is wrong in one line, or None.
 
     A stale or mismatching package fails in many ways, ImportError only one of them, so whatever it raises counts.
     """
     if name not in backends():
         return f"unknown; the names are {', '.join(backends())}"
-    cuda = torch.device(device).type == "cuda"
     for dim in head_dims:
-        attn = SelfAttention(dim, 1).to(device, torch.bfloat16 if cuda else torch.float32)
-        x = torch.randn(1, 64, dim, device=device, dtype=attn.to_out.weight.dtype, requires_grad=True)
+        attn = SelfAttention(dim, 1).to(device, dtype)
+        x = torch.randn(1, 64, dim, device=device, dtype=dtype, requires_grad=True)
         cos, sin = x.new_ones(64, dim // 2), x.new_zeros(64, dim // 2)
         expected = attn(x, cos, sin)
         try:

@@ -55,5 +55,5 @@ def test_diffusers_own_switch_reaches_the_layers():
 def test_a_backend_with_wrong_results_does_not_pass():
     right = torch.randn(4, 4)
     assert agree(right, right + 1e-6) and not agree(right, right + 1e-3)
-    assert probe("native", "cpu", (32, 64)) is None
-    assert "unknown" in probe("fastest", "cpu", (32,)) and "native" in backends()
+    assert probe("native", "cpu", (32, 64), torch.bfloat16) is None
+    assert "unknown" in probe("fastest", "cpu", (32,), torch.float32) and "native" in backends()

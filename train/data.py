@@ -347,7 +347,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 def batches(
     dataset: Pairs, *, first_index: int, batch: int, workers: int, device: torch.device | str = "cpu"
 ) -> Iterator[dict[str, Any]]:
-    """Endless batches (see `collate`) of consecutive indices from `first_index` on, with their tensors on `device`.
+    """Endless batches (see `collate`) of consecutive indices from `first_index` on,
+    with their tensors on `device`, `u` on the host.
 
     The same bytes for any number of workers (0 loads in this process). Worker processes end when the iterator is
     closed or forgotten. The global random state of torch is not touched.
@@ -371,7 +372,10 @@ def batches(
         for loaded in iterator:
             if isinstance(loaded, UserError):
                 raise loaded
-            yield {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in loaded.items()}
+            # u stays on the host, where noise levels are worked out in float64
+            tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor) and k != "u"}
+            moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+            yield {**loaded, **moved}
     finally:
         # the workers are stopped by its destructor
         del iterator

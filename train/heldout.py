@@ -2,14 +2,13 @@
 
 import torch
 
-from semantica.train.config import TrainConfig
 from semantica.train.data import PairData, Pairs, collate, draw_pair
 
 PAIRS, BATCH = 256, 64
 
 
 def held_out_batches(
-    data: PairData, config: TrainConfig, condition_size: int, image_size: int, device: torch.device
+    data: PairData, seed: int, condition_size: int, image_size: int, device: torch.device
 ) -> list[dict]:
     """At most 256 pairs (one per held-out target picture) in batches of at most 64, centre crops, no flips.
 
@@ -18,14 +17,14 @@ def held_out_batches(
     """
     count = min(PAIRS, max(2, len(data)))
     pairs = Pairs(
-        data, seed=config.seed, image_size=image_size, condition_size=condition_size,
+        data, seed=seed, image_size=image_size, condition_size=condition_size,
         global_batch=count, drop=0.0, flip=False, crop=None,
     )  # fmt: skip
     result = []
     for start in range(0, count, BATCH):
         indices = range(start, min(start + BATCH, count))
         batch = collate([pairs[i] for i in indices])
-        batch["group"] = [draw_pair(data, config.seed, i).group for i in indices]
+        batch["group"] = [draw_pair(data, seed, i).group for i in indices]
         batch["other"] = partners(batch["group"], data.mode)
         result.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
     return result

@@ -31,7 +31,7 @@ from semantica.train.heldout import held_out_batches
 from semantica.train.objective import Objective, PairHead, compile_blocks, held_out_loss
 from semantica.train.state import TrainState
 
-SAMPLE_CONDITIONS, SAMPLE_VARIATIONS, SAMPLE_STEPS, HELD_OUT_PAIRS = 6, 4, 20, 256
+SAMPLE_CONDITIONS, SAMPLE_VARIATIONS, SAMPLE_STEPS = 6, 4, 20
 
 
 def train(config: TrainConfig) -> Path:
@@ -49,8 +49,8 @@ def train(config: TrainConfig) -> Path:
     if held is None and config.held_out:
         data, held = split(data, config.held_out, config.seed)
     unet, encoder, scheduler = build(config, device)
-    backend, reason = set_attention(torch.nn.ModuleList([unet, encoder]), config.attention, device)
     dtype = pick_precision(config.precision, device)
+    backend, reason = set_attention(torch.nn.ModuleList([unet, encoder]), config.attention, device, dtype)
 
     run = Run(config, data)
     for path, why in bad:
@@ -75,8 +75,8 @@ def train(config: TrainConfig) -> Path:
         compile_blocks(objective)
     averaged = Objective(state.ema["unet"], state.ema.get("encoder", encoder), config.loss, config.scales).eval()
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
-    measure = Measure(config, device, dtype, step_flops(unet, encoder))
-    fixed = held_out_batches(held, config, encoder.image_size, unet.config.image_size, device) if held else []
+    measure = Measure(config, device, dtype, step_flops(unet, encoder, encodings=2 if head else 1))
+    fixed = held_out_batches(held, config.seed, encoder.image_size, unet.config.image_size, device) if held else []
 
     part = config.batch // config.accumulate
     pairs = Pairs(
@@ -95,7 +95,7 @@ def train(config: TrainConfig) -> Path:
             batch = measure.waiting(feed)
             for path, why in batch["bad"]:
                 run.bad_sample(path, why)
-            logsnr = noise_levels(batch["u"].cpu(), scheduler.schedule).to(device)
+            logsnr = noise_levels(batch["u"], scheduler.schedule).to(device)
             with autocast():
                 losses = objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])
             denoising, pairing = (a if a is None else a.mean() / config.accumulate for a in losses)
@@ -117,7 +117,10 @@ def train(config: TrainConfig) -> Path:
             checkpoint.save(run.out / "checkpoints", step, state.tensors(), {"seed": config.seed}, config.keep)
         if step % config.sample_every == 0:
             pipeline = SemanticaPipeline(averaged.unet, averaged.encoder, scheduler)
-            run.sample(pipeline, fixed[0] if fixed else collate([pairs[i] for i in range(SAMPLE_CONDITIONS)]), step)
+            shown = fixed[0] if fixed else collate([pairs[i] for i in range(SAMPLE_CONDITIONS)])
+            # in the precision of the training: the attention backend may know no other
+            with autocast():
+                run.sample(pipeline, shown, step)
         measure.start()
     feed.close()
     bar.close()

@@ -13,12 +13,11 @@ class TrainState:
     """Modules in training, their exponential moving averages, and AdamW.
 
     Args:
-        modules: name -> module; a module without trainable parameters is carried along and not saved.
+        modules: name -> module; one without trainable parameters is left out.
     """
 
     def __init__(self, config: TrainConfig, modules: dict[str, nn.Module]):
         self.config, self.step = config, 0
-        self.modules = modules
         self.trained = {n: m for n, m in modules.items() if any(p.requires_grad for p in m.parameters())}
         self.ema = {n: copy.deepcopy(m).requires_grad_(False).eval() for n, m in self.trained.items()}
         self.parameters = {
@@ -32,13 +31,8 @@ class TrainState:
         vectors = [p for p in self.parameters.values() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-        averaged = [dict(self.ema[name].named_parameters()) for name in self.trained]
-        self._ema_list = [
-            averaged[i][key]
-            for i, module in enumerate(self.trained.values())
-            for key, p in module.named_parameters()
-            if p.requires_grad
-        ]
+        averaged = {f"{name}.{key}": p for name, module in self.ema.items() for key, p in module.named_parameters()}
+        self._averages = [averaged[key] for key in self.parameters]
 
     def update(self) -> Tensor:
         """Clip, step, average; returns the gradient's norm before clipping, still on the device."""
@@ -49,7 +43,7 @@ class TrainState:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(self._ema_list, parameters, 1 - ema_decay(self.config, self.step))
+            torch._foreach_lerp_(self._averages, parameters, 1 - ema_decay(self.config, self.step))
         self.step += 1
         return norm
 
