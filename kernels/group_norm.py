@@ -50,37 +50,47 @@ def op(
     shift: Tensor | None,
     activation: str,
     eps: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Result, and mean and 1/std `[B, groups]` for the backward, in fp32 (fp64 for fp64 input)."""
+    mean, rstd = statistics_like(x, groups), statistics_like(x, groups)
     if x.numel() == 0:
-        return torch.empty_like(x)
+        return torch.empty_like(x), mean.zero_(), rstd.zero_()
     # the dtype of the result is x's, whatever an enclosing autocast would prefer
     with torch.autocast(x.device.type, enabled=False):
-        return like(group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps), x)
+        grouped = x.contiguous().reshape(x.shape[0], groups, -1).to(mean.dtype)
+        variance, average = torch.var_mean(grouped, -1, correction=0)
+        y = like(group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps), x)
+        return y, mean.copy_(average), rstd.copy_(torch.rsqrt(variance + eps))
+
+
+def statistics_like(x: Tensor, groups: int) -> Tensor:
+    return x.new_empty((x.shape[0], groups), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @op.register_fake
 def _(x, groups, weight, bias, scale, shift, activation, eps):
-    return torch.empty_like(x)
+    return torch.empty_like(x), statistics_like(x, groups), statistics_like(x, groups)
 
 
 @torch.library.custom_op("semantica::group_norm_backward", mutates_args=())
 def op_backward(
     dy: Tensor,
     x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
     groups: int,
     weight: Tensor,
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
     activation: str,
-    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, scale, shift, accumulated in fp32 (fp64 for fp64 input); absent ones are empty."""
     with torch.autocast(x.device.type, enabled=False):
-        return backward_ref(dy, x, groups, weight, bias, scale, shift, activation, eps)
+        return backward_ref(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation)
 
 
-def backward_ref(dy, x, groups, weight, bias, scale, shift, activation, eps):
+def backward_ref(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation):
     if x.numel() == 0:
         film = [x.new_empty(0) if a is None else torch.zeros_like(a) for a in (scale, shift)]
         return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias), *film
@@ -89,7 +99,9 @@ def backward_ref(dy, x, groups, weight, bias, scale, shift, activation, eps):
     dy, xs = (a.to(wide).reshape(batch, channels, -1).contiguous() for a in (dy, x))
     w, b = weight.to(wide), bias.to(wide)
     sizes = batch, channels, xs.shape[-1], groups
-    affine, mean, rstd = torch.ops.aten.native_group_norm(xs, w, b, *sizes, eps)
+    grouped = xs.reshape(batch, groups, -1)
+    normal = ((grouped - mean[:, :, None]) * rstd[:, :, None]).reshape(xs.shape)
+    affine = normal * w[:, None] + b[:, None]
     film = None if scale is None else 1 + scale.to(wide)[:, :, None]
     if activation == "silu":
         pre = affine if film is None else affine * film
@@ -104,21 +116,25 @@ def backward_ref(dy, x, groups, weight, bias, scale, shift, activation, eps):
 
 
 @op_backward.register_fake
-def _(dy, x, groups, weight, bias, scale, shift, activation, eps):
+def _(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation):
     film = [x.new_empty(0) if a is None else torch.empty_like(a) for a in (scale, shift)]
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), *film
 
 
 def save(ctx, inputs, output):
-    x, groups, weight, bias, scale, shift, activation, eps = inputs
-    ctx.save_for_backward(x, weight, bias, scale, shift)
-    ctx.settings = groups, activation, eps
+    x, groups, weight, bias, scale, shift, activation, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+    ctx.settings = groups, activation
 
 
-def backward(ctx, dy):
-    x, weight, bias, scale, shift = ctx.saved_tensors
-    groups, activation, eps = ctx.settings
-    dx, dweight, dbias, dscale, dshift = op_backward(dy, x, groups, weight, bias, scale, shift, activation, eps)
+def backward(ctx, dy, *_):
+    x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
+    groups, activation = ctx.settings
+    dx, dweight, dbias, dscale, dshift = op_backward(
+        dy, x, mean, rstd, groups, weight, bias, scale, shift, activation
+    )
     film = (dscale if scale is not None else None, dshift if shift is not None else None)
     return dx, None, dweight, dbias, *film, None, None
 
@@ -153,7 +169,8 @@ def group_norm(
         ValueError: an argument has the wrong rank, shape, dtype or device.
     """
     check(x, groups, weight, bias, scale, shift, activation)
-    return op(x, groups, weight, bias, scale, shift, activation, eps)
+    y, _, _ = op(x, groups, weight, bias, scale, shift, activation, eps)
+    return y
 
 
 def check(x, groups, weight, bias, scale, shift, activation):

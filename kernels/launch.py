@@ -1,0 +1,75 @@
+"""One kernel launch as a value: planned from shapes alone, so that it can be run, traced or only compiled."""
+
+import functools
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Triton's own switch, read where Triton reads it: when it is first imported
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+AVAILABLE = util.find_spec("triton") is not None
+# where the Triton kernels are registered: nowhere without Triton
+DEVICE = None if not AVAILABLE else "cpu" if INTERPRETED else "cuda"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A Triton kernel with everything it is started with.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        grid: programs along up to three axes.
+        arguments: run-time arguments by name: tensors, numbers or None.
+        constants: `tl.constexpr` arguments by name.
+        warps, stages: `num_warps` and `num_stages`.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Tensor | int | float | None]
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 1
+
+    def run(self) -> None:
+        """Start it. Visible to `make_fx`, so that a compiler can see the kernel."""
+        kernel = torch.library.wrap_triton(self.kernel)
+        kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
+
+
+def run(launches: Iterable[Launch]) -> None:
+    """Start them one after the other, on the current stream."""
+    for launch in launches:
+        launch.run()
+
+
+@functools.cache
+def table(operator: str) -> dict[str, dict[str, list[dict]]]:
+    """Launch settings of an operator by kernel, then by architecture ("default" for those not tuned): ladders of rows.
+
+    Tuned offline and shipped: nothing is tuned at run time.
+    """
+    return json.loads((Path(__file__).parent / f"{operator}.json").read_text())
+
+
+def settings(operator: str, kernel: str, width: int, device: torch.device) -> dict:
+    """The first row of the kernel's ladder whose `width` is at least the given one, else the last row."""
+    ladders = table(operator)[kernel]
+    ladder = ladders.get(architecture(device), ladders["default"])
+    return next((row for row in ladder if width <= row["width"]), ladder[-1])
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Such as "sm_90"; "default" where there is no NVIDIA GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "default"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
