@@ -1,5 +1,7 @@
-// semantica._C: how the compiled part was built, and what the running processor offers it
+// semantica._C: the CPU operators, how they were built, and what the running processor offers them
 #include <pybind11/pybind11.h>
+
+#include "group_norm.h"
 
 #include <cstdint>
 #include <string>
@@ -71,6 +73,52 @@ py::dict cpu_features() {
     return features;
 }
 
+#ifdef SEMANTICA_LANES
+using semantica::GroupNormShape;
+
+// addresses come as integers: no torch header, so that one build serves every torch
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void define_group_norm(py::module_& m) {
+    py::class_<GroupNormShape>(m, "GroupNormShape")
+        .def(py::init([](int64_t batch, int64_t channels, int64_t spatial, int64_t groups, bool channels_last,
+                         bool silu, bool bfloat16, int threads) {
+                 if (batch < 1 || channels < 1 || spatial < 1 || groups < 1 || channels % groups || threads < 1)
+                     throw py::value_error("sizes must be positive, and groups must divide channels");
+                 return GroupNormShape{batch, channels, spatial, groups, channels_last, silu, bfloat16, threads};
+             }),
+             py::kw_only(), py::arg("batch"), py::arg("channels"), py::arg("spatial"), py::arg("groups"),
+             py::arg("channels_last"), py::arg("silu"), py::arg("bfloat16"), py::arg("threads"));
+    m.def(
+        "group_norm_forward",
+        [](const GroupNormShape& shape, uintptr_t x, uintptr_t y, uintptr_t mean, uintptr_t rstd, uintptr_t weight,
+           uintptr_t bias, uintptr_t scale, uintptr_t shift, double eps) {
+            semantica::group_norm_forward(shape, at<void>(x), at<void>(y), at<float>(mean), at<float>(rstd),
+                                          at<float>(weight), at<float>(bias), at<float>(scale), at<float>(shift),
+                                          eps);
+        },
+        py::call_guard<py::gil_scoped_release>(),
+        "Addresses of x, y, mean, rstd, weight, bias, scale, shift (0 for none), then eps; see csrc/group_norm.h.");
+    m.def(
+        "group_norm_backward",
+        [](const GroupNormShape& shape, uintptr_t dy, uintptr_t x, uintptr_t mean, uintptr_t rstd, uintptr_t weight,
+           uintptr_t bias, uintptr_t scale, uintptr_t shift, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
+           uintptr_t dscale, uintptr_t dshift) {
+            semantica::group_norm_backward(shape, at<void>(dy), at<void>(x), at<float>(mean), at<float>(rstd),
+                                           at<float>(weight), at<float>(bias), at<float>(scale), at<float>(shift),
+                                           at<void>(dx), at<float>(dweight), at<float>(dbias), at<float>(dscale),
+                                           at<float>(dshift));
+        },
+        py::call_guard<py::gil_scoped_release>(),
+        "Addresses of dy, x, mean, rstd, weight, bias, scale, shift, dx, dweight, dbias, dscale, dshift.");
+    m.def("group_norm_target", &semantica::group_norm_target,
+          "The instruction set that the loops use on this processor.");
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -80,4 +128,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_features", &cpu_features,
           "Vector extensions of the running processor, as far as its operating system allows them; empty where they "
           "cannot be asked for.");
+#ifdef SEMANTICA_LANES
+    define_group_norm(m);
+#endif
 }

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from semantica.kernels import backends, launch
+
 ACTIVATIONS = ("silu", "none")
 
 
@@ -40,8 +42,7 @@ def like(y: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(y)
 
 
-@torch.library.custom_op("semantica::group_norm", mutates_args=())
-def op(
+def forward_plain(
     x: Tensor,
     groups: int,
     weight: Tensor,
@@ -67,13 +68,15 @@ def statistics_like(x: Tensor, groups: int) -> Tensor:
     return x.new_empty((x.shape[0], groups), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+op = torch.library.custom_op("semantica::group_norm", forward_plain, mutates_args=())
+
+
 @op.register_fake
 def _(x, groups, weight, bias, scale, shift, activation, eps):
     return torch.empty_like(x), statistics_like(x, groups), statistics_like(x, groups)
 
 
-@torch.library.custom_op("semantica::group_norm_backward", mutates_args=())
-def op_backward(
+def backward_plain(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -115,6 +118,9 @@ def backward_ref(dy, x, mean, rstd, groups, weight, bias, scale, shift, activati
     return like(dx.reshape(x.shape), x), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift
 
 
+op_backward = torch.library.custom_op("semantica::group_norm_backward", backward_plain, mutates_args=())
+
+
 @op_backward.register_fake
 def _(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation):
     film = [x.new_empty(0) if a is None else torch.empty_like(a) for a in (scale, shift)]
@@ -132,14 +138,22 @@ def save(ctx, inputs, output):
 def backward(ctx, dy, *_):
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
     groups, activation = ctx.settings
-    dx, dweight, dbias, dscale, dshift = op_backward(
-        dy, x, mean, rstd, groups, weight, bias, scale, shift, activation
-    )
+    dx, dweight, dbias, dscale, dshift = op_backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation)
     film = (dscale if scale is not None else None, dshift if shift is not None else None)
     return dx, None, dweight, dbias, *film, None, None
 
 
 op.register_autograd(backward, setup_context=save)
+PLAIN = {"forward": (op, forward_plain), "backward": (op_backward, backward_plain)}
+if launch.DEVICE != "cpu" and (instructions := backends.cpu_loops()):
+    backends.serve(
+        "group_norm",
+        "cpu",
+        "semantica.kernels.group_norm_cpu",
+        (torch.float32, torch.bfloat16),
+        PLAIN,
+        ("C++", f"semantica._C with {instructions}; fp16 and fp64 in plain torch"),
+    )
 
 
 def group_norm(

@@ -121,8 +121,9 @@ def compiled() -> Iterator[tuple[str, str, Status]]:
 def operators() -> Iterator[tuple[str, str, Status]]:
     from semantica import kernels
 
-    for name, (implementation, reason) in kernels.implementations().items():
-        yield name, f"{implementation} ({reason})", "ok"
+    for name, devices in kernels.implementations().items():
+        for device, (implementation, reason) in devices.items():
+            yield f"{name}, {device}", f"{implementation} ({reason})", "ok"
 
 
 def attention() -> Iterator[tuple[str, str, Status]]:

@@ -47,8 +47,10 @@ def test_facts_of_this_machine():
     assert f"{os.cpu_count()} cores" in devices["cpu"]
     assert f"{psutil.virtual_memory().total / 2**30:.1f} GiB" in devices["cpu"]
     assert ("cuda:0" in devices) == torch.cuda.is_available() == ("cuda" not in devices)
-    found = {name: f"{used} ({why})" for name, (used, why) in kernels.implementations().items()}
-    assert values(facts, "operators") == found and set(found) >= {"group_norm", "cross_attention"}
+    found = values(facts, "operators")
+    assert set(found) == {f"{name}, {on}" for name in ("group_norm", "cross_attention") for on in ("cpu", "cuda")}
+    for name, on in kernels.implementations().items():
+        assert all(found[f"{name}, {device}"] == f"{used} ({why})" for device, (used, why) in on.items())
     (backend,) = values(facts, "self-attention").values()
     assert backend.endswith(")") and " (" in backend
     assert {"train", "export", "bench", "tensorrt-rtx"} <= set(values(facts, "optional packages"))

@@ -56,7 +56,8 @@ def train(config: TrainConfig) -> Path:
     for path, why in bad:
         run.bad_sample(path, why)
     run.say(f"device {device}, {str(dtype).removeprefix('torch.')}; attention: {backend} ({reason})")
-    for name, (implementation, why) in implementations().items():
+    for name, devices in implementations().items():
+        implementation, why = devices[device.type]
         run.say(f"operator {name}: {implementation} ({why})")
     run.say(f"{len(data)} pictures in {len(data.groups)} groups, {len(held) if held else 0} held out, {len(bad)} bad")
     run.say(

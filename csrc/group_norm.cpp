@@ -1,0 +1,392 @@
+#include "group_norm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "group_norm_loops.h"
+
+#ifdef SEMANTICA_LANES
+namespace semantica {
+namespace {
+
+// the loops of one storage type, compiled for one instruction set
+template <class T>
+struct Loops {
+    void (*moments_of_run)(const T*, int64_t, Moments*);
+    void (*apply_to_run)(const T*, T*, int64_t, float, float, float, bool);
+    void (*sums_of_run)(const T*, const T*, int64_t, float, float, float, float, bool, double*, double*);
+    void (*gradient_of_run)(const T*, const T*, T*, int64_t, float, float, float, float, float, bool);
+    void (*moments_of_rows)(const T*, int64_t, int64_t, double*, double*, double*);
+    void (*apply_to_rows)(const T*, T*, int64_t, int64_t, const Coefficients&, bool);
+    void (*sums_of_rows)(const T*, const T*, int64_t, int64_t, const Coefficients&, bool, double*, double*);
+    void (*gradient_of_rows)(const T*, const T*, T*, int64_t, int64_t, const Coefficients&, bool);
+};
+
+// a function template cannot carry an attribute that differs between its instances, so a macro makes the variants
+#define VARIANT(NAME, TARGET)                                                                                        \
+    template <class T>                                                                                               \
+    struct NAME {                                                                                                    \
+        TARGET static void moments_run(const T* x, int64_t n, Moments* out) { moments_of_run<T>(x, n, out); }        \
+        TARGET static void apply_run(const T* x, T* y, int64_t n, float m, float s, float o, bool silu) {            \
+            silu ? apply_to_run<T, true>(x, y, n, m, s, o) : apply_to_run<T, false>(x, y, n, m, s, o);               \
+        }                                                                                                            \
+        TARGET static void sums_run(const T* dy, const T* x, int64_t n, float m, float r, float s, float o,          \
+                                    bool silu, double* p, double* q) {                                               \
+            silu ? sums_of_run<T, true>(dy, x, n, m, r, s, o, p, q)                                                  \
+                 : sums_of_run<T, false>(dy, x, n, m, r, s, o, p, q);                                                \
+        }                                                                                                            \
+        TARGET static void gradient_run(const T* dy, const T* x, T* dx, int64_t n, float m, float s, float o,        \
+                                        float t, float l, bool silu) {                                               \
+            silu ? gradient_of_run<T, true>(dy, x, dx, n, m, s, o, t, l)                                             \
+                 : gradient_of_run<T, false>(dy, x, dx, n, m, s, o, t, l);                                           \
+        }                                                                                                            \
+        TARGET static void moments_rows(const T* x, int64_t n, int64_t c, double* k, double* s, double* q) {         \
+            moments_of_rows<T>(x, n, c, k, s, q);                                                                    \
+        }                                                                                                            \
+        TARGET static void apply_rows(const T* x, T* y, int64_t n, int64_t c, const Coefficients& k, bool silu) {    \
+            silu ? apply_to_rows<T, true>(x, y, n, c, k) : apply_to_rows<T, false>(x, y, n, c, k);                   \
+        }                                                                                                            \
+        TARGET static void sums_rows(const T* dy, const T* x, int64_t n, int64_t c, const Coefficients& k,           \
+                                     bool silu, double* p, double* q) {                                              \
+            silu ? sums_of_rows<T, true>(dy, x, n, c, k, p, q) : sums_of_rows<T, false>(dy, x, n, c, k, p, q);       \
+        }                                                                                                            \
+        TARGET static void gradient_rows(const T* dy, const T* x, T* dx, int64_t n, int64_t c,                       \
+                                         const Coefficients& k, bool silu) {                                         \
+            silu ? gradient_of_rows<T, true>(dy, x, dx, n, c, k) : gradient_of_rows<T, false>(dy, x, dx, n, c, k);   \
+        }                                                                                                            \
+        static constexpr Loops<T> loops = {moments_run,  apply_run,  sums_run,  gradient_run,                        \
+                                           moments_rows, apply_rows, sums_rows, gradient_rows};                      \
+    };
+
+VARIANT(Baseline, )
+#if defined(__x86_64__)
+#define SEMANTICA_X86_VARIANTS 1
+VARIANT(Avx2, __attribute__((target("avx2,fma"))))
+VARIANT(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
+#endif
+
+enum class Target { baseline, avx2, avx512 };
+
+Target target() {
+#ifdef SEMANTICA_X86_VARIANTS
+    static const Target best = [] {
+        __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            return Target::avx512;
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Target::avx2 : Target::baseline;
+    }();
+    return best;
+#else
+    return Target::baseline;
+#endif
+}
+
+template <class T>
+const Loops<T>& loops() {
+#ifdef SEMANTICA_X86_VARIANTS
+    if (target() == Target::avx512) return Avx512<T>::loops;
+    if (target() == Target::avx2) return Avx2<T>::loops;
+#endif
+    return Baseline<T>::loops;
+}
+
+// How a tensor is cut. A unit is what shares statistics in memory: a group of a sample (contiguous) or a whole sample
+// (channels-last). Each unit is cut into chunks the same way whatever the number of threads, and chunks are merged in
+// order: the result does not depend on the threads.
+struct Cut {
+    int64_t units, chunks, bytes;
+    // contiguous: whole channels per chunk, or spans of one channel
+    int64_t channels_per_chunk = 0, spans = 1;
+    // spatial positions per chunk
+    int64_t positions;
+
+    Cut(const GroupNormShape& s, int64_t item) {
+        constexpr int64_t values = 32768, most = 64;
+        if (s.channels_last) {
+            units = s.batch;
+            positions = std::max({values / s.channels, ceil(s.spatial, most), int64_t(1)});
+            spans = chunks = ceil(s.spatial, positions);
+            bytes = s.channels * s.spatial * item;
+        } else {
+            const int64_t width = s.channels / s.groups;
+            units = s.batch * s.groups;
+            channels_per_chunk = std::min(width, std::max(int64_t(1), values / s.spatial));
+            positions = s.spatial > values ? std::max(values, ceil(s.spatial, most)) : s.spatial;
+            spans = ceil(s.spatial, positions);
+            chunks = ceil(width, channels_per_chunk) * spans;
+            bytes = width * s.spatial * item;
+        }
+    }
+
+    static int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+};
+
+// reduce every chunk, finish each unit, apply to every chunk, last chunk first: it is still in the cache
+template <class Reduce, class Finish, class Apply>
+void over(const Cut& cut, int threads, Reduce reduce, Finish finish, Apply apply) {
+    // a unit that stays in one core's cache is read from memory once
+    constexpr int64_t cache = 1 << 20, small = 1 << 16;
+    if (cut.units * cut.bytes <= small) threads = 1;
+    if (threads == 1 || (cut.units >= threads && cut.bytes <= cache)) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+        for (int64_t u = 0; u < cut.units; ++u) {
+            for (int64_t c = 0; c < cut.chunks; ++c) reduce(u, c);
+            finish(u);
+            for (int64_t c = cut.chunks; c-- > 0;) apply(u, c);
+        }
+        return;
+    }
+    const int64_t all = cut.units * cut.chunks;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < all; ++i) reduce(i / cut.chunks, i % cut.chunks);
+#pragma omp for schedule(static)
+        for (int64_t u = 0; u < cut.units; ++u) finish(u);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < all; ++i) apply((all - 1 - i) / cut.chunks, (all - 1 - i) % cut.chunks);
+    }
+}
+
+// where a chunk of the contiguous layout lies: channels of its sample, and spatial positions
+struct Place {
+    int64_t sample, group, begin_channel, end_channel, begin, count;
+
+    Place(const GroupNormShape& s, const Cut& cut, int64_t unit, int64_t chunk) {
+        const int64_t width = s.channels / s.groups;
+        sample = unit / s.groups, group = unit % s.groups;
+        const int64_t first = chunk / cut.spans * cut.channels_per_chunk;
+        begin_channel = group * width + first;
+        end_channel = group * width + std::min(first + cut.channels_per_chunk, width);
+        begin = chunk % cut.spans * cut.positions;
+        count = std::min(cut.positions, s.spatial - begin);
+    }
+
+    int64_t offset(const GroupNormShape& s, int64_t channel) const {
+        return (sample * s.channels + channel) * s.spatial + begin;
+    }
+};
+
+// Chan, Golub & LeVeque 1979: counts, means and sums of squared deviations, merged in the order given
+template <class Each>
+void merge(Each each, double* mean, double* variance) {
+    double count = 0, sum = 0;
+    each([&](const Moments& m) { count += m.count, sum += m.count * m.shift + m.sum; });
+    *mean = sum / count;
+    double deviations = 0;
+    each([&](const Moments& m) {
+        const double inner = m.sum / m.count, outer = m.shift + inner - *mean;
+        deviations += m.squares - m.sum * inner + m.count * outer * outer;
+    });
+    *variance = std::max(deviations / count, 0.0);
+}
+
+template <class T>
+void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd, const float* weight,
+             const float* bias, const float* scale, const float* shift, double eps) {
+    const Loops<T>& loop = loops<T>();
+    const Cut cut(s, sizeof(T));
+    const int64_t width = s.channels / s.groups, all = s.batch * s.channels;
+    std::vector<float> center(all), factor(all), offset(all);
+
+    auto finish = [&](int64_t sample, int64_t group, double average, double variance) {
+        const double inverse = 1 / std::sqrt(variance + eps);
+        const float rounded = (float)average;
+        mean[sample * s.groups + group] = rounded;
+        rstd[sample * s.groups + group] = (float)inverse;
+        for (int64_t c = group * width; c < (group + 1) * width; ++c) {
+            const int64_t i = sample * s.channels + c;
+            const double film = scale ? 1 + (double)scale[i] : 1;
+            const double slope = inverse * weight[c] * film;
+            center[i] = rounded;
+            factor[i] = (float)slope;
+            // what rounding took from the mean is given back
+            offset[i] = (float)(bias[c] * film + (shift ? shift[i] : 0) + (rounded - average) * slope);
+        }
+    };
+
+    if (!s.channels_last) {
+        std::vector<Moments> parts(cut.units * cut.chunks);
+        over(
+            cut, s.threads,
+            [&](int64_t u, int64_t c) {
+                const Place p(s, cut, u, c);
+                const int64_t count = (p.end_channel - p.begin_channel - 1) * s.spatial + p.count;
+                loop.moments_of_run(x + p.offset(s, p.begin_channel), count, &parts[u * cut.chunks + c]);
+            },
+            [&](int64_t u) {
+                double average, variance;
+                merge(
+                    [&](auto add) {
+                        for (int64_t c = 0; c < cut.chunks; ++c) add(parts[u * cut.chunks + c]);
+                    },
+                    &average, &variance);
+                finish(u / s.groups, u % s.groups, average, variance);
+            },
+            [&](int64_t u, int64_t c) {
+                const Place p(s, cut, u, c);
+                for (int64_t k = p.begin_channel; k < p.end_channel; ++k) {
+                    const int64_t i = p.sample * s.channels + k, at = p.offset(s, k);
+                    loop.apply_to_run(x + at, y + at, p.count, center[i], factor[i], offset[i], s.silu);
+                }
+            });
+        return;
+    }
+    std::vector<double> parts(cut.units * cut.chunks * 3 * s.channels);
+    auto rows = [&](int64_t c) { return std::min(cut.positions, s.spatial - c * cut.positions); };
+    auto at = [&](int64_t u, int64_t c) { return (u * s.spatial + c * cut.positions) * s.channels; };
+    over(
+        cut, s.threads,
+        [&](int64_t u, int64_t c) {
+            double* part = &parts[(u * cut.chunks + c) * 3 * s.channels];
+            loop.moments_of_rows(x + at(u, c), rows(c), s.channels, part, part + s.channels, part + 2 * s.channels);
+        },
+        [&](int64_t u) {
+            for (int64_t g = 0; g < s.groups; ++g) {
+                double average, variance;
+                merge(
+                    [&](auto add) {
+                        for (int64_t c = 0; c < cut.chunks; ++c) {
+                            const double* part = &parts[(u * cut.chunks + c) * 3 * s.channels];
+                            for (int64_t k = g * width; k < (g + 1) * width; ++k)
+                                add({part[k], part[s.channels + k], part[2 * s.channels + k], (double)rows(c)});
+                        }
+                    },
+                    &average, &variance);
+                finish(u, g, average, variance);
+            }
+        },
+        [&](int64_t u, int64_t c) {
+            const int64_t i = u * s.channels;
+            const Coefficients k = {&center[i], &factor[i], &offset[i], nullptr, nullptr, nullptr};
+            loop.apply_to_rows(x + at(u, c), y + at(u, c), rows(c), s.channels, k, s.silu);
+        });
+}
+
+template <class T>
+void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mean, const float* rstd,
+              const float* weight, const float* bias, const float* scale, const float* shift, T* dx, float* dweight,
+              float* dbias, float* dscale, float* dshift) {
+    const Loops<T>& loop = loops<T>();
+    const Cut cut(s, 2 * sizeof(T));
+    const int64_t width = s.channels / s.groups, all = s.batch * s.channels;
+    std::vector<float> center(all), factor(all), offset(all), inverse(all), term(all), slope(all);
+    for (int64_t i = 0; i < all; ++i) {
+        const int64_t c = i % s.channels, unit = i / s.channels * s.groups + c / width;
+        const float film = scale ? 1 + scale[i] : 1;
+        center[i] = mean[unit];
+        inverse[i] = rstd[unit];
+        factor[i] = rstd[unit] * weight[c] * film;
+        offset[i] = bias[c] * film + (shift ? shift[i] : 0);
+    }
+    // sums of du and of du * x_hat: [sample, span, channel]
+    std::vector<double> sums(s.batch * cut.spans * s.channels), products(sums.size());
+    std::vector<double> total(all), product(all);
+
+    auto finish = [&](int64_t sample, int64_t group) {
+        double plain = 0, weighted = 0;
+        for (int64_t c = group * width; c < (group + 1) * width; ++c) {
+            const int64_t i = sample * s.channels + c;
+            total[i] = product[i] = 0;
+            for (int64_t span = 0; span < cut.spans; ++span) {
+                const int64_t part = (sample * cut.spans + span) * s.channels + c;
+                total[i] += sums[part], product[i] += products[part];
+            }
+            if (dshift) dshift[i] = (float)total[i];
+            if (dscale) dscale[i] = (float)(weight[c] * product[i] + bias[c] * total[i]);
+            const double film = weight[c] * (scale ? 1 + (double)scale[i] : 1);
+            plain += film * total[i], weighted += film * product[i];
+        }
+        const double r = rstd[sample * s.groups + group], count = (double)(width * s.spatial);
+        for (int64_t i = sample * s.channels + group * width, end = i + width; i < end; ++i) {
+            term[i] = (float)(r * plain / count);
+            slope[i] = (float)(r * r * weighted / count);
+        }
+    };
+
+    if (!s.channels_last) {
+        over(
+            cut, s.threads,
+            [&](int64_t u, int64_t c) {
+                const Place p(s, cut, u, c);
+                for (int64_t k = p.begin_channel; k < p.end_channel; ++k) {
+                    const int64_t i = p.sample * s.channels + k, at = p.offset(s, k);
+                    const int64_t part = (p.sample * cut.spans + c % cut.spans) * s.channels + k;
+                    loop.sums_of_run(dy + at, x + at, p.count, center[i], inverse[i], factor[i], offset[i], s.silu,
+                                     &sums[part], &products[part]);
+                }
+            },
+            [&](int64_t u) { finish(u / s.groups, u % s.groups); },
+            [&](int64_t u, int64_t c) {
+                const Place p(s, cut, u, c);
+                for (int64_t k = p.begin_channel; k < p.end_channel; ++k) {
+                    const int64_t i = p.sample * s.channels + k, at = p.offset(s, k);
+                    loop.gradient_of_run(dy + at, x + at, dx + at, p.count, center[i], factor[i], offset[i], term[i],
+                                         slope[i], s.silu);
+                }
+            });
+    } else {
+        auto rows = [&](int64_t c) { return std::min(cut.positions, s.spatial - c * cut.positions); };
+        auto at = [&](int64_t u, int64_t c) { return (u * s.spatial + c * cut.positions) * s.channels; };
+        auto coefficients = [&](int64_t u) {
+            const int64_t i = u * s.channels;
+            return Coefficients{&center[i], &factor[i], &offset[i], &inverse[i], &term[i], &slope[i]};
+        };
+        over(
+            cut, s.threads,
+            [&](int64_t u, int64_t c) {
+                const int64_t part = (u * cut.chunks + c) * s.channels;
+                loop.sums_of_rows(dy + at(u, c), x + at(u, c), rows(c), s.channels, coefficients(u), s.silu,
+                                  &sums[part], &products[part]);
+            },
+            [&](int64_t u) {
+                for (int64_t g = 0; g < s.groups; ++g) finish(u, g);
+            },
+            [&](int64_t u, int64_t c) {
+                loop.gradient_of_rows(dy + at(u, c), x + at(u, c), dx + at(u, c), rows(c), s.channels,
+                                      coefficients(u), s.silu);
+            });
+    }
+    for (int64_t c = 0; c < s.channels; ++c) {
+        double w = 0, b = 0;
+        for (int64_t i = c; i < all; i += s.channels) {
+            const double film = scale ? 1 + (double)scale[i] : 1;
+            w += film * product[i], b += film * total[i];
+        }
+        dweight[c] = (float)w, dbias[c] = (float)b;
+    }
+}
+
+}  // namespace
+
+void group_norm_forward(const GroupNormShape& s, const void* x, void* y, float* mean, float* rstd,
+                        const float* weight, const float* bias, const float* scale, const float* shift, double eps) {
+    if (s.bfloat16)
+        forward(s, (const bf16*)x, (bf16*)y, mean, rstd, weight, bias, scale, shift, eps);
+    else
+        forward(s, (const float*)x, (float*)y, mean, rstd, weight, bias, scale, shift, eps);
+}
+
+void group_norm_backward(const GroupNormShape& s, const void* dy, const void* x, const float* mean,
+                         const float* rstd, const float* weight, const float* bias, const float* scale,
+                         const float* shift, void* dx, float* dweight, float* dbias, float* dscale, float* dshift) {
+    if (s.bfloat16)
+        backward(s, (const bf16*)dy, (const bf16*)x, mean, rstd, weight, bias, scale, shift, (bf16*)dx, dweight,
+                 dbias, dscale, dshift);
+    else
+        backward(s, (const float*)dy, (const float*)x, mean, rstd, weight, bias, scale, shift, (float*)dx, dweight,
+                 dbias, dscale, dshift);
+}
+
+const char* group_norm_target() {
+    switch (target()) {
+        case Target::avx512: return "AVX-512";
+        case Target::avx2: return "AVX2";
+        default: return "baseline vectors";
+    }
+}
+
+}  // namespace semantica
+#endif
