@@ -48,12 +48,11 @@ INLINE void moments_of_run(const T* x, int64_t count, Moments* out) {
                 s[j] += d;
                 q[j] += d * d;
             }
-        for (; i < end; i += LANES) {
-            const int64_t part = end - i < LANES ? end - i : LANES;
-            const Lanes d = first(load(x + i, part) - shift, part);
+        over(i, end, [&](int64_t k, int64_t part) BODY {
+            const Lanes d = first(load(x + k, part) - shift, part);
             s[0] += d;
             q[0] += d * d;
-        }
+        });
         total += sum((s[0] + s[1]) + (s[2] + s[3]));
         squares += sum((q[0] + q[1]) + (q[2] + q[3]));
     }
@@ -77,10 +76,9 @@ INLINE Lanes derivative(Lanes u) {
 
 template <class T, bool silu>
 INLINE void apply_to_run(const T* x, T* y, int64_t count, float mean, float scale, float offset) {
-    for (int64_t i = 0; i < count; i += LANES) {
-        const int64_t part = count - i < LANES ? count - i : LANES;
+    over(0, count, [&](int64_t i, int64_t part) BODY {
         store(y + i, activate<silu>((load(x + i, part) - mean) * scale + offset), part);
-    }
+    });
 }
 
 // sums over a run of du and du * x_hat, du = dy * act'(u)
@@ -91,14 +89,13 @@ INLINE void sums_of_run(const T* dy, const T* x, int64_t count, float mean, floa
     for (int64_t begin = 0; begin < count; begin += FLUSH_VALUES) {
         const int64_t end = begin + FLUSH_VALUES < count ? begin + FLUSH_VALUES : count;
         Lanes p = {}, q = {};
-        for (int64_t i = begin; i < end; i += LANES) {
-            const int64_t part = end - i < LANES ? end - i : LANES;
+        over(begin, end, [&](int64_t i, int64_t part) BODY {
             const Lanes d = load(x + i, part) - mean;
             // dy is zero beyond the end
             const Lanes du = load(dy + i, part) * derivative<silu>(d * scale + offset);
             p += du;
             q += du * (d * rstd);
-        }
+        });
         *sum_du += sum(p);
         *sum_dux += sum(q);
     }
@@ -108,20 +105,11 @@ INLINE void sums_of_run(const T* dy, const T* x, int64_t count, float mean, floa
 template <class T, bool silu>
 INLINE void gradient_of_run(const T* dy, const T* x, T* dx, int64_t count, float mean, float scale, float offset,
                             float term, float slope) {
-    for (int64_t i = 0; i < count; i += LANES) {
-        const int64_t part = count - i < LANES ? count - i : LANES;
+    over(0, count, [&](int64_t i, int64_t part) BODY {
         const Lanes d = load(x + i, part) - mean;
         const Lanes du = load(dy + i, part) * derivative<silu>(d * scale + offset);
         store(dx + i, du * scale - term - d * slope, part);
-    }
-}
-
-// calls body(first channel, lanes in it) for each register's worth of channels
-template <class Body>
-INLINE void over_channels(int64_t channels, Body body) {
-    int64_t c = 0;
-    for (; c + LANES <= channels; c += LANES) body(c, LANES);
-    if (c < channels) body(c, channels - c);
+    });
 }
 
 // per channel, over rows [rows][channels]: shift [C], sum and squares [C]
@@ -164,16 +152,15 @@ INLINE void moments_of_rows(const T* x, int64_t rows, int64_t channels, double* 
     int64_t c = 0;
     for (; c + ROW_WIDTH * LANES <= channels; c += ROW_WIDTH * LANES)
         moments_of_columns<T, ROW_WIDTH>(x + c, rows, channels, LANES, shift + c, total + c, squares + c);
-    for (; c < channels; c += LANES) {
-        const int64_t lanes = channels - c < LANES ? channels - c : LANES;
-        moments_of_columns<T, 1>(x + c, rows, channels, lanes, shift + c, total + c, squares + c);
-    }
+    over(c, channels, [&](int64_t k, int64_t lanes) BODY {
+        moments_of_columns<T, 1>(x + k, rows, channels, lanes, shift + k, total + k, squares + k);
+    });
 }
 
 template <class T, bool silu>
 INLINE void apply_to_rows(const T* x, T* y, int64_t rows, int64_t channels, const Coefficients& k) {
     for (int64_t r = 0; r < rows; ++r, x += channels, y += channels)
-        over_channels(channels, [&](int64_t c, int64_t lanes) __attribute__((always_inline)) {
+        over(0, channels, [&](int64_t c, int64_t lanes) BODY {
             const Lanes d = load(x + c, lanes) - load(k.mean + c, lanes);
             store(y + c, activate<silu>(d * load(k.scale + c, lanes) + load(k.offset + c, lanes)), lanes);
         });
@@ -182,7 +169,7 @@ INLINE void apply_to_rows(const T* x, T* y, int64_t rows, int64_t channels, cons
 template <class T, bool silu>
 INLINE void sums_of_rows(const T* dy, const T* x, int64_t rows, int64_t channels, const Coefficients& k,
                          double* sum_du, double* sum_dux) {
-    over_channels(channels, [&](int64_t c, int64_t lanes) __attribute__((always_inline)) {
+    over(0, channels, [&](int64_t c, int64_t lanes) BODY {
         const Lanes mean = load(k.mean + c, lanes), scale = load(k.scale + c, lanes);
         const Lanes offset = load(k.offset + c, lanes), rstd = load(k.rstd + c, lanes);
         for (int64_t begin = 0; begin < rows; begin += FLUSH_ROWS) {
@@ -210,7 +197,7 @@ INLINE void sums_of_rows(const T* dy, const T* x, int64_t rows, int64_t channels
 template <class T, bool silu>
 INLINE void gradient_of_rows(const T* dy, const T* x, T* dx, int64_t rows, int64_t channels, const Coefficients& k) {
     for (int64_t r = 0; r < rows; ++r, x += channels, dy += channels, dx += channels)
-        over_channels(channels, [&](int64_t c, int64_t lanes) __attribute__((always_inline)) {
+        over(0, channels, [&](int64_t c, int64_t lanes) BODY {
             const Lanes d = load(x + c, lanes) - load(k.mean + c, lanes), scale = load(k.scale + c, lanes);
             const Lanes du = load(dy + c, lanes) * derivative<silu>(d * scale + load(k.offset + c, lanes));
             store(dx + c, du * scale - load(k.term + c, lanes) - d * load(k.slope + c, lanes), lanes);

@@ -8,6 +8,8 @@
 #if defined(__GNUC__) || defined(__clang__)
 #define SEMANTICA_LANES 1
 #define INLINE inline __attribute__((always_inline))
+// the same for a lambda
+#define BODY __attribute__((always_inline))
 #if !defined(__clang__)
 // vectors are passed between inlined functions only: their calling convention never matters
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -42,11 +44,10 @@ INLINE Lanes load(const bf16* p) {
 
 INLINE void store(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
 
-// round to nearest even; a NaN keeps its sign and stays a NaN
+// round to nearest even; a NaN stays one unless its low bits are set, which no arithmetic on bfloat16 gives
 INLINE void store(bf16* p, Lanes v) {
-    WordLanes bits = (WordLanes)v;
-    WordLanes rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
-    HalfLanes half = __builtin_convertvector((v == v ? rounded : (bits | 0x400000u)) >> 16, HalfLanes);
+    const WordLanes bits = (WordLanes)v;
+    const HalfLanes half = __builtin_convertvector((bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16, HalfLanes);
     std::memcpy(p, &half, sizeof half);
 }
 
@@ -55,7 +56,7 @@ template <class T>
 INLINE Lanes load(const T* p, int64_t count) {
     if (count == LANES) return load(p);
     T part[LANES] = {};
-    std::memcpy(part, p, count * sizeof(T));
+    for (int64_t i = 0; i < count; ++i) part[i] = p[i];
     return load(part);
 }
 
@@ -64,7 +65,14 @@ INLINE void store(T* p, Lanes v, int64_t count) {
     if (count == LANES) return store(p, v);
     T part[LANES];
     store(part, v);
-    std::memcpy(p, part, count * sizeof(T));
+    for (int64_t i = 0; i < count; ++i) p[i] = part[i];
+}
+
+// body(first value, lanes) for each register's worth of values: whole ones in a loop of their own, then what is left
+template <class Body>
+INLINE void over(int64_t begin, int64_t end, Body body) {
+    for (; begin + LANES <= end; begin += LANES) body(begin, LANES);
+    if (begin < end) body(begin, end - begin);
 }
 
 // zero from lane `count` on
@@ -81,24 +89,21 @@ INLINE double sum(Lanes v) {
 }
 
 // 1 / (1 + exp(-u)) for u >= -87, to two units in the last place
-// exp: reduction by multiples of log 2 in two parts, then the polynomial of Cephes' expf (Moshier, public domain)
 INLINE Lanes sigmoid(Lanes u) {
     const Lanes magic = broadcast(12582912.0f);
-    Lanes turns = u * -1.44269504f;
-    turns = turns < -126.0f ? broadcast(-126.0f) : turns;
-    const Lanes shifted = turns + magic;
-    const Lanes n = shifted - magic;
-    // below the clamp the argument would leave the polynomial's range
-    const Lanes bounded = u > 87.3365f ? broadcast(87.3365f) : u;
-    const Lanes r = (-bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-    Lanes p = broadcast(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    // the low bits of the shifted number are n: adding them to the exponent multiplies by 2^n
+    // above 87 the exponent would leave its range, and the result is 1 to the last digit
+    u = u > 87.0f ? broadcast(87.0f) : u;
+    // exp(-u) = 2^n 2^f, |f| <= 1/2: adding the magic number rounds, and leaves n in its low bits
+    const Lanes shifted = u * -1.44269504f + magic;
+    const Lanes f = u * -1.44269504f - (shifted - magic);
+    // minimax polynomial of 2^f (relative error 2e-8 in fp32), constant term exactly 1
+    Lanes p = broadcast(1.5353362e-4f);
+    p = p * f + 1.3398874e-3f;
+    p = p * f + 9.6184369e-3f;
+    p = p * f + 5.5503324e-2f;
+    p = p * f + 0.24022648f;
+    p = p * f + 0.69314718f;
+    p = p * f + 1.0f;
     const Lanes e = (Lanes)((IntLanes)p + ((IntLanes)shifted << 23));
     return 1.0f / (1.0f + e);
 }
