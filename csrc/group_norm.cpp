@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "group_norm_loops.h"
@@ -66,29 +67,13 @@ VARIANT(Avx2, __attribute__((target("avx2,fma"))))
 VARIANT(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
 #endif
 
-enum class Target { baseline, avx2, avx512 };
-
-Target target() {
-#ifdef SEMANTICA_X86_VARIANTS
-    static const Target best = [] {
-        __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            return Target::avx512;
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Target::avx2 : Target::baseline;
-    }();
-    return best;
-#else
-    return Target::baseline;
-#endif
-}
-
 template <class T>
-const Loops<T>& loops() {
+const Loops<T>& loops(Target target) {
 #ifdef SEMANTICA_X86_VARIANTS
-    if (target() == Target::avx512) return Avx512<T>::loops;
-    if (target() == Target::avx2) return Avx2<T>::loops;
+    if (target == Target::avx512) return Avx512<T>::loops;
+    if (target == Target::avx2) return Avx2<T>::loops;
 #endif
+    (void)target;
     return Baseline<T>::loops;
 }
 
@@ -183,10 +168,13 @@ void merge(Each each, double* mean, double* variance) {
     *variance = std::max(deviations / count, 0.0);
 }
 
+// a NaN from outside may carry any bits; the one that rounding to bfloat16 keeps has none in its lower half
+float canonical(double value) { return value == value ? (float)value : std::numeric_limits<float>::quiet_NaN(); }
+
 template <class T>
 void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd, const float* weight,
              const float* bias, const float* scale, const float* shift, double eps) {
-    const Loops<T>& loop = loops<T>();
+    const Loops<T>& loop = loops<T>(s.target);
     const Cut cut(s, sizeof(T));
     const int64_t width = s.channels / s.groups, all = s.batch * s.channels;
     std::vector<float> center(all), factor(all), offset(all);
@@ -201,9 +189,9 @@ void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd
             const double film = scale ? 1 + (double)scale[i] : 1;
             const double slope = inverse * weight[c] * film;
             center[i] = rounded;
-            factor[i] = (float)slope;
+            factor[i] = canonical(slope);
             // what rounding took from the mean is given back
-            offset[i] = (float)(bias[c] * film + (shift ? shift[i] : 0) + (rounded - average) * slope);
+            offset[i] = canonical(bias[c] * film + (shift ? shift[i] : 0) + (rounded - average) * slope);
         }
     };
 
@@ -269,7 +257,7 @@ template <class T>
 void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mean, const float* rstd,
               const float* weight, const float* bias, const float* scale, const float* shift, T* dx, float* dweight,
               float* dbias, float* dscale, float* dshift) {
-    const Loops<T>& loop = loops<T>();
+    const Loops<T>& loop = loops<T>(s.target);
     const Cut cut(s, 2 * sizeof(T));
     const int64_t width = s.channels / s.groups, all = s.batch * s.channels;
     std::vector<float> center(all), factor(all), offset(all), inverse(all), term(all), slope(all);
@@ -278,8 +266,8 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
         const float film = scale ? 1 + scale[i] : 1;
         center[i] = mean[unit];
         inverse[i] = rstd[unit];
-        factor[i] = rstd[unit] * weight[c] * film;
-        offset[i] = bias[c] * film + (shift ? shift[i] : 0);
+        factor[i] = canonical(rstd[unit] * weight[c] * film);
+        offset[i] = canonical(bias[c] * film + (shift ? shift[i] : 0));
     }
     // sums of du and of du * x_hat: [sample, span, channel]
     std::vector<double> sums(s.batch * cut.spans * s.channels), products(sums.size());
@@ -380,12 +368,15 @@ void group_norm_backward(const GroupNormShape& s, const void* dy, const void* x,
                  dbias, dscale, dshift);
 }
 
-const char* group_norm_target() {
-    switch (target()) {
-        case Target::avx512: return "AVX-512";
-        case Target::avx2: return "AVX2";
-        default: return "baseline vectors";
-    }
+bool group_norm_runs(Target target) {
+#ifdef SEMANTICA_X86_VARIANTS
+    __builtin_cpu_init();
+    if (target == Target::avx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (target == Target::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return target == Target::baseline;
 }
 
 }  // namespace semantica

@@ -7,6 +7,9 @@
 
 namespace semantica {
 
+// which instructions the loops use; a target can be asked for only where it runs
+enum class Target { baseline, avx2, avx512 };
+
 struct GroupNormShape {
     int64_t batch, channels, spatial, groups;
     bool channels_last;
@@ -14,6 +17,7 @@ struct GroupNormShape {
     // of x, y, dy and dx; false: fp32
     bool bfloat16;
     int threads;
+    Target target;
 };
 
 #ifdef SEMANTICA_LANES
@@ -27,8 +31,7 @@ void group_norm_backward(const GroupNormShape& shape, const void* dy, const void
                          const float* rstd, const float* weight, const float* bias, const float* scale,
                          const float* shift, void* dx, float* dweight, float* dbias, float* dscale, float* dshift);
 
-// the instruction set that the loops will use on this processor
-const char* group_norm_target();
+bool group_norm_runs(Target target);
 #endif
 
 }  // namespace semantica

@@ -20,7 +20,8 @@ struct Coefficients {
 // values after which fp32 sums are flushed
 constexpr int64_t FLUSH_VALUES = 4096;
 constexpr int64_t FLUSH_ROWS = 64;
-// rows summed before they join the other fp32 sums: two short sums lose fewer digits than a long one
+// what is summed before it joins the other fp32 sums: two short sums lose fewer digits than a long one
+constexpr int64_t SHORT_VALUES = 256;
 constexpr int64_t SHORT_ROWS = 8;
 // sums kept side by side, as an addition takes several cycles
 constexpr int64_t RUN_WIDTH = 4;
@@ -89,13 +90,18 @@ INLINE void sums_of_run(const T* dy, const T* x, int64_t count, float mean, floa
     for (int64_t begin = 0; begin < count; begin += FLUSH_VALUES) {
         const int64_t end = begin + FLUSH_VALUES < count ? begin + FLUSH_VALUES : count;
         Lanes p = {}, q = {};
-        over(begin, end, [&](int64_t i, int64_t part) BODY {
-            const Lanes d = load(x + i, part) - mean;
-            // dy is zero beyond the end
-            const Lanes du = load(dy + i, part) * derivative<silu>(d * scale + offset);
-            p += du;
-            q += du * (d * rstd);
-        });
+        for (int64_t middle = begin; middle < end; middle += SHORT_VALUES) {
+            const int64_t stop = middle + SHORT_VALUES < end ? middle + SHORT_VALUES : end;
+            Lanes t = {}, w = {};
+            over(middle, stop, [&](int64_t i, int64_t part) BODY {
+                const Lanes d = load(x + i, part) - mean;
+                // dy is zero beyond the end
+                const Lanes du = load(dy + i, part) * derivative<silu>(d * scale + offset);
+                t += du;
+                w += du * (d * rstd);
+            });
+            p += t, q += w;
+        }
         *sum_du += sum(p);
         *sum_dux += sum(q);
     }

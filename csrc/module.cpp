@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -75,6 +76,24 @@ py::dict cpu_features() {
 
 #ifdef SEMANTICA_LANES
 using semantica::GroupNormShape;
+using semantica::Target;
+
+// widest first
+const std::pair<const char*, Target> TARGETS[] = {
+    {"AVX-512", Target::avx512}, {"AVX2", Target::avx2}, {"baseline vectors", Target::baseline}};
+
+py::list targets() {
+    py::list names;
+    for (const auto& [name, target] : TARGETS)
+        if (semantica::group_norm_runs(target)) names.append(name);
+    return names;
+}
+
+Target find_target(const std::string& wanted) {
+    for (const auto& [name, target] : TARGETS)
+        if (name == wanted && semantica::group_norm_runs(target)) return target;
+    throw py::value_error("target '" + wanted + "' does not run here: see group_norm_targets()");
+}
 
 // addresses come as integers: no torch header, so that one build serves every torch
 template <class T>
@@ -85,13 +104,15 @@ T* at(uintptr_t address) {
 void define_group_norm(py::module_& m) {
     py::class_<GroupNormShape>(m, "GroupNormShape")
         .def(py::init([](int64_t batch, int64_t channels, int64_t spatial, int64_t groups, bool channels_last,
-                         bool silu, bool bfloat16, int threads) {
+                         bool silu, bool bfloat16, int threads, const std::string& target) {
                  if (batch < 1 || channels < 1 || spatial < 1 || groups < 1 || channels % groups || threads < 1)
                      throw py::value_error("sizes must be positive, and groups must divide channels");
-                 return GroupNormShape{batch, channels, spatial, groups, channels_last, silu, bfloat16, threads};
+                 return GroupNormShape{batch, channels, spatial, groups,  channels_last,
+                                       silu,  bfloat16, threads, find_target(target)};
              }),
              py::kw_only(), py::arg("batch"), py::arg("channels"), py::arg("spatial"), py::arg("groups"),
-             py::arg("channels_last"), py::arg("silu"), py::arg("bfloat16"), py::arg("threads"));
+             py::arg("channels_last"), py::arg("silu"), py::arg("bfloat16"), py::arg("threads"),
+             py::arg("target"));
     m.def(
         "group_norm_forward",
         [](const GroupNormShape& shape, uintptr_t x, uintptr_t y, uintptr_t mean, uintptr_t rstd, uintptr_t weight,
@@ -114,8 +135,7 @@ void define_group_norm(py::module_& m) {
         },
         py::call_guard<py::gil_scoped_release>(),
         "Addresses of dy, x, mean, rstd, weight, bias, scale, shift, dx, dweight, dbias, dscale, dshift.");
-    m.def("group_norm_target", &semantica::group_norm_target,
-          "The instruction set that the loops use on this processor.");
+    m.def("group_norm_targets", &targets, "Instruction sets for which the loops can run on this processor, best first.");
 }
 #endif
 

@@ -14,12 +14,12 @@ SERVED: dict[str, dict[str, tuple[str, str]]] = {}
 
 
 def cpu_loops() -> str | None:
-    """The instruction set of the loops in `semantica._C`, or None where it is not built, or without them."""
+    """The instruction set that the loops of `semantica._C` use here, or None where it is not built, or without them."""
     try:
         from semantica import _C
     except ImportError:
         return None
-    return _C.group_norm_target() if hasattr(_C, "group_norm_target") else None
+    return _C.group_norm_targets()[0] if hasattr(_C, "group_norm_targets") else None
 
 
 def serve(
