@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -86,45 +86,44 @@ def train(config: TrainConfig) -> Path:
     )  # fmt: skip
     workers = config.workers if config.workers is not None else max(1, min(8, (os.cpu_count() or 2) // 2))
     feed = batches(pairs, first_index=state.step * config.batch, batch=part, workers=workers, device=device)
-    bar = tqdm(total=config.steps, initial=state.step, desc="train", unit="step", mininterval=1.0, smoothing=0.05)
-    measure.start()
-    while state.step < config.steps:
-        # dropout in the network: a pure function of the step, as all other randomness
-        torch.manual_seed((config.seed << 32) + state.step)
-        total = torch.zeros((), device=device)
-        for _ in range(config.accumulate):
-            batch = measure.waiting(feed)
-            for path, why in batch["bad"]:
-                run.bad_sample(path, why)
-            logsnr = noise_levels(batch["u"], scheduler.schedule).to(device)
-            with autocast():
-                losses = objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])
-            denoising, pairing = (a if a is None else a.mean() / config.accumulate for a in losses)
-            (denoising if pairing is None else denoising + config.align * pairing).backward()
-            total += denoising.detach()
-        norm = state.update()
-        measure.step(total, norm)
-        bar.update()
-        step, last = state.step, state.step == config.steps
-        if step % config.log_every == 0 or last:
-            row = measure.row(step, state.optimizer.param_groups[0]["lr"])
-            run.log(row)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", images_s=f"{row['images_per_s']:.0f}")
-        if fixed and (step % config.eval_every == 0 or last):
-            losses = held_out_loss(averaged, fixed, scheduler.schedule, autocast)
-            run.log({"step": step, "held_out_loss": losses["right"], "held_out_loss_shuffled": losses["shuffled"]})
-        if step % config.save_every == 0 or last:
-            measure.check()
-            checkpoint.save(run.out / "checkpoints", step, state.tensors(), {"seed": config.seed}, config.keep)
-        if step % config.sample_every == 0:
-            pipeline = SemanticaPipeline(averaged.unet, averaged.encoder, scheduler)
-            shown = fixed[0] if fixed else collate([pairs[i] for i in range(SAMPLE_CONDITIONS)])
-            # in the precision of the training: the attention backend may know no other
-            with autocast():
-                run.sample(pipeline, shown, step)
+    looks = dict(total=config.steps, initial=state.step, desc="train", unit="step", mininterval=1.0, smoothing=0.05)
+    with closing(feed), tqdm(**looks) as bar:
         measure.start()
-    feed.close()
-    bar.close()
+        while state.step < config.steps:
+            # dropout in the network: a pure function of the step, as all other randomness
+            torch.manual_seed((config.seed << 32) + state.step)
+            total = torch.zeros((), device=device)
+            for _ in range(config.accumulate):
+                batch = measure.waiting(feed)
+                for path, why in batch["bad"]:
+                    run.bad_sample(path, why)
+                logsnr = noise_levels(batch["u"], scheduler.schedule).to(device)
+                with autocast():
+                    losses = objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])
+                denoising, pairing = (a if a is None else a.mean() / config.accumulate for a in losses)
+                (denoising if pairing is None else denoising + config.align * pairing).backward()
+                total += denoising.detach()
+            norm = state.update()
+            measure.step(total, norm)
+            bar.update()
+            step, last = state.step, state.step == config.steps
+            if step % config.log_every == 0 or last:
+                row = measure.row(step, state.optimizer.param_groups[0]["lr"])
+                run.log(row)
+                bar.set_postfix(loss=f"{row['loss']:.4f}", images_s=f"{row['images_per_s']:.0f}")
+            if fixed and (step % config.eval_every == 0 or last):
+                losses = held_out_loss(averaged, fixed, scheduler.schedule, autocast)
+                run.log({"step": step, "held_out_loss": losses["right"], "held_out_loss_shuffled": losses["shuffled"]})
+            if step % config.save_every == 0 or last:
+                measure.check()
+                checkpoint.save(run.out / "checkpoints", step, state.tensors(), {"seed": config.seed}, config.keep)
+            if step % config.sample_every == 0:
+                pipeline = SemanticaPipeline(averaged.unet, averaged.encoder, scheduler)
+                shown = fixed[0] if fixed else collate([pairs[i] for i in range(SAMPLE_CONDITIONS)])
+                # in the precision of the training: the attention backend may know no other
+                with autocast():
+                    run.sample(pipeline, shown, step)
+            measure.start()
     run.publish(SemanticaPipeline(averaged.unet, averaged.encoder, scheduler))
     run.say(f"done: {run.out} after {state.step} steps")
     return run.out
