@@ -152,7 +152,8 @@ def channel_block(problem: Problem, most: int, span: int) -> tuple[int, int, flo
         lanes = blocks * triton.next_power_of_2(width) / channels
         vector = problem.vector if problem.last and blocks > 1 and channels % problem.vector == 0 else 1
         aligned = unit % vector == 0 and width % vector == 0
-        return lanes * (1 if aligned else vector / 2) * (1 + grain / width)
+        # a block of all channels is as wide as it can be
+        return lanes * (1 if aligned else vector / 2) * (1 if blocks == 1 else 1 + grain / width)
 
     best = min(cuts, key=cost)
     return *best, cost(best)
@@ -161,7 +162,8 @@ def channel_block(problem: Problem, most: int, span: int) -> tuple[int, int, flo
 def split(problem: Problem, kernel: str, device: torch.device) -> tuple[Tiling, dict]:
     """The cut for a kernel that walks through chunks, and its launch settings.
 
-    Chunks are long enough to be worth a program, and otherwise so many that every multiprocessor gets some.
+    Chunks have the row's `tiles`, but fewer where the programs would be fewer than the first of its `programs`, which
+    occupies every multiprocessor, and more where they would be more than the second.
     """
     row = settings("group_norm", kernel, problem.channels if problem.last else problem.pixels, device)
     whole = triton.next_power_of_2(problem.pixels)
@@ -169,8 +171,9 @@ def split(problem: Problem, kernel: str, device: torch.device) -> tuple[Tiling, 
     unit, width, _ = channel_block(problem, row["block"] // span, span)
     lanes = triton.next_power_of_2(width)
     blocks = triton.cdiv(problem.channels, unit) * triton.cdiv(unit, width)
-    tiles = triton.cdiv(problem.pixels, span)
-    splits = min(triton.cdiv(row["programs"], problem.batch * blocks), triton.cdiv(tiles, row["tiles"]))
+    tiles, (least, most) = triton.cdiv(problem.pixels, span), row["programs"]
+    programs = min(max(problem.batch * blocks * tiles // row["tiles"], least), most)
+    splits = min(triton.cdiv(programs, problem.batch * blocks), tiles)
     chunk = triton.cdiv(tiles, splits) * span
     return Tiling(problem, unit, width, lanes, span, chunk, triton.cdiv(problem.pixels, chunk)), row
 
@@ -178,7 +181,8 @@ def split(problem: Problem, kernel: str, device: torch.device) -> tuple[Tiling, 
 def resident(problem: Problem, kernel: str, device: torch.device) -> tuple[Tiling, dict] | None:
     """The cut whose tiles hold whole groups, and its launch settings; None where no tile can.
 
-    The smallest tile that wastes little, so that small tensors spread over many multiprocessors; else the best of all.
+    The smallest tile that wastes little, so that small tensors spread over many multiprocessors; else the best of all,
+    unless it wastes more than reading twice would.
     """
     span, best = triton.next_power_of_2(problem.pixels), None
     size = span * triton.next_power_of_2(problem.group)
@@ -186,10 +190,10 @@ def resident(problem: Problem, kernel: str, device: torch.device) -> tuple[Tilin
         unit, width, cost = channel_block(problem, size // span, span)
         if best is None or cost < best[0]:
             best = cost, Tiling(problem, unit, width, triton.next_power_of_2(width), span, span, 1), row
-        if cost <= 2:
+        if cost <= 2.5:
             break
         size *= 2
-    return best and best[1:]
+    return best[1:] if best is not None and best[0] <= 4 else None
 
 
 @triton.jit

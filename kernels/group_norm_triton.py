@@ -20,7 +20,6 @@ from semantica.kernels.group_norm_tiles import (
     affine,
     arranged,
     film_arguments,
-    group_sum,
     merge_groups,
     merge_rows,
     place,
@@ -29,7 +28,10 @@ from semantica.kernels.group_norm_tiles import (
     split,
     to_channels,
 )
+from semantica.kernels.group_norm_triton_backward import backward, plan_backward
 from semantica.kernels.launch import Launch, run, settings
+
+__all__ = ["backward", "forward", "plan_backward", "plan_forward", "specimens"]
 
 
 @triton.jit
@@ -103,7 +105,7 @@ def partial_kernel(
     PARTS: tl.constexpr = (UNIT + WIDTH - 1) // WIDTH
     groups = sample * (CHANNELS // GROUP) + unit * (UNIT // GROUP) + tl.arange(0, KINDS)
     at = partials + groups * (PARTS * splits) + part * splits + piece
-    plane = rows.to(tl.int64) * (PARTS * splits)
+    plane = tl.cast(rows, tl.int64) * (PARTS * splits)
     tl.store(at, mean, count > 0)
     tl.store(at + plane, m2, count > 0)
     tl.store(at + 2 * plane, count, count > 0)
@@ -117,7 +119,7 @@ def merge_kernel(partials, mean, rstd, eps, pieces, BLOCK: tl.constexpr):
     average = tl.zeros((1, BLOCK), tl.float32)
     m2 = tl.zeros((1, BLOCK), tl.float32)
     count = tl.zeros((1, BLOCK), tl.float32)
-    plane = rows.to(tl.int64) * pieces
+    plane = tl.cast(rows, tl.int64) * pieces
     for start in range(0, pieces, BLOCK):
         at = (partials + row * pieces + start + lane)[None, :]
         inside = (start + lane < pieces)[None, :]
@@ -154,7 +156,7 @@ def apply_kernel(
         at = partials + groups[:, None] * pieces + p[None, :]
         real = (kind < UNIT // GROUP) & (unit * (UNIT // GROUP) + kind < CHANNELS // GROUP)
         given = real[:, None] & (p < pieces)[None, :]
-        plane = rows.to(tl.int64) * pieces
+        plane = tl.cast(rows, tl.int64) * pieces
         count = tl.load(at + 2 * plane, given, 0)
         average, m2, count = merge_rows(tl.load(at, given, 0), tl.load(at + plane, given, 0), count)
         inverse = tl.rsqrt(m2 / tl.maximum(count, 1.0) + eps)
@@ -248,3 +250,34 @@ def forward(x, groups, weight, bias, scale, shift, activation, eps):
     launches, (y, mean, rstd) = plan_forward(x, groups, weight, bias, scale, shift, activation, eps)
     run(launches)
     return restored(y, x), mean, rstd
+
+
+# shape, groups: the presets' feature maps, some with their skips; common latents and video; the odd and the extreme
+SHAPES = [
+    *(((8, c, s, s), g) for c, s, g in ((48, 16, 16), (96, 16, 32), (96, 8, 32), (192, 8, 32))),
+    *(((8, c, s, s), 32) for c, s in ((96, 64), (192, 64), (192, 32), (384, 32))),
+    *(((8, c, s, s), 32) for c, s in ((128, 128), (256, 128), (512, 64), (1024, 32))),
+    *(((2, c, s, s), 32) for c, s in ((320, 64), (640, 32), (960, 64), (1280, 16), (1280, 8))),
+    ((64, 320, 8, 8), 32),
+    ((1, 128, 20, 256, 256), 32),
+    *(((3, 32, 1, 1), 4), ((2, 30, 7, 5), 3), ((2, 12, 8, 8), 12), ((2, 288, 14, 14), 32), ((4, 64, 37), 8)),
+    *(((1, 2048, 64, 64), 1), ((2, 320, 96, 96), 320), ((1, 8192, 4, 4), 2), ((1, 16, 4097, 5), 2)),
+]
+VARIANTS = [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float32, True)]
+
+
+def specimens() -> Iterator[tuple[str, list[Launch]]]:
+    """Label and launches of every kernel and ladder row, planned from shapes alone: to compile, not to run."""
+    for shape, groups in SHAPES:
+        for last in (False, True):
+            for dtype, film in VARIANTS:
+                order = "channels-last" if last else "contiguous"
+                label = f"{list(shape)} groups {groups} {order} {str(dtype)[6:]}{' FiLM' if film else ''}"
+                x = torch.empty((shape[0], *shape[2:], shape[1]), dtype=dtype, device="meta").movedim(-1, 1)
+                x = x if last else x.contiguous()
+                weight = torch.empty(shape[1], device="meta")
+                scale, shift = x.new_empty((shape[0], 2 * shape[1])).chunk(2, 1) if film else (None, None)
+                rest = groups, weight, weight, scale, shift, "silu"
+                launches, (y, mean, rstd) = plan_forward(x, *rest, 1e-5)
+                yield f"forward {label}", launches
+                yield f"backward {label}", plan_backward(y, x, mean, rstd, *rest)[0]

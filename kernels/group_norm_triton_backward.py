@@ -71,8 +71,8 @@ def resident_backward_kernel(
     sum_g, sum_h = tl.sum(g, 1), tl.sum(g * normal, 1)
     at = sums + sample * CHANNELS + channels
     tl.store(at, sum_g, exists)
-    tl.store(at + rows.to(tl.int64) * CHANNELS, sum_h, exists)
-    share = 1.0 / (GROUP * (steps * STEP).to(tl.float32))
+    tl.store(at + tl.cast(rows, tl.int64) * CHANNELS, sum_h, exists)
+    share = 1.0 / (GROUP * tl.cast(steps * STEP, tl.float32))
     mean_g = to_channels(group_sum(factor * sum_g, GROUP, LANES, KINDS), GROUP, LANES, KINDS) * share
     mean_h = to_channels(group_sum(factor * sum_h, GROUP, LANES, KINDS), GROUP, LANES, KINDS) * share
     result = factor[:, None] * g - tl.fma(normal, mean_h[:, None], mean_g[:, None])
@@ -112,7 +112,7 @@ def partial_backward_kernel(
         gradients += step
     at = sums + (sample * splits + piece) * CHANNELS + channels
     tl.store(at, tl.sum(sum_g, 1), exists)
-    tl.store(at + rows.to(tl.int64) * CHANNELS, tl.sum(sum_h, 1), exists)
+    tl.store(at + tl.cast(rows, tl.int64) * CHANNELS, tl.sum(sum_h, 1), exists)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def merge_backward_kernel(
     channels, exists = tl.program_id(1) * GROUP + c, c < GROUP
     factor = tl.load(weight + channels, exists, 0).to(tl.float32)
     term = tl.load(bias + channels, exists, 0).to(tl.float32)
-    plane = batch.to(tl.int64) * splits * CHANNELS
+    plane = tl.cast(batch, tl.int64) * splits * CHANNELS
     sum_dweight = tl.zeros((SAMPLES, LANES), tl.float32)
     sum_dbias = tl.zeros((SAMPLES, LANES), tl.float32)
     for first in range(0, batch, SAMPLES):
@@ -157,7 +157,7 @@ def merge_backward_kernel(
         sum_dweight += sum_h
         sum_dbias += sum_g
         if totals is not None:
-            groups = batch.to(tl.int64) * (CHANNELS // GROUP)
+            groups = tl.cast(batch, tl.int64) * (CHANNELS // GROUP)
             at = totals + (samples * (CHANNELS // GROUP) + tl.program_id(1)) * parts + part
             tl.store(at, tl.sum(factor[None, :] * sum_g, 1), real)
             tl.store(at + groups * parts, tl.sum(factor[None, :] * sum_h, 1), real)
@@ -186,11 +186,11 @@ def apply_backward_kernel(
     )
     mean_g = tl.zeros((LANES,), tl.float32)
     mean_h = tl.zeros((LANES,), tl.float32)
-    plane = rows.to(tl.int64) * parts
+    plane = tl.cast(rows, tl.int64) * parts
     for part in range(0, parts):
         mean_g += tl.load(totals + groups * parts + part, exists, 0)
         mean_h += tl.load(totals + groups * parts + part + plane, exists, 0)
-    share = 1.0 / (GROUP * (steps * STEP).to(tl.float32))
+    share = 1.0 / (GROUP * tl.cast(steps * STEP, tl.float32))
     mean_g *= share
     mean_h *= share
     values, gradients, results = x + origin, dy + origin, dx + origin
