@@ -63,9 +63,7 @@ def resident_kernel(
     tl.store(mean + groups, average, count > 0)
     tl.store(rstd + groups, inverse, count > 0)
     average, inverse = to_channels(average, GROUP, LANES, KINDS), to_channels(inverse, GROUP, LANES, KINDS)
-    factor, term = affine(
-        weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists
-    )
+    factor, term = affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists)
     result = activated(value, average, inverse * factor, term, SILU)
     tl.store(y + origin + offsets, result.to(y.dtype.element_ty), inside)
 
@@ -167,9 +165,7 @@ def apply_kernel(
     else:
         groups = sample * (CHANNELS // GROUP) + channels // GROUP
         average, inverse = tl.load(mean + groups, exists, 0), tl.load(rstd + groups, exists, 0)
-    factor, term = affine(
-        weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists
-    )
+    factor, term = affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists)
     factor *= inverse
     values, results = x + origin, y + origin
     for i in tl.range(0, tl.cdiv(length, SPAN), num_stages=STAGES):

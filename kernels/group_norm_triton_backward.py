@@ -62,9 +62,7 @@ def resident_backward_kernel(
     g = tl.load(dy + origin + offsets, inside, 0).to(tl.float32)
     groups = sample * (CHANNELS // GROUP) + channels // GROUP
     average, inverse = tl.load(mean + groups, exists, 0), tl.load(rstd + groups, exists, 0)
-    factor, term = affine(
-        weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists
-    )
+    factor, term = affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists)
     normal = (value - average[:, None]) * inverse[:, None]
     # zero where there is no value, as dy is
     g = activation_gradient(g, normal, factor, term, SILU)
@@ -94,9 +92,7 @@ def partial_backward_kernel(
     s = tl.arange(0, SPAN)
     groups = sample * (CHANNELS // GROUP) + channels // GROUP
     average, inverse = tl.load(mean + groups, exists, 0), tl.load(rstd + groups, exists, 0)
-    factor, term = affine(
-        weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists
-    )
+    factor, term = affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists)
     values, gradients = x + origin, dy + origin
     sum_g = tl.zeros((LANES, SPAN), tl.float32)
     sum_h = tl.zeros((LANES, SPAN), tl.float32)
@@ -151,7 +147,9 @@ def merge_backward_kernel(
         if scale is not None:
             at = dscale + samples[:, None] * dscale_b + channels[None, :] * dscale_c
             tl.store(at, (factor[None, :] * sum_h + term[None, :] * sum_g).to(dscale.dtype.element_ty), inside)
-            film = 1 + tl.load(scale + samples[:, None] * scale_b + channels[None, :] * scale_c, inside, 0).to(tl.float32)
+            film = 1 + tl.load(scale + samples[:, None] * scale_b + channels[None, :] * scale_c, inside, 0).to(
+                tl.float32
+            )
             sum_g *= film
             sum_h *= film
         sum_dweight += sum_h
@@ -181,9 +179,7 @@ def apply_backward_kernel(
     s = tl.arange(0, SPAN)
     groups = sample * (CHANNELS // GROUP) + channels // GROUP
     average, inverse = tl.load(mean + groups, exists, 0), tl.load(rstd + groups, exists, 0)
-    factor, term = affine(
-        weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists
-    )
+    factor, term = affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists)
     mean_g = tl.zeros((LANES,), tl.float32)
     mean_h = tl.zeros((LANES,), tl.float32)
     plane = tl.cast(rows, tl.int64) * parts
@@ -298,8 +294,6 @@ def plan_backward(
 
 def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation):
     """What `semantica::group_norm_backward` computes: gradients of x, weight, bias, scale, shift; absent ones empty."""
-    launches, (dx, *others) = plan_backward(
-        dy, x, mean, rstd, groups, weight, bias, scale, shift, activation
-    )
+    launches, (dx, *others) = plan_backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation)
     run(launches)
     return restored(dx, x), *others

@@ -21,29 +21,34 @@ oracle = runpy.run_path(str(Path(__file__).parents[1] / "test_kernels.py"))
 run, widen, assert_accurate = (oracle[name] for name in ("run", "widen", "assert_accurate"))
 group_norm_exact = oracle["group_norm_exact"]
 
-CASES = GROUP_NORM | {
+# the interpreter takes about 10 ms per program, so these are small
+CASES = {
+    "odd channels": GROUP_NORM["odd channels"],
     "prime": GroupNormCase((1, 14, 13, 11), 7),
-    "prime last": GroupNormCase((2, 26, 11, 13), 2, channels_last=True),
-    "ten channels a group": GroupNormCase((1, 320, 6, 6), 32, channels_last=True),
-    "ten channels a group, contiguous": GroupNormCase((1, 320, 6, 6), 32),
-    "one channel each, contiguous": GroupNormCase((2, 12, 5, 9), 12),
-    "one group last": GroupNormCase((2, 40, 6, 9), 1, channels_last=True),
-    "no activation": GroupNormCase((2, 24, 9, 5), 4, activation="none", channels_last=True),
-    "one value a group": GroupNormCase((2, 5, 1), 5),
-    "mean 1000": GroupNormCase((2, 32, 12, 12), 4, mean=1000.0),
+    "one group": GroupNormCase((2, 40, 6, 9), 1),
+    "one channel each": GroupNormCase((2, 12, 5, 9), 12),
+    "one value each": GroupNormCase((2, 5, 1), 5),
+    "volume": GROUP_NORM["volume"],
+    "no activation": GroupNormCase((2, 24, 9, 5), 4, film=False, activation="none"),
 }
-# every tensor of these tests is split, over channels too, and merged by a launch of its own, in several rounds
-SPLIT = {"block": 64, "lanes": 16, "tiles": 1, "programs": [6, 400], "pieces": 0, "warps": 1, "stages": 2}
+# what else is shipped: every case of the table, and blocks of channels that are not a power of two
+LARGE = {name: case for name, case in GROUP_NORM.items() if name not in CASES} | {
+    "ten channels a group": GroupNormCase((1, 320, 6, 6), 32, channels_last=True),
+    "split": GroupNormCase((1, 40, 30, 32), 4, channels_last=True),
+    "split, contiguous": GroupNormCase((1, 12, 65, 64), 2),
+}
+# everything is split, over channels too, and merged by a launch of its own, in several rounds
+SPLIT = {"block": 256, "lanes": 16, "tiles": 1, "programs": [6, 12], "pieces": 0, "warps": 1, "stages": 2}
 SMALL = {
     **{name: {"default": [{"width": 0, "warps": 1}]} for name in ("resident", "resident_backward")},
     **{name: {"default": [{"width": 1, **SPLIT}]} for name in ("partial", "partial_backward", "apply_backward")},
-    "apply": {"default": [{"width": 1, **SPLIT, "block": 128}]},
-    "merge": {"default": [{"width": 1, "block": 4, "warps": 1}]},
+    "apply": {"default": [{"width": 1, **SPLIT, "block": 512}]},
+    "merge": {"default": [{"width": 1, "block": 2, "warps": 1}]},
     "merge_backward": {"default": [{"width": 1, "lanes": 4, "block": 16, "warps": 1}]},
 }
 # as above, but the second pass merges
-INLINE = SMALL | {"apply": {"default": [{"width": 1, **SPLIT, "pieces": 4096}]}}
-LADDERS = {"shipped": launch.table("group_norm"), "split": SMALL, "split, merged inline": INLINE}
+INLINE = SMALL | {"apply": {"default": [{"width": 1, **SPLIT, "block": 128, "pieces": 4096}]}}
+LADDERS = {"shipped": launch.table("group_norm"), "split": SMALL, "merged inline": INLINE}
 
 
 class Norm(torch.autograd.Function):
@@ -74,11 +79,6 @@ def ladder(request, monkeypatch):
     return request.param
 
 
-def both_layouts(case):
-    inputs = case.inputs(torch.float64)
-    return [dataclasses.replace(case, channels_last=last) for last in (False, True) if inputs["x"].ndim > 3 or not last]
-
-
 def check(inputs, dtype):
     """Output and gradients against float64, beside eager torch on contiguous input; and the strides of the output."""
     actual = run(group_norm, inputs, dtype)
@@ -90,28 +90,35 @@ def check(inputs, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_the_shipped_cuts_are_accurate(name, dtype):
+    check(LARGE[name].inputs(dtype), dtype)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_cases_are_accurate_in_both_layouts_however_they_are_cut(name, dtype, ladder):
-    if ladder != "shipped" and dtype is torch.float16 and name not in ("odd channels", "large mean"):
-        pytest.skip("what is cut does not depend on the type")
-    for case in both_layouts(CASES[name]):
+def test_any_cut_is_accurate(name, channels_last, ladder):
+    case = dataclasses.replace(CASES[name], channels_last=channels_last and len(CASES[name].shape) > 3)
+    for dtype in (torch.float32, torch.float16) if ladder == "shipped" else (torch.float32,):
         check(case.inputs(dtype), dtype)
 
 
 def test_the_reference_itself_is_right():
-    inputs = CASES["ten channels a group"].inputs(torch.float64)
+    inputs = CASES["odd channels"].inputs(torch.float64)
     exact, reference = group_norm_exact(**inputs), group_norm_ref(**inputs, eps=1e-5)
     torch.testing.assert_close(reference, exact, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("ratio", [100.0, 300.0, 1000.0])
+@pytest.mark.parametrize("ratio", [300.0, 1000.0])
 def test_the_digits_stay_where_the_mean_is_large(ratio, channels_last, ladder):
-    case = GroupNormCase((1, 32, 24, 24), 8, False, "none", channels_last, ratio)
+    case = GroupNormCase((1, 16, 20, 20), 4, False, "none", channels_last, ratio)
     inputs = case.inputs(torch.float32)
-    error = (group_norm(**inputs).double() - group_norm_exact(**widen(inputs))).abs().max()
-    # the input itself is rounded to ratio * 2^-24 of its standard deviation
-    assert error < 4 * ratio * 2**-24
+    actual, truth = run(group_norm, inputs), run(group_norm_exact, widen(inputs), torch.float32)
+    for name, exact in truth.items():
+        # the input itself is rounded to ratio * 2^-24 of its standard deviation
+        bound = 4 * ratio * 2**-24 * (1 if name == "out" else exact.abs().max())
+        assert (actual[name].double() - exact).abs().max() < bound, name
 
 
 def test_large_half_precision_values_do_not_overflow(ladder):
@@ -120,59 +127,53 @@ def test_large_half_precision_values_do_not_overflow(ladder):
     check(inputs, torch.float16)
 
 
-def guarded(launches):
-    """The launches with every tensor inside a larger buffer of NaN, values too where the kernels are to write.
+def guarded(launches, given):
+    """The launches with every tensor inside a larger buffer of NaN; of the tensors themselves only `given` are filled.
 
     Returns:
-        The launches, and for each tensor the original, its guarded copy, the buffer and whether it is an input.
+        The launches, and for each tensor itself, its guarded copy and the buffer around that.
     """
-    tensors = {id(a): a for run in launches for a in run.arguments.values() if isinstance(a, torch.Tensor)}
+    tensors = {id(a): a for planned in launches for a in planned.arguments.values() if isinstance(a, torch.Tensor)}
     copies = {}
     for key, tensor in tensors.items():
         extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
         buffer = torch.full((extent + 128,), torch.nan, dtype=tensor.dtype)
-        copies[key] = tensor, buffer.as_strided(tensor.shape, tensor.stride(), 64), buffer
+        copy = buffer.as_strided(tensor.shape, tensor.stride(), 64)
+        copies[key] = tensor, copy.copy_(tensor) if any(tensor is a for a in given) else copy, buffer
     moved = [
         dataclasses.replace(
-            run, arguments={k: copies[id(a)][1] if id(a) in copies else a for k, a in run.arguments.items()}
+            planned, arguments={k: copies[id(a)][1] if id(a) in copies else a for k, a in planned.arguments.items()}
         )
-        for run in launches
+        for planned in launches
     ]
     return moved, list(copies.values())
 
 
-@pytest.mark.parametrize("name", ["tiny", "odd channels", "one pixel", "volume", "ten channels a group", "prime"])
+@pytest.mark.parametrize("name", ["odd channels", "volume"])
 def test_nothing_else_is_written_nothing_stays_unwritten_and_runs_are_bit_equal(name, ladder):
     inputs = CASES[name].inputs(torch.float32)
-    x, batch, channels = inputs["x"], *inputs["x"].shape[:2]
+    x = inputs["x"]
     # the two halves of one tensor, whose rows are not dense
-    inputs["scale"], inputs["shift"] = torch.cat([torch.randn(batch, channels)] * 2, 1).chunk(2, 1)
-    arguments = [inputs[k] for k in ("groups", "weight", "bias", "scale", "shift", "activation")]
-    _, mean, rstd = kernels.forward(x, *arguments, 1e-5)
-    dy = torch.randn_like(x)
-    given = [x, dy, mean, rstd, *(a for a in arguments if isinstance(a, torch.Tensor))]
-    for plan in (
-        lambda: kernels.plan_forward(x, *arguments, 1e-5),
-        lambda: kernels.plan_backward(dy, x, mean, rstd, *arguments),
-    ):
+    inputs["scale"], inputs["shift"] = torch.cat([inputs["scale"], inputs["shift"]], 1).chunk(2, 1)
+    rest = [inputs[k] for k in ("groups", "weight", "bias", "scale", "shift", "activation")]
+    _, mean, rstd = kernels.forward(x, *rest, 1e-5)
+    dy = torch.empty_like(x).copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
+    given = [x, dy, mean, rstd, *(a for a in rest if isinstance(a, torch.Tensor))]
+    plans = [(kernels.plan_forward, (x, *rest, 1e-5)), (kernels.plan_backward, (dy, x, mean, rstd, *rest))]
+    for plan, arguments in plans:
         results = []
         for _ in range(2):
-            launches, outputs = plan()
-            inputs_here = given if any(o.shape == dy.shape for o in outputs[:1]) and len(outputs) > 3 else [x, *given[4:]]
-            launches, tensors = guarded(launches)
-            sources = {id(a) for a in inputs_here}
-            for original, copy, _ in tensors:
-                if id(original) in sources:
-                    copy.copy_(original)
+            launches, outputs = plan(*arguments)
+            launches, tensors = guarded(launches, given)
             befores = [buffer.clone() for _, _, buffer in tensors]
             launch.run(launches)
-            for (original, copy, buffer), before in zip(tensors, befores):
-                if id(original) in sources:
+            for (tensor, copy, buffer), before in zip(tensors, befores):
+                if any(tensor is a for a in given):
                     torch.testing.assert_close(buffer, before, rtol=0, atol=0, equal_nan=True)
                 else:
                     assert not copy.isnan().any()
                     assert buffer.isnan().sum() == buffer.numel() - copy.numel()
-            results.append([copy for original, copy, _ in tensors if any(original is o for o in outputs)])
+            results.append([copy for tensor, copy, _ in tensors if any(tensor is a for a in outputs)])
         assert len(results[0]) == len(outputs)
         assert all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -192,15 +193,13 @@ def strided(tensor, how):
     return tensor.contiguous()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_shape_and_any_strides(data):
     batch, groups, width = (data.draw(st.integers(1, n)) for n in (3, 5, 5))
-    spatial = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
+    spatial = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
-    case = GroupNormCase(
-        (batch, groups * width, *spatial), groups, True, data.draw(st.sampled_from(["silu", "none"]))
-    )
+    case = GroupNormCase((batch, groups * width, *spatial), groups, True, data.draw(st.sampled_from(["silu", "none"])))
     ways = st.sampled_from(["contiguous", "last", "sliced", "permuted", "swapped"])
     inputs = case.inputs(dtype)
     for name in ("x", "scale", "shift"):
