@@ -1,6 +1,6 @@
 """group_norm in Triton, forward. The backward is in `group_norm_triton_backward`, the cut in `group_norm_tiles`.
 
-y = act((x - mean) * rstd * weight * (1 + scale) + bias * (1 + scale) + shift), with mean and rstd of each (sample, group).
+y = act((x - mean) * rstd * weight * (1 + scale) + bias * (1 + scale) + shift), mean and rstd of each (sample, group).
 
 Where a tile in registers holds whole groups, one launch reads x once (R + W). Otherwise: partial statistics of chunks;
 then a second pass that merges them itself, always in the same order, or reads them merged by a launch of its own where

@@ -183,7 +183,7 @@ def apply_backward_kernel(
     mean_g = tl.zeros((LANES,), tl.float32)
     mean_h = tl.zeros((LANES,), tl.float32)
     plane = tl.cast(rows, tl.int64) * parts
-    for part in range(0, parts):
+    for part in range(parts):
         mean_g += tl.load(totals + groups * parts + part, exists, 0)
         mean_h += tl.load(totals + groups * parts + part + plane, exists, 0)
     share = 1.0 / (GROUP * tl.cast(steps * STEP, tl.float32))
@@ -262,7 +262,10 @@ def plan_backward(
                 **{name: arguments[name] for name in ("weight", "bias", "scale", "scale_b", "scale_c")},
                 **gradients,
                 **{f"d{name}": a for name, a in film_arguments(**{k[1:]: v for k, v in film.items()}).items()},
-                **{"sums": sums, "totals": totals, "batch": problem.batch, "splits": tiling.splits},
+                "sums": sums,
+                "totals": totals,
+                "batch": problem.batch,
+                "splits": tiling.splits,
             },
             {
                 "CHANNELS": problem.channels,
@@ -282,7 +285,10 @@ def plan_backward(
                 (tiling.programs,),
                 {
                     **arguments,
-                    **{"dx": dx, "totals": totals, "rows": problem.batch * groups, "parts": parts},
+                    "dx": dx,
+                    "totals": totals,
+                    "rows": problem.batch * groups,
+                    "parts": parts,
                     **tiling.arguments(),
                 },
                 {**tiling.constants(), "STAGES": tiling.stages(row), **silu},
