@@ -36,20 +36,20 @@ CASES = {
 SHIPPED = [
     *((case, layout, dtype) for case in GROUP_NORM.values() for layout in LAYOUTS for dtype in BOTH),
     (GroupNormCase((1, 320, 6, 6), 32), "channels-last", torch.float16),
-    (GroupNormCase((1, 40, 30, 32), 4), "channels-last", torch.float32),
+    (GroupNormCase((1, 40, 20, 26), 2), "channels-last", torch.float32),
     (GroupNormCase((1, 6, 130, 64), 1), "contiguous", torch.float16),
 ]
 # everything is split, over channels too, and merged by a launch of its own, in several rounds
-SPLIT = {"block": 256, "lanes": 16, "tiles": 1, "programs": [6, 12], "pieces": 0, "warps": 1, "stages": 2}
+SPLIT = {"block": 512, "lanes": 16, "tiles": 1, "programs": [6, 12], "pieces": 0, "warps": 1, "stages": 2}
 SMALL = {
     **{name: {"default": [{"width": 0, "warps": 1}]} for name in ("resident", "resident_backward")},
     **{name: {"default": [{"width": 1, **SPLIT}]} for name in ("partial", "partial_backward", "apply_backward")},
-    "apply": {"default": [{"width": 1, **SPLIT, "block": 512}]},
+    "apply": {"default": [{"width": 1, **SPLIT, "block": 256}]},
     "merge": {"default": [{"width": 1, "block": 2, "warps": 1}]},
-    "merge_backward": {"default": [{"width": 1, "lanes": 4, "block": 16, "warps": 1}]},
+    "merge_backward": {"default": [{"width": 1, "lanes": 8, "block": 32, "warps": 1}]},
 }
 # as above, but the second pass merges
-INLINE = SMALL | {"apply": {"default": [{"width": 1, **SPLIT, "block": 128, "pieces": 4096}]}}
+INLINE = SMALL | {"apply": {"default": [{"width": 1, **SPLIT, "block": 1024, "pieces": 4096}]}}
 LADDERS = {"shipped": launch.table("group_norm"), "split": SMALL, "merged inline": INLINE}
 
 
@@ -115,9 +115,9 @@ def test_the_reference_itself_is_right():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("ratio", [300.0, 1000.0])
-def test_the_digits_stay_where_the_mean_is_large(ratio, channels_last, ladder):
-    case = GroupNormCase((1, 16, 20, 20), 4, False, "none", channels_last, ratio)
+def test_the_digits_stay_where_the_mean_is_large(channels_last, ladder):
+    ratio = 1000.0
+    case = GroupNormCase((1, 16, 20, 20), 2, False, "none", channels_last, ratio)
     inputs = case.inputs(torch.float32)
     actual, truth = run(group_norm, inputs), run(group_norm_exact, widen(inputs), torch.float32)
     for name, exact in truth.items():
@@ -126,7 +126,7 @@ def test_the_digits_stay_where_the_mean_is_large(ratio, channels_last, ladder):
         assert (actual[name].double() - exact).abs().max() < bound, name
 
 
-def test_large_half_precision_values_do_not_overflow(ladder):
+def test_large_half_precision_values_do_not_overflow():
     inputs = CASES["odd channels"].inputs(torch.float16)
     inputs["x"] = inputs["x"] * 1e4
     check(inputs, torch.float16)
