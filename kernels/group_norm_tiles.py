@@ -34,8 +34,8 @@ class Problem:
 
     @classmethod
     def of(cls, x: Tensor, groups: int) -> "Problem":
-        batch, channels = x.shape[:2]
-        pixels = x.numel() // (batch * channels)
+        # the cut depends on every size: a tracer with symbolic ones specialises here, once
+        batch, channels, pixels = int(x.shape[0]), int(x.shape[1]), int(x[0, 0].numel())
         return cls(batch, channels, pixels, groups, order(x)[1] != 1, 16 // x.element_size())
 
     @property
@@ -206,7 +206,7 @@ def place(
 
     Returns:
         sample (int64), unit, part of it, chunk; channels [LANES] and which of them exist; pixels of the chunk; offset
-        of its first value; offsets [LANES, SPAN] in its first tile; step to the next.
+        (int64) of its first value; offsets [LANES, SPAN] in its first tile; step to the next.
     """
     PARTS: tl.constexpr = (UNIT + WIDTH - 1) // WIDTH
     BLOCKS: tl.constexpr = (CHANNELS + UNIT - 1) // UNIT * PARTS
@@ -220,7 +220,7 @@ def place(
     c, s = tl.arange(0, LANES), tl.arange(0, SPAN)
     # comparisons with constants, one by one: the compiler then knows that whole vectors pass or fail
     exists = (c < WIDTH) & (part * WIDTH + c < UNIT) & (first + c < CHANNELS)
-    pixels = steps * STEP
+    pixels = tl.cast(steps, tl.int64) * STEP
     start = piece.to(tl.int64) * chunk
     length = tl.minimum(chunk, pixels - start).to(tl.int32)
     if LAST:
@@ -229,7 +229,8 @@ def place(
         step = SPAN * CHANNELS
     else:
         origin = (sample * CHANNELS + first) * pixels + start
-        offsets = c[:, None] * pixels + s[None, :]
+        # a tile of several channels spans all their pixels, so these are few
+        offsets = c[:, None] * pixels.to(tl.int32) + s[None, :]
         step = SPAN
     return sample, unit, part, piece, first + c, exists, length, origin, offsets, step
 

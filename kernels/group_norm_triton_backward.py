@@ -70,7 +70,7 @@ def resident_backward_kernel(
     at = sums + sample * CHANNELS + channels
     tl.store(at, sum_g, exists)
     tl.store(at + tl.cast(rows, tl.int64) * CHANNELS, sum_h, exists)
-    share = 1.0 / (GROUP * tl.cast(steps * STEP, tl.float32))
+    share = 1.0 / (tl.cast(steps, tl.float32) * (STEP * GROUP))
     mean_g = to_channels(group_sum(factor * sum_g, GROUP, LANES, KINDS), GROUP, LANES, KINDS) * share
     mean_h = to_channels(group_sum(factor * sum_h, GROUP, LANES, KINDS), GROUP, LANES, KINDS) * share
     result = factor[:, None] * g - tl.fma(normal, mean_h[:, None], mean_g[:, None])
@@ -186,7 +186,7 @@ def apply_backward_kernel(
     for part in range(parts):
         mean_g += tl.load(totals + groups * parts + part, exists, 0)
         mean_h += tl.load(totals + groups * parts + part + plane, exists, 0)
-    share = 1.0 / (GROUP * tl.cast(steps * STEP, tl.float32))
+    share = 1.0 / (tl.cast(steps, tl.float32) * (STEP * GROUP))
     mean_g *= share
     mean_h *= share
     values, gradients, results = x + origin, dy + origin, dx + origin
@@ -250,8 +250,8 @@ def plan_backward(
 
     merge = settings("group_norm", "merge_backward", rows, x.device)
     lanes = min(triton.next_power_of_2(problem.group), merge["lanes"])
-    pieces = min(triton.next_power_of_2(tiling.splits), merge["block"] // lanes)
-    samples = min(triton.next_power_of_2(problem.batch), merge["block"] // lanes // pieces)
+    samples = min(triton.next_power_of_2(problem.batch), merge["block"] // lanes)
+    pieces = min(triton.next_power_of_2(tiling.splits), merge["block"] // lanes // samples)
     parts = triton.cdiv(problem.group, lanes)
     totals = None if whole else x.new_empty((2, problem.batch * groups, parts), dtype=torch.float32)
     launches.append(
