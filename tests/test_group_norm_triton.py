@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -150,3 +151,15 @@ def test_specimens_cover_every_ladder_row(monkeypatch):
     ladders = launching.table("group_norm")
     assert names == set(ladders)
     assert used == {(kernel, row["width"]) for kernel in ladders for row in ladders[kernel]["default"]}
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_a_tracer_sees_every_kernel(mode):
+    def both(x, weight, scale):
+        y, mean, rstd = group_norm_triton.forward(x, 4, weight, weight, scale, None, "silu", 1e-5)
+        return y, *group_norm_triton.backward(y, x, mean, rstd, 4, weight, weight, scale, None, "silu")
+
+    inputs = torch.randn(2, 8, 128, 128), torch.randn(8), torch.randn(2, 8)
+    nodes = make_fx(both, tracing_mode=mode)(*inputs).graph.nodes
+    # partial statistics, apply; partial sums, merge, apply
+    assert sum("triton_kernel_wrapper" in node.name for node in nodes) == 5

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +18,7 @@ from semantica.kernels import group_norm_triton as kernels
 from semantica.kernels import launch
 from semantica.kernels.cases import GROUP_NORM, GroupNormCase
 from semantica.kernels.group_norm import group_norm_ref
+from semantica.kernels.group_norm_tiles import place
 
 oracle = runpy.run_path(str(Path(__file__).parents[1] / "test_kernels.py"))
 run, widen, assert_accurate = (oracle[name] for name in ("run", "widen", "assert_accurate"))
@@ -248,3 +251,22 @@ def test_empty_input_launches_nothing(shape):
     launches, gradients = kernels.plan_backward(x, x, mean, rstd, 4, weight, weight, film, None, "silu")
     assert launches == [] and all(d.abs().sum() == 0 for d in gradients)
     assert [d.shape for d in gradients] == [x.shape, weight.shape, weight.shape, film.shape, (0,)]
+
+
+@triton.jit
+def place_kernel(out, program, steps, chunk, splits, LAST: tl.constexpr):
+    _, _, _, _, _, _, length, origin, offsets, _ = place(program, steps, chunk, splits, 64, 64, 1, LAST, 16, 1, 512)
+    tl.store(out, origin)
+    tl.store(out + 1, tl.max(tl.max(offsets, 1), 0))
+    tl.store(out + 2, length)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_addresses_do_not_overflow(last):
+    pixels, chunk, splits = 2**31 + 16 * 5, 2**20, 2**11 + 1
+    out = torch.zeros(3, dtype=torch.int64)
+    # the last chunk of the last channel of the third sample
+    place_kernel[(1,)](out, 3 * 64 * splits - 1, pixels // 16, chunk, splits, last)
+    start = (splits - 1) * chunk
+    origin = (2 * pixels + start) * 64 + 63 if last else (2 * 64 + 63) * pixels + start
+    assert out.tolist() == [origin, 511 * (64 if last else 1), pixels - start]
