@@ -5,9 +5,9 @@ product into two: exactly the multiplications that are needed, where padding wou
 of a stream are walked in tiles of `block_m`, the rest in at most two narrower ones: 257 keys are 2 x 128 + 16, not
 3 x 128; 77 are 64 + 16. Stream sizes are compile-time constants, so tiles that are always full carry no mask.
 
-Softmax. exp2 in fp32; the factor log2(e) / sqrt(D) is not folded into q, where rounding to 16 bits would cost logits
-their last digits, but into the subtraction of the maximum: one fused multiply-add per score either way. A stream of a
-single tile has its maximum at once and is not rescaled. Keys and values are read from L2 by the query tiles of a head,
+Softmax. In fp32 and base 2; the factor log2(e) / sqrt(D) is not folded into q, where rounding to 16 bits would cost the
+logits their last digits, but into the subtraction of the maximum: one fused multiply-add per score either way. A stream
+of a single tile has its maximum at once and is not rescaled. Keys and values are read from L2 by the query tiles of a head,
 which are neighbours in the grid; a loop over full tiles is software-pipelined into shared memory.
 """
 
@@ -21,7 +21,6 @@ from semantica.kernels.cross_attention import RMS_EPS
 from semantica.kernels.launch import Launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 # below this many programs a data-centre GPU has idle processors: smaller query tiles, or split loops, are faster
 PROCESSORS = 132
 
@@ -115,6 +114,29 @@ def normalise(q0, q1, weight_ptr, eps, D0: tl.constexpr, D1: tl.constexpr):
 
 
 @triton.jit
+def scaled(q0, q1, D0: tl.constexpr, D1: tl.constexpr):
+    """fp32 queries over sqrt(D), so that a product is a logit; others as they are: see `exp_minus`."""
+    if q0.dtype == tl.float32:
+        q0 *= (D0 + D1) ** -0.5
+        q1 = q1 * (D0 + D1) ** -0.5
+    return q0, q1
+
+
+@triton.jit
+def exp_minus(s, reference, D: tl.constexpr, WIDE: tl.constexpr):
+    """exp(logit - reference) of a product s.
+
+    In fp32 (WIDE) the largest logit must cancel to the last digit, so nothing is multiplied before the subtraction.
+    """
+    if WIDE:
+        p = tl.exp(s - reference)
+    else:
+        factor = tl.full(s.shape, LOG2E * D**-0.5, tl.float32)
+        p = tl.exp2(tl.fma(s, factor, -LOG2E * reference))
+    return p
+
+
+@triton.jit
 def stream_length(lengths_ptr, index, SIZE: tl.constexpr):
     """Valid tokens: a number the compiler knows unless there are lengths."""
     if lengths_ptr is None:
@@ -130,21 +152,22 @@ def attend_tile(
     WIDTH: tl.constexpr, MASK: tl.constexpr, SINGLE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (Milakov & Gimelshein, arXiv 1805.02867, alg. 3) over WIDTH keys."""
-    scale: tl.constexpr = LOG2E * (D0 + D1) ** -0.5
+    dim: tl.constexpr = D0 + D1
+    wide: tl.constexpr = q0.dtype == tl.float32
     first, count = tl.cast(start, tl.int64), length - start
     k0, k1 = load_rows(k_ptr + first * stride_k, stride_k, count, WIDTH, D0, D1, MASK)
     s = dot_rows(q0, q1, k0, k1, D1)
     if MASK:
         s = tl.where((tl.arange(0, WIDTH) < count)[None, :], s, -float("inf"))
-    peak = tl.max(s, 1) * scale
+    peak = tl.max(s, 1) * (1.0 if wide else dim**-0.5)
     if not SINGLE:
         peak = tl.maximum(top, peak)
-        shrink = tl.exp2(top - peak)
+        shrink = tl.exp(top - peak)
         mass *= shrink
         acc0 *= shrink[:, None]
         if D1 > 0:
             acc1 *= shrink[:, None]
-    p = tl.exp2(tl.fma(s, tl.full(s.shape, scale, tl.float32), -peak[:, None]))
+    p = exp_minus(s, peak[:, None], dim, wide)
     mass += tl.sum(p, 1)
     v0, v1 = load_rows(v_ptr + first * stride_v, stride_v, count, WIDTH, D0, D1, MASK)
     acc0, acc1 = add_dot(acc0, acc1, p, v0, v1, D1)
@@ -154,12 +177,11 @@ def attend_tile(
 @triton.jit
 def attend_stream(
     q0, q1, k_ptr, v_ptr, stride_k, stride_v, length,
-    SIZE: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, RAGGED: tl.constexpr,
+    SIZE: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, SINGLE: tl.constexpr, RAGGED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalised output, base-2 maximum and sum of one stream. RAGGED: the length is known at run time only."""
+    """Unnormalised output, maximum and sum of one stream. RAGGED: the length is known at run time only."""
     bulk: tl.constexpr = SIZE // BLOCK_M * BLOCK_M
-    single: tl.constexpr = LOW == 0 and SIZE <= (HIGH if bulk == 0 else BLOCK_M)
     acc0, acc1 = zero_rows(BLOCK_N, D0, D1)
     top, mass = tl.full([BLOCK_N], -float("inf"), tl.float32), tl.zeros([BLOCK_N], tl.float32)
     if bulk > 0:
@@ -167,26 +189,26 @@ def attend_stream(
         for start in range(0, whole, BLOCK_M):
             acc0, acc1, top, mass = attend_tile(
                 acc0, acc1, top, mass, q0, q1, k_ptr, v_ptr, stride_k, stride_v, start, length,
-                BLOCK_M, False, single, D0, D1,
+                BLOCK_M, False, SINGLE, D0, D1,
             )  # fmt: skip
         if RAGGED:
             for start in range(whole, tl.minimum(length, bulk), BLOCK_M):
                 acc0, acc1, top, mass = attend_tile(
                     acc0, acc1, top, mass, q0, q1, k_ptr, v_ptr, stride_k, stride_v, start, length,
-                    BLOCK_M, True, single, D0, D1,
+                    BLOCK_M, True, SINGLE, D0, D1,
                 )  # fmt: skip
     # at most once each: a loop of one known step is no loop to the compiler
     if HIGH > 0:
         for start in range(bulk, tl.minimum(length, bulk + HIGH), HIGH):
             acc0, acc1, top, mass = attend_tile(
                 acc0, acc1, top, mass, q0, q1, k_ptr, v_ptr, stride_k, stride_v, start, length,
-                HIGH, RAGGED or SIZE < bulk + HIGH, single, D0, D1,
+                HIGH, RAGGED or SIZE < bulk + HIGH, SINGLE, D0, D1,
             )  # fmt: skip
     if LOW > 0:
         for start in range(bulk + HIGH, tl.minimum(length, bulk + HIGH + LOW), LOW):
             acc0, acc1, top, mass = attend_tile(
                 acc0, acc1, top, mass, q0, q1, k_ptr, v_ptr, stride_k, stride_v, start, length,
-                LOW, RAGGED or SIZE < bulk + HIGH + LOW, single, D0, D1,
+                LOW, RAGGED or SIZE < bulk + HIGH + LOW, SINGLE, D0, D1,
             )  # fmt: skip
     return acc0, acc1, top, mass
 
@@ -198,13 +220,14 @@ def forward_kernel(
     TILES: tl.constexpr, STREAMS: tl.constexpr, EPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
 ):  # fmt: skip
-    """TILES: per stream its first key, its size, and the widths of its one or two tiles after the full ones."""
+    """TILES: see `stream_tiles`."""
     h, b, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     count = queries - tl.program_id(0) * BLOCK_N
     n = tl.program_id(0).to(tl.int64) * BLOCK_N
     q0, q1 = load_rows(q_ptr + b * stride_qb + h * stride_qh + n * stride_qn, stride_qn, count, BLOCK_N, D0, D1, True)
     if weight_ptr is not None:
         q0, q1, _ = normalise(q0, q1, weight_ptr, EPS, D0, D1)
+    q0, q1 = scaled(q0, q1, D0, D1)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     rows = tl.arange(0, BLOCK_N)
@@ -215,9 +238,9 @@ def forward_kernel(
         first = tl.full([], TILES[s][0], tl.int64)
         acc0, acc1, top, mass = attend_stream(
             q0, q1, k_ptr + first * stride_kn, v_ptr + first * stride_vn, stride_kn, stride_vn, length,
-            TILES[s][1], TILES[s][2], TILES[s][3], lengths_ptr is not None, BLOCK_N, BLOCK_M, D0, D1,
+            TILES[s][1], TILES[s][2], TILES[s][3], TILES[s][4], lengths_ptr is not None, BLOCK_N, BLOCK_M, D0, D1,
         )  # fmt: skip
-        tl.store(lse_ptr + s * queries + rows, (top + tl.log2(mass)) * LN2, mask=rows < count)
+        tl.store(lse_ptr + s * queries + rows, top + tl.log(mass), mask=rows < count)
         # an absent stream has acc = mass = 0 and adds exactly 0
         factor = 1 / tl.where(mass > 0, mass, 1)
         if gates_ptr is not None:
@@ -245,9 +268,13 @@ def tail(rest: int) -> tuple[int, int]:
     return (high, low) if high >= 16 and high + low < one else (one, 0)
 
 
-def stream_tiles(sizes: list[int], block_m: int) -> tuple[tuple[int, int, int, int], ...]:
-    """Per stream: first key, size, widths of the tiles after the full ones."""
-    return tuple((sum(sizes[:s]), size, *tail(size % block_m)) for s, size in enumerate(sizes))
+def stream_tiles(sizes: list[int], block_m: int) -> tuple[tuple[int, int, int, int, bool], ...]:
+    """Per stream: first key, size, widths of the one or two tiles after the full ones, whether one tile is all."""
+    tiles = []
+    for s, size in enumerate(sizes):
+        high, low = tail(size % block_m)
+        tiles.append((sum(sizes[:s]), size, high, low, size // block_m + (high > 0) + (low > 0) == 1))
+    return tuple(tiles)
 
 
 def settings(kernel: str, q: Tensor) -> dict:

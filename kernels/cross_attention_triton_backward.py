@@ -24,16 +24,17 @@ from torch import Tensor
 from semantica.kernels import launch
 from semantica.kernels.cross_attention import HEAD_DIMS, RMS_EPS
 from semantica.kernels.cross_attention_triton import (
-    LOG2E,
     PROCESSORS,
     add_dot,
     contiguous,
     dense,
     dot_rows,
+    exp_minus,
     load_rows,
     load_weight,
     normalise,
     plan_forward,
+    scaled,
     settings,
     split_dim,
     store_rows,
@@ -51,11 +52,11 @@ def dq_tile(
     WIDTH: tl.constexpr, MASK: tl.constexpr, MODE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
 ):  # fmt: skip
     """MODE "delta" adds to delta, "grad" to acc; "both" does both for a stream of one tile, with row = -dlse given."""
-    scale: tl.constexpr = LOG2E * (D0 + D1) ** -0.5
+    wide: tl.constexpr = q0.dtype == tl.float32
     first, count = tl.cast(start, tl.int64), length - start
     k0, k1 = load_rows(k_ptr + first * stride_k, stride_k, count, WIDTH, D0, D1, MASK)
     s = dot_rows(q0, q1, k0, k1, D1)
-    p = tl.exp2(tl.fma(s, tl.full(s.shape, scale, tl.float32), -lse[:, None]))
+    p = exp_minus(s, lse[:, None], D0 + D1, wide)
     if MASK:
         p = tl.where((tl.arange(0, WIDTH) < count)[None, :], p, 0.0)
     v0, v1 = load_rows(v_ptr + first * stride_v, stride_v, count, WIDTH, D0, D1, MASK)
@@ -127,6 +128,7 @@ def dq_kernel(
     if weight_ptr is not None:
         q0, q1, rms = normalise(q0, q1, weight_ptr, EPS, D0, D1)
         store_rows(normal_ptr + (head * queries + n) * dim, dim, q0, q1, count, BLOCK_N, D0, D1)
+    q0, q1 = scaled(q0, q1, D0, D1)
     do_ptr += b * stride_dob + h * stride_doh + n * stride_don
     do0, do1 = load_rows(do_ptr, stride_don, count, BLOCK_N, D0, D1, True)
     k_ptr += b * stride_kb + h * stride_kh
@@ -138,15 +140,13 @@ def dq_kernel(
         first = tl.full([], TILES[s][0], tl.int64)
         per_row = (head * STREAMS + s) * queries + n
         # beyond the last query p is 0
-        lse = tl.load(lse_ptr + per_row + rows, mask=inside, other=float("inf")) * LOG2E
+        lse = tl.load(lse_ptr + per_row + rows, mask=inside, other=float("inf"))
         row, delta = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
         gate = 1.0
         if gates_ptr is not None:
             gate = tl.load(gates_ptr + (b * STREAMS + s) * heads + h).to(tl.float32)
         if dlse_ptr is not None:
             row -= tl.load(dlse_ptr + per_row + rows, mask=inside, other=0.0)
-        single: tl.constexpr = TILES[s][3] == 0 and TILES[s][1] <= (BLOCK_M if TILES[s][2] == 0 else TILES[s][2])
-        mode: tl.constexpr = "grad" if o_ptr is not None else "both" if single else "delta"
         if o_ptr is not None:
             o0, o1 = load_rows(o_ptr + out, heads * dim, count, BLOCK_N, D0, D1, True)
             delta = tl.sum(o0.to(tl.float32) * do0.to(tl.float32), 1)
@@ -156,11 +156,12 @@ def dq_kernel(
         acc0, acc1, delta = dq_stream(
             acc0, acc1, delta, q0, q1, do0, do1, k_ptr + first * stride_kn, v_ptr + first * stride_vn,
             stride_kn, stride_vn, length, lse, row, gate,
-            TILES[s][1], TILES[s][2], TILES[s][3], lengths_ptr is not None, mode, BLOCK_M, D0, D1,
+            TILES[s][1], TILES[s][2], TILES[s][3], lengths_ptr is not None,
+            "grad" if o_ptr is not None else "both" if TILES[s][4] else "delta", BLOCK_M, D0, D1,
         )  # fmt: skip
         if o_ptr is None:
             row += gate * delta
-        if mode == "delta":
+        if o_ptr is None and not TILES[s][4]:
             acc0, acc1, delta = dq_stream(
                 acc0, acc1, delta, q0, q1, do0, do1, k_ptr + first * stride_kn, v_ptr + first * stride_vn,
                 stride_kn, stride_vn, length, lse, row, gate,
@@ -203,7 +204,7 @@ def dkv_tile(
 ):  # fmt: skip
     """dk and dv of WIDTH keys of one stream. A row depends on its own key alone, so only the store is masked."""
     dim: tl.constexpr = D0 + D1
-    scale: tl.constexpr = LOG2E * dim**-0.5
+    wide: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     stream, first, start, size = 0, 0, 0, 0
     for r in tl.static_range(COUNT):
         if tile >= RUNS[r][0]:
@@ -231,9 +232,14 @@ def dkv_tile(
         at, count = tl.cast(n, tl.int64), queries - n
         rows = tl.arange(0, BLOCK_N)
         q0, q1 = load_rows(q_ptr + at * stride_qn, stride_qn, count, BLOCK_N, D0, D1, True)
-        lse = tl.load(lse_ptr + n + rows, mask=rows < count, other=float("inf")) * LOG2E
-        s = dot_rows(k0, k1, q0, q1, D1)
-        p = tl.exp2(tl.fma(s, tl.full(s.shape, scale, tl.float32), -lse[None, :]))
+        q0, q1 = scaled(q0, q1, D0, D1)
+        lse = tl.load(lse_ptr + n + rows, mask=rows < count, other=float("inf"))
+        # the forward's own product in fp32: its logits to the bit, so that p sums to 1 however large they are
+        if wide:
+            s = tl.trans(dot_rows(q0, q1, k0, k1, D1))
+        else:
+            s = dot_rows(k0, k1, q0, q1, D1)
+        p = exp_minus(s, lse[None, :], dim, wide)
         do0, do1 = load_rows(do_ptr + at * stride_don, stride_don, count, BLOCK_N, D0, D1, True)
         dv0, dv1 = add_dot(dv0, dv1, p, do0, do1, D1)
         dp = dot_rows(v0, v1, do0, do1, D1)
@@ -242,7 +248,7 @@ def dkv_tile(
     # keys beyond the length: zeros, whatever was computed
     rows = tl.arange(0, WIDTH)[:, None]
     there = rows < length - start
-    factor: tl.constexpr = dim**-0.5
+    factor: tl.constexpr = 1.0 if wide else dim**-0.5
     dk0, dv0 = tl.where(there, dk0 * factor, 0.0), tl.where(there, dv0 * gate, 0.0)
     if D1 > 0:
         dk1, dv1 = tl.where(there, dk1 * factor, 0.0), tl.where(there, dv1 * gate, 0.0)
@@ -314,7 +320,7 @@ def key_groups(sizes: list[int], block_m: int) -> tuple[tuple, ...]:
     A run is a stretch of equal tiles of one stream: first tile, stream, its first key, its size, the run's first token.
     """
     runs: dict[int, list[tuple[int, int, int, int, int]]] = {}
-    for s, (first, size, high, low) in enumerate(stream_tiles(sizes, block_m)):
+    for s, (first, size, high, low, _) in enumerate(stream_tiles(sizes, block_m)):
         token = 0
         for width, count in ((block_m, size // block_m), (high, 1), (low, 1)):
             if width and count:
