@@ -278,15 +278,20 @@ def stream_tiles(sizes: list[int], block_m: int) -> tuple[tuple[int, int, int, i
 
 
 def settings(kernel: str, q: Tensor) -> dict:
-    """Row of the ladder by head dim; the query tile halved while it is mostly empty or leaves processors idle."""
-    batch, queries, heads, dim = q.shape
-    row = dict(launch.settings("cross_attention", kernel + ("_fp32" if q.dtype == torch.float32 else ""), dim, q.device))
-    while row["block_n"] > 16 and (
-        row["block_n"] >= 2 * queries
-        or (row["block_n"] > 64 and batch * heads * triton.cdiv(queries, row["block_n"]) < PROCESSORS)
+    """Row of the kernel's ladder by head dim; fp32, which has no tensor cores, has ladders of its own."""
+    kernel += "_fp32" if q.dtype == torch.float32 else ""
+    return launch.settings("cross_attention", kernel, q.shape[-1], q.device)
+
+
+def query_tile(row: dict, q: Tensor) -> tuple[int, int]:
+    """Queries per program, and warps: the row's, halved while a tile is mostly empty or processors would be idle."""
+    batch, queries, heads, _ = q.shape
+    size, warps = row["block_n"], row["warps"]
+    while size > 16 and (
+        size >= 2 * queries or (size > 64 and batch * heads * triton.cdiv(queries, size) < PROCESSORS)
     ):
-        row |= {"block_n": row["block_n"] // 2, "warps": max(4, row["warps"] // 2)}
-    return row
+        size, warps = size // 2, max(4, warps // 2)
+    return size, warps
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
@@ -321,6 +326,7 @@ def plan_forward(
     if q.numel() == 0:
         return [], (o, lse)
     row = settings("forward", q)
+    block_n, warps = query_tile(row, q)
     arguments = {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "o_ptr": o, "lse_ptr": lse,
         "lengths_ptr": lengths, "gates_ptr": gates, "weight_ptr": q_weight,
@@ -328,10 +334,10 @@ def plan_forward(
     }  # fmt: skip
     constants = {
         "TILES": stream_tiles(list(sizes), row["block_m"]), "STREAMS": len(sizes), "EPS": RMS_EPS,
-        "BLOCK_N": row["block_n"], "BLOCK_M": row["block_m"], **split_dim(dim),
+        "BLOCK_N": block_n, "BLOCK_M": row["block_m"], **split_dim(dim),
     }  # fmt: skip
-    grid = (triton.cdiv(queries, row["block_n"]), heads, batch)
-    return [Launch(forward_kernel, grid, arguments, constants, row["warps"], row["stages"])], (o, lse)
+    grid = (triton.cdiv(queries, block_n), heads, batch)
+    return [Launch(forward_kernel, grid, arguments, constants, warps, row["stages"])], (o, lse)
 
 
 def forward(q, k, v, sizes, lengths, gates, q_weight, return_lse) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ from semantica.kernels.cross_attention_triton import (
     load_weight,
     normalise,
     plan_forward,
+    query_tile,
     scaled,
     settings,
     split_dim,
@@ -367,7 +368,8 @@ def plan_backward(
         return [], tuple(output.zero_() for output in outputs)
 
     row, blocks = settings("dq", q), split_dim(dim)
-    tiles = triton.cdiv(queries, row["block_n"])
+    block_n, warps = query_tile(row, q)
+    tiles = triton.cdiv(queries, block_n)
     normal = None if q_weight is None else new(batch, heads, queries, dim, dtype=q.dtype).transpose(1, 2)
     rows = new(batch, heads, streams, queries)
     dgates_part = None if gates is None else new(tiles, batch, streams, heads)
@@ -380,14 +382,15 @@ def plan_backward(
     }  # fmt: skip
     constants = {
         "TILES": stream_tiles(sizes, row["block_m"]), "STREAMS": streams, "EPS": RMS_EPS,
-        "BLOCK_N": row["block_n"], "BLOCK_M": row["block_m"], **blocks,
+        "BLOCK_N": block_n, "BLOCK_M": row["block_m"], **blocks,
     }  # fmt: skip
-    plan = [Launch(dq_kernel, (tiles, heads, batch), arguments, constants, row["warps"], row["stages"])]
+    plan = [Launch(dq_kernel, (tiles, heads, batch), arguments, constants, warps, row["stages"])]
 
     row, q = settings("dkv", q), q if normal is None else normal
     groups = key_groups(sizes, row["block_m"])
-    splits = max(1, min(PROCESSORS // (groups[-1][2] * heads * batch), triton.cdiv(queries, row["block_n"])))
-    span = triton.cdiv(triton.cdiv(queries, row["block_n"]), splits) * row["block_n"]
+    block_n = min(row["block_n"], max(16, triton.next_power_of_2(queries)))
+    splits = max(1, min(PROCESSORS // (groups[-1][2] * heads * batch), triton.cdiv(queries, block_n)))
+    span = triton.cdiv(triton.cdiv(queries, block_n), splits) * block_n
     parts = (dk, dv) if splits == 1 else (new(splits, *k.shape), new(splits, *k.shape))
     arguments = {
         **shared, "q_ptr": q, "row_ptr": rows, "dk_ptr": parts[0], "dv_ptr": parts[1],
@@ -395,7 +398,7 @@ def plan_backward(
     }  # fmt: skip
     constants = {
         "GROUPS": groups, "COUNT": len(groups), "SPLITS": splits, "KEYS": keys, "STREAMS": streams,
-        "BLOCK_N": row["block_n"], **blocks,
+        "BLOCK_N": block_n, **blocks,
     }  # fmt: skip
     grid = (groups[-1][2] * splits, heads, batch)
     plan.append(Launch(dkv_kernel, grid, arguments, constants, row["warps"], row["stages"]))
@@ -422,3 +425,30 @@ def backward(do, q, k, v, o, lse, dlse, sizes, lengths, gates, q_weight) -> tupl
     with torch.cuda.device_of(q):
         launch.run(launches)
     return outputs
+
+
+def specimens() -> Iterator[tuple[str, list[Launch]]]:
+    """Labelled launches of every kernel, head dim and ladder row, planned on the meta device: for compile-only checks."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    shapes = {"257": (257,), "256": (256,), "2048": (2048,)}
+    cases = [(dim, name, bf16, 16, {}) for dim, name in zip(HEAD_DIMS, 2 * list(shapes))]
+    cases += [(dim, "77+257", bf16, 16, {"ragged"}) for dim in HEAD_DIMS]
+    cases += [(64, "77+257", bf16, 16, set()), (64, "257", bf16, 1, {"lse"}), (128, "257", bf16, 1, {"lse"})]
+    cases += [(64, "257", fp16, 16, {}), (64, "257", fp32, 16, {}), (128, "77+257", fp32, 16, {"ragged"})]
+    for dim, name, dtype, batch, extra in cases:
+        heads, queries, sizes = 12, 256, [int(size) for size in name.split("+")]
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        q = new(batch, queries, heads, dim, dtype=dtype)
+        k, v = new(batch, sum(sizes), 2, heads, dim, dtype=dtype).unbind(2)
+        ragged = "ragged" in extra
+        lengths = new(batch, len(sizes), dtype=torch.int32) if ragged else None
+        gates = new(batch, len(sizes), heads) if ragged else None
+        weight = None if "lse" in extra else new(dim)
+        launches, (o, lse) = plan_forward(q, k, v, sizes, lengths, gates, weight)
+        dlse = lse if "lse" in extra else None
+        launches += plan_backward(o, q, k, v, o, lse, dlse, sizes, lengths, gates, weight)[0]
+        label = " ".join(["cross_attention", f"D={dim} M={name} B={batch}", str(dtype).removeprefix("torch."), *extra])
+        yield label, launches
