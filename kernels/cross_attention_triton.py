@@ -340,8 +340,8 @@ def plan_forward(
     return [Launch(forward_kernel, grid, arguments, constants, warps, row["stages"])], (o, lse)
 
 
-def forward(q, k, v, sizes, lengths, gates, q_weight, return_lse) -> tuple[Tensor, Tensor]:
-    """`o` and `lse`, which the backward uses whether or not the caller asked for it."""
+def forward(q, k, v, sizes, lengths, gates, q_weight, return_lse=False) -> tuple[Tensor, Tensor]:
+    """`o` and `lse`, which the backward uses whether or not the caller asked for it (`return_lse`)."""
     launches, outputs = plan_forward(q, k, v, sizes, lengths, gates, q_weight)
     with torch.cuda.device_of(q):
         launch.run(launches)

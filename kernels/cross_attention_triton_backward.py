@@ -374,14 +374,15 @@ def plan_backward(
     rows = new(batch, heads, streams, queries)
     dgates_part = None if gates is None else new(tiles, batch, streams, heads)
     dweight_part = None if q_weight is None else new(batch * heads * tiles, dim)
+    tiled = stream_tiles(sizes, row["block_m"])
     shared = {"do_ptr": do, "k_ptr": k, "v_ptr": v, "lse_ptr": lse, "lengths_ptr": lengths, "gates_ptr": gates}
     arguments = {
-        **shared, "q_ptr": q, "o_ptr": o if streams == 1 and gates is None else None, "dlse_ptr": dlse,
+        **shared, "q_ptr": q, "o_ptr": o if streams == 1 and gates is None and not tiled[0][4] else None, "dlse_ptr": dlse,
         "weight_ptr": q_weight, "dq_ptr": dq, "normal_ptr": normal, "row_ptr": rows, "dgates_ptr": dgates_part,
         "dweight_ptr": dweight_part, "queries": queries, **strides(do=do, q=q, k=k, v=v),
     }  # fmt: skip
     constants = {
-        "TILES": stream_tiles(sizes, row["block_m"]), "STREAMS": streams, "EPS": RMS_EPS,
+        "TILES": tiled, "STREAMS": streams, "EPS": RMS_EPS,
         "BLOCK_N": block_n, "BLOCK_M": row["block_m"], **blocks,
     }  # fmt: skip
     plan = [Launch(dq_kernel, (tiles, heads, batch), arguments, constants, warps, row["stages"])]

