@@ -93,4 +93,5 @@ CROSS_ATTENTION = {
     "absent stream": CrossAttentionCase(3, 20, 2, 64, (7, 12), ((7, 0), (3, 12), (0, 0)), gates=True),
     "views": CrossAttentionCase(2, 25, 2, 128, (31,), strided=True),
     "large logits": CrossAttentionCase(2, 16, 2, 64, (40,), q_norm=False, spread=100.0),
+    "several tiles": CrossAttentionCase(1, 70, 1, 48, (130, 77), ((129, 20),), gates=True, strided=True),
 }

@@ -26,40 +26,62 @@ def group_norm_exact(x, groups, weight, bias, scale, shift, activation, eps=1e-5
     return (y / (1 + (-y).exp()) if activation == "silu" else y).reshape(x.shape)
 
 
-def cross_attention_exact(q, k, v, sizes, lengths, gates, q_weight):
+def cross_attention_exact(q, k, v, sizes, lengths, gates, q_weight, return_lse=False):
     """From the definition, sample by sample, over the valid tokens only."""
     batch, queries, heads, dim = q.shape
     if q_weight is not None:
         q = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * q_weight
-    samples = []
+    samples, masses = [], []
     for b in range(batch):
         # zero times q, so that a sample without any token still has (zero) gradients
-        total, start = 0 * q[b], 0
+        total, start, lse = 0 * q[b], 0, []
         for s, size in enumerate(sizes):
             count = size if lengths is None else int(lengths[b, s])
             if count:
                 keys, values = k[b, start : start + count], v[b, start : start + count]
                 logits = torch.einsum("nhd,mhd->hnm", q[b], keys) / math.sqrt(dim)
                 weights = (logits - logits.amax(-1, keepdim=True)).exp()
+                lse.append(weights.sum(-1).log() + logits.amax(-1))
                 part = torch.einsum("hnm,mhd->nhd", weights / weights.sum(-1, keepdim=True), values)
                 total = total + (part if gates is None else part * gates[b, s, :, None])
+            else:
+                lse.append(0 * q[b, :, :, 0].T - math.inf)
             start += size
         samples.append(total)
-    return torch.stack(samples)
+        masses.append(torch.stack(lse, 1))
+    return (torch.stack(samples), torch.stack(masses)) if return_lse else torch.stack(samples)
+
+
+def with_lse(function):
+    """The same function with its log-sum-exp as a second output, 0 where a stream is absent."""
+
+    def both(*arguments, **inputs):
+        out, lse = function(*arguments, **inputs, return_lse=True)
+        lengths = arguments[4] if arguments else inputs["lengths"]
+        absent = lse.isneginf()
+        assert absent.any() == (lengths is not None and (lengths == 0).any())
+        return out, lse.masked_fill(absent, 0)
+
+    return both
 
 
 def run(function, inputs, cotangent_dtype=None):
-    """Output and gradients of every floating-point input, with a random cotangent."""
+    """Outputs and gradients of every floating-point input, with random cotangents."""
     leaves = {
         name: value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         for name, value in inputs.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
-    out = function(**{**inputs, **leaves})
+    outs = function(**{**inputs, **leaves})
+    outs = outs if isinstance(outs, tuple) else (outs,)
     g = torch.Generator().manual_seed(7)
-    cotangent = torch.randn(out.shape, generator=g, dtype=torch.float64).to(cotangent_dtype or out.dtype).to(out.dtype)
-    gradients = torch.autograd.grad(out, list(leaves.values()), cotangent, materialize_grads=True)
-    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+    cotangents = [
+        torch.randn(out.shape, generator=g, dtype=torch.float64).to(cotangent_dtype or out.dtype).to(out.dtype)
+        for out in outs
+    ]
+    gradients = torch.autograd.grad(outs, list(leaves.values()), cotangents, materialize_grads=True)
+    named = {name: out.detach() for name, out in zip(("out", "lse"), outs)}
+    return {**named, **dict(zip(leaves, gradients, strict=True))}
 
 
 def widen(inputs):
@@ -94,8 +116,9 @@ def test_group_norm_and_gradients_are_accurate(name, dtype):
 def test_cross_attention_and_gradients_are_accurate(name, dtype):
     inputs = CROSS_ATTENTION[name].inputs(dtype)
     contiguous = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    actual, eager = run(cross_attention, inputs, dtype), run(cross_attention_ref, contiguous, dtype)
-    assert_accurate(actual, eager, run(cross_attention_exact, widen(inputs), dtype), dtype)
+    for wrap in (lambda function: function, with_lse):
+        actual, eager = run(wrap(cross_attention), inputs, dtype), run(wrap(cross_attention_ref), contiguous, dtype)
+        assert_accurate(actual, eager, run(wrap(cross_attention_exact), widen(inputs), dtype), dtype)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -157,7 +180,7 @@ def test_cross_attention_any_streams(data):
     queries, heads = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3))
     case = CrossAttentionCase(batch, queries, heads, 32, sizes, lengths if masked else None, gates, norm, strided)
     inputs = case.inputs(torch.float64)
-    actual, truth = run(cross_attention, inputs), run(cross_attention_exact, inputs)
+    actual, truth = run(with_lse(cross_attention), inputs), run(with_lse(cross_attention_exact), inputs)
     for name in truth:
         torch.testing.assert_close(actual[name], truth[name], rtol=1e-9, atol=1e-11)
 
@@ -184,14 +207,29 @@ def test_cross_attention_passes_opcheck_and_gradcheck(name):
     ]
     floats[3] = list(floats[3])
     torch.library.opcheck(torch.ops.semantica.cross_attention.default, tuple(floats))
-    assert torch.autograd.gradcheck(cross_attention, floats)
+    torch.library.opcheck(torch.ops.semantica.cross_attention.default, (*floats, True))
+    assert torch.autograd.gradcheck(with_lse(cross_attention), floats)
+    q_k = [v.detach().requires_grad_() for v in floats[:2]]
+    assert torch.autograd.gradcheck(lambda q, k: with_lse(cross_attention)(q, k, *floats[2:])[1], q_k, fast_mode=True)
+
+
+def test_the_map_is_what_lse_says_and_an_absent_stream_has_none():
+    inputs = CROSS_ATTENTION["absent stream"].inputs(torch.float32)
+    plain, (out, lse) = cross_attention(**inputs), cross_attention(**inputs, return_lse=True)
+    assert torch.equal(out, plain) and lse.dtype == torch.float32 and lse.shape == (3, 2, 2, 20)
+    assert torch.equal(lse.isneginf(), (inputs["lengths"] == 0)[:, None, :, None].expand_as(lse))
+    q = torch.nn.functional.rms_norm(inputs["q"], (64,), inputs["q_weight"], 1e-6)
+    logits = torch.einsum("nhd,mhd->hnm", q[0], inputs["k"][0, :7]) / 8
+    torch.testing.assert_close((logits - lse[0, :, 0, :, None]).exp().sum(-1), torch.ones(2, 20))
 
 
 def test_the_operators_compile_whole_with_gradients():
     gn, ca = GROUP_NORM["tiny"].inputs(torch.float32), CROSS_ATTENTION["absent stream"].inputs(torch.float32)
 
     def both(x, q):
-        return group_norm(**{**gn, "x": x}).sum() + cross_attention(**{**ca, "q": q}).square().sum()
+        out, lse = cross_attention(**{**ca, "q": q}, return_lse=True)
+        out = out + cross_attention(**{**ca, "q": q})
+        return group_norm(**{**gn, "x": x}).sum() + out.square().sum() + lse[:, :, 0].exp().sum()
 
     leaves = [gn["x"].clone(memory_format=torch.preserve_format).requires_grad_(), ca["q"].clone().requires_grad_()]
     expected = torch.autograd.grad(both(*leaves), leaves)

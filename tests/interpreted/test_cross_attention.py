@@ -1,0 +1,140 @@
+"""The Triton kernels of `cross_attention` under Triton's interpreter; started by `tests/test_cross_attention_triton.py`."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semantica.kernels import cross_attention, launch
+from semantica.kernels.cases import CROSS_ATTENTION, CrossAttentionCase
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1 before triton is imported")
+GUARD = 64
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def gradients(inputs, seed=5):
+    """o, lse (0 where absent) and every gradient, with cotangents that are exact in fp16."""
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    o, lse = cross_attention(**{**inputs, **leaves}, return_lse=True)
+    outs = o, lse.masked_fill(lse.isneginf(), 0)
+    g = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(out.shape, generator=g).half().to(out.dtype) for out in outs]
+    return [*outs, *torch.autograd.grad(outs, list(leaves.values()), cotangents)]
+
+
+def widen(inputs):
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def guarded(tensor, filled):
+    """A twin inside a larger buffer of NaN (or of a large integer), with the same strides."""
+    span = GUARD * 2 + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+    buffer = torch.full((span,), float("nan") if tensor.is_floating_point() else 10**6, dtype=tensor.dtype)
+    twin = buffer.as_strided(tensor.shape, tensor.stride(), GUARD)
+    return buffer, twin.copy_(tensor) if filled else twin
+
+
+def run_guarded(launches, inputs, outputs):
+    """Start launches on guarded twins; nothing but the outputs may have changed. Returns the outputs' twins."""
+    known, buffers, twins = {id(a) for a in inputs}, [], {}
+
+    def twin(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in twins:
+            buffer, view = guarded(value, id(value) in known)
+            twins[id(value)] = view
+            writable = torch.zeros(buffer.shape, dtype=torch.bool)
+            if id(value) not in known:
+                writable.as_strided(view.shape, view.stride(), GUARD).fill_(True)
+            buffers.append((buffer, buffer.clone(), writable))
+        return twins[id(value)]
+
+    moved = [dataclasses.replace(a, arguments={k: twin(v) for k, v in a.arguments.items()}) for a in launches]
+    launch.run(moved)
+    for buffer, before, writable in buffers:
+        bits = BITS[buffer.element_size()]
+        assert torch.equal(buffer.view(bits)[~writable], before.view(bits)[~writable])
+    return [twins[id(output)] for output in outputs if output.numel()]
+
+
+@pytest.mark.parametrize("name", ["one token", "views", "absent stream", "several tiles"])
+def test_nothing_is_read_or_written_outside_and_nothing_left_unwritten(name):
+    from semantica.kernels.cross_attention_triton import plan_forward
+    from semantica.kernels.cross_attention_triton_backward import plan_backward
+
+    inputs = CROSS_ATTENTION[name].inputs(torch.float16)
+    expected = cross_attention(**inputs, return_lse=True)
+    if inputs["lengths"] is not None:
+        # what stands in the tokens that are not there does not matter
+        start = 0
+        for s, size in enumerate(inputs["sizes"]):
+            for b, length in enumerate(inputs["lengths"][:, s].tolist()):
+                inputs["k"][b, start + length : start + size] = float("nan")
+                inputs["v"][b, start + length : start + size] = float("nan")
+            start += size
+    tensors = [a for a in inputs.values() if isinstance(a, torch.Tensor)]
+    launches, outputs = plan_forward(**inputs)
+    o, lse = run_guarded(launches, tensors, outputs)
+    assert torch.equal(o, expected[0]) and torch.equal(lse, expected[1])
+    do, dlse = torch.randn(o.shape).half(), torch.randn(lse.shape)
+    q, k, v, *rest = inputs.values()
+    o, lse = o.clone(), lse.clone()
+    launches, outputs = plan_backward(do, q, k, v, o, lse, dlse, *rest)
+    for output in run_guarded(launches, [*tensors, do, dlse, o, lse], outputs):
+        assert not output.isnan().any()
+
+
+@pytest.mark.parametrize("batch", [1, 8], ids=["queries split", "whole"])
+def test_two_runs_are_bit_equal(batch):
+    case = CrossAttentionCase(batch, 40, 9, 32, (16,), ((13,),) * batch, gates=True)
+    for dtype in (torch.float32, torch.float16):
+        inputs = case.inputs(dtype)
+        first, second = gradients(inputs), gradients(inputs)
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+        for a, b in zip(first, gradients(widen(inputs))):
+            assert (a.double() - b).abs().max() <= {4: 1e-5, 2: 0.01}[dtype.itemsize] * b.abs().max()
+
+
+def test_lengths_are_clamped_and_any_layout_is_taken():
+    case = CrossAttentionCase(2, 9, 2, 32, (5, 20), ((5, 20), (0, 3)), gates=True)
+    inputs = case.inputs(torch.float32)
+    expected = gradients(inputs)
+    others = {
+        "lengths": torch.tensor([[99, 20], [-4, 3]], dtype=torch.int32),
+        "q": inputs["q"].permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0),
+        "k": inputs["k"].permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
+        "v": torch.cat([inputs["v"], inputs["v"]], -1)[..., :32],
+        "gates": inputs["gates"].transpose(1, 2).contiguous().transpose(1, 2),
+    }
+    for a, b in zip(gradients({**inputs, **others}), expected):
+        assert torch.equal(a, b)
+
+
+def test_other_types_are_left_to_plain_torch():
+    inputs = CROSS_ATTENTION["one token"].inputs(torch.float32)
+    op = torch.ops.semantica.cross_attention
+    for dtype, fused in ((torch.float32, True), (torch.float16, True), (torch.bfloat16, False), (torch.float64, False)):
+        q, k, v = (inputs[name].to(dtype) for name in "qkv")
+        assert (op(q, k, v, [1], None, None, None)[1].numel() > 0) == fused
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_streams(data):
+    sizes = tuple(data.draw(st.lists(st.sampled_from([1, 7, 16, 33, 70]), min_size=1, max_size=3)))
+    batch, heads, queries = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 40))
+    lengths = tuple(tuple(data.draw(st.integers(0, size)) for size in sizes) for _ in range(batch))
+    masked, gates, norm, strided = (data.draw(st.booleans()) for _ in range(4))
+    dim = data.draw(st.sampled_from([32, 48, 80]))
+    case = CrossAttentionCase(batch, queries, heads, dim, sizes, lengths if masked else None, gates, norm, strided)
+    inputs = case.inputs(torch.float32)
+    for a, b in zip(gradients(inputs), gradients(widen(inputs))):
+        assert (a.double() - b).abs().max() <= 2e-6 * max(1, b.abs().max().item())
