@@ -208,8 +208,8 @@ def job(sources: tuple[str, ...], index: int, arch: str) -> dict:
     return inspect(*specimens(sources)[index], arch)
 
 
-def compile_all(sources: tuple[str, ...], archs: list[str], words: list[str], workers: int) -> Iterator[dict]:
-    """Rows of all launches whose name has all words, for all architectures, in order, as they are done.
+def jobs(sources: tuple[str, ...], archs: list[str], words: list[str]) -> list[tuple[tuple[str, ...], int, str]]:
+    """What to compile: every launch whose name has all words, for every architecture.
 
     Raises:
         UserError: no Triton, Triton's interpreter is on, or nothing to compile.
@@ -218,14 +218,21 @@ def compile_all(sources: tuple[str, ...], archs: list[str], words: list[str], wo
         raise UserError("--compile-only needs Triton, which is not installed: pip install triton")
     if INTERPRETED:
         raise UserError("--compile-only cannot work under TRITON_INTERPRET=1, which replaces the compiler: unset it")
-    names = [f"{name} {launch.kernel.__name__}" for name, launch in specimens(sources)]
+    try:
+        names = [f"{name} {launch.kernel.__name__}" for name, launch in specimens(sources)]
+    except ImportError as error:
+        raise UserError(f"the kernels to compile cannot be imported: {error}") from error
     chosen = [i for i, name in enumerate(names) if all(word in name for word in words)]
     if not chosen:
         raise UserError(f"no kernel has {' '.join(words)!r} in its name")
-    jobs = [(sources, i, arch) for i in chosen for arch in archs]
+    return [(sources, i, arch) for i in chosen for arch in archs]
+
+
+def run(todo: list[tuple[tuple[str, ...], int, str]], workers: int) -> Iterator[dict]:
+    """Rows in order, as they are done."""
     if workers == 1:
-        yield from (job(*arguments) for arguments in jobs)
+        yield from (job(*arguments) for arguments in todo)
         return
     # spawned, not forked: a fork of a process with threads may hang
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        yield from pool.map(job, *zip(*jobs))
+        yield from pool.map(job, *zip(*todo))
