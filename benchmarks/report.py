@@ -80,7 +80,7 @@ def roofline(points: dict[str, tuple[list[float], list[float]]], copy_gbps: floa
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     ridge = matrix_tflops * 1e3 / copy_gbps
     found = [value for x, _ in points.values() for value in x]
@@ -92,7 +92,8 @@ def roofline(points: dict[str, tuple[list[float], list[float]]], copy_gbps: floa
         axes.plot(x, y, marker, label=name, markersize=5, alpha=0.7)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved", ylabel="TFLOP/s")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    # beside the points, never on them
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
 

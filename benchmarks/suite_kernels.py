@@ -54,6 +54,7 @@ class Plan:
 
     def pytest_benchmark_update_json(self, output_json: dict) -> None:
         output_json["semantica"] = {"wrong": self.wrong, "absent": self.absent}
+        output_json["machine_info"].get("cpu", {}).pop("flags", None)
         for benchmark in output_json["benchmarks"]:
             # quantiles are kept in the row: every single call would make the file ten times larger
             del benchmark["stats"]["data"]
