@@ -193,10 +193,11 @@ def show(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     named = [f"{columns[i].strip()}: {rows[0][i]}" for i in alike if rows[0][i]]
     if named:
         print("; ".join(named))
+    numeric = [all(cell[:1] in ("", *"0123456789") for cell in found) for found in values]
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         if i not in alike:
-            table.add_column(column.strip(), justify="left" if i < 6 else "right", no_wrap=True)
+            table.add_column(column.strip(), justify="right" if numeric[i] else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(cell for i, cell in enumerate(row) if i not in alike))
     # as wide as the table: cut figures are worse than long lines
@@ -249,6 +250,8 @@ def write(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+# rows that a terminal shows one by one
+SHOWN = 40
 COMPILED_COLUMNS = (
     "specimen", "kernel", "arch", "warps", "stages", "constants", "registers", "spilled B (st / ld)", "shared B",
     "blocks/SM", "bound by", "occupancy", "tensor core", "loads (bits: n)", "stores (bits: n)", "atomics", "PTX",
@@ -279,6 +282,39 @@ def compiled_cells(row: dict) -> tuple[str, ...]:
     )
 
 
+def worst_by_kernel(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows: over all launches of a kernel on an architecture."""
+    columns = ("kernel", "arch", "launches", "refused", "registers", "spilled B", "shared B", "blocks/SM", "occupancy",
+               "tensor core", "narrowest load", "narrowest store", "atomics")  # fmt: skip
+    found: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["kernel"], row["arch"]), []).append(row)
+    body = []
+    for (kernel, arch), group in found.items():
+        good = [row for row in group if "error" not in row]
+        start = (kernel, arch, str(len(group)), str(len(group) - len(good)))
+        if not good:
+            body.append((*start, *[""] * (len(columns) - len(start))))
+            continue
+        narrow = [
+            min(({int(w) for row in good for w in row[k] if w != "TMA"}), default="") for k in ("loads", "stores")
+        ]
+        body.append(
+            (
+                *start,
+                f"{min(row['registers'] for row in good)} - {max(row['registers'] for row in good)}",
+                str(max(row["spill_stores_bytes"] + row["spill_loads_bytes"] for row in good)),
+                str(max(row["shared_bytes"] for row in good)),
+                str(min(row["blocks_per_sm"] for row in good)),
+                f"{min(row['occupancy'] for row in good):.0%}",
+                " ".join(sorted({name for row in good for name in row["tensor"]})),
+                *map(str, narrow),
+                str(max(row["atomics"] for row in good)),
+            )
+        )
+    return columns, body
+
+
 def compile_only(config: KernelsConfig) -> int:
     """Table, JSON and page of what the compiler makes of every launch; 1 when one does not compile or does not fit."""
     from tqdm import tqdm
@@ -291,7 +327,8 @@ def compile_only(config: KernelsConfig) -> int:
     if config.json is not None:
         write(config.json, json.dumps({"compiled": rows}, indent=1))
     body = [compiled_cells(row) for row in rows]
-    show(COMPILED_COLUMNS, body)
+    # hundreds of rows are for the page; the terminal gets the worst of each kernel
+    show(*((COMPILED_COLUMNS, body) if len(rows) <= SHOWN else worst_by_kernel(rows)))
     if config.html is not None:
         from semantica.benchmarks.report import Part, write_page
 
@@ -299,7 +336,12 @@ def compile_only(config: KernelsConfig) -> int:
             "Compiled without a GPU. Spilled bytes, accesses and tensor-core instructions are counted in the machine "
             "code as it stands, not as often as it runs. Blocks/SM is what registers, shared memory and threads allow."
         )
-        page = [Part(text=about, note=True), Part(columns=COMPILED_COLUMNS, rows=tuple(body))]
+        columns, worst = worst_by_kernel(rows)
+        page = [
+            Part(text=about, note=True),
+            Part("The worst of each kernel", columns=columns, rows=tuple(worst)),
+            Part("Every launch", columns=COMPILED_COLUMNS, rows=tuple(body)),
+        ]
         write_page(config.html, "Semantica: compiled kernels", page)
     bad = [row for row in rows if "error" in row or row["blocks_per_sm"] == 0]
     for row in bad:

@@ -76,9 +76,8 @@ def blocks_per_sm(limits: Limits, threads: int, registers: int, shared: int, col
     return bounds[bound], bound
 
 
-def compile_launch(launch: Launch, arch: str):
-    """A `Launch`, of meta tensors too, as Triton would specialise and compile it on a machine with that GPU."""
-    import triton
+def specialise(launch: Launch, arch: str):
+    """`(source, target, options)` of a `Launch`, of meta tensors too, as Triton would make them where that GPU is."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -89,7 +88,21 @@ def compile_launch(launch: Launch, arch: str):
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = binder(**launch.arguments, **launch.constants, **options)
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target, vars(parsed))
+    return ASTSource(kernel, signature, constants, attributes), target, vars(parsed)
+
+
+def compile_launch(launch: Launch, arch: str):
+    """Triton's `CompiledKernel`, which holds PTX and machine code."""
+    import triton
+
+    return triton.compile(*specialise(launch, arch))
+
+
+def variant(launch: Launch) -> tuple:
+    """Equal for launches that are one and the same machine code."""
+    source, _, _ = specialise(launch, "sm_90")
+    found = launch.kernel.__name__, source.signature, source.constants, source.attrs, launch.warps, launch.stages
+    return tuple(map(str, found))
 
 
 def disassemble(cubin: bytes, *flags: str) -> str:
@@ -200,8 +213,17 @@ def resolve(target: str) -> Callable:
 
 @functools.cache
 def specimens(sources: tuple[str, ...]) -> list[tuple[str, Launch]]:
-    """Every launch that the given "module:function"s plan; called again in each worker, since kernels do not pickle."""
-    return [(name, launch) for source in sources for name, launches in resolve(source)() for launch in launches]
+    """Every different launch that the given "module:function"s plan, named after the first specimen that has it.
+
+    Called again in each worker, since kernels do not pickle.
+    """
+    found: dict[tuple, tuple[list[str], Launch]] = {}
+    for source in sources:
+        for name, launches in resolve(source)():
+            for launch in launches:
+                names, _ = found.setdefault(variant(launch), ([], launch))
+                names.append(name)
+    return [(names[0] + f" +{len(names) - 1}" * (len(names) > 1), launch) for names, launch in found.values()]
 
 
 def job(sources: tuple[str, ...], index: int, arch: str) -> dict:

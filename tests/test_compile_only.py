@@ -64,7 +64,8 @@ def spilling() -> Launch:
 
 
 def specimens():
-    yield "copy fp32", [copy(), copy(step=3)]
+    # the second is the same machine code as the first
+    yield "copy fp32", [copy(), copy(n=8192), copy(step=3)]
     tile = meta(64, 64, dtype=torch.bfloat16)
     yield "dot", [Launch(dot_kernel, (1,), {"a_ptr": tile, "b_ptr": tile, "c_ptr": tile}, {"N": 64}, warps=4)]
 
@@ -205,7 +206,7 @@ def test_the_verb_writes_table_json_and_page_alike_with_one_process_and_two(tmp_
         paths = [str(tmp_path / f"{workers}.{kind}") for kind in ("json", "html")]
         assert main(["bench", "kernels", "--compile-only", *options, "--json", paths[0], "--html", paths[1]]) == 0
         found.append(json.loads(Path(paths[0]).read_text())["compiled"])
-    assert found[0] == found[1] and [row["name"] for row in found[0]] == ["copy fp32", "copy fp32", "dot"]
+    assert found[0] == found[1] and [row["name"] for row in found[0]] == ["copy fp32 +1", "copy fp32", "dot"]
     assert "HGMMA:4" in capsys.readouterr().out and "HGMMA:4" in Path(paths[1]).read_text()
     assert main(["bench", "kernels", "--compile-only", "--impl", "own_kernels:specimens", "--filter", "no such"]) == 2
     assert "no kernel has 'no such'" in capsys.readouterr().err

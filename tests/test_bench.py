@@ -1,0 +1,542 @@
+"""The benchmark harness: whoever cheats or errs is caught, the protocol and its statistics are right, files compare."""
+
+import dataclasses
+import json
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from semantica import kernels
+from semantica.benchmarks import store, timing, verify
+from semantica.benchmarks.implementations import IMPLEMENTATIONS, Implementation, available
+from semantica.benchmarks.problems import Problem, problems, reference
+from semantica.benchmarks.suite_kernels import Field, Plan, Replay, Traffic, contender, returned
+from semantica.cli import main
+from semantica.kernels.cases import CrossAttentionCase, GroupNormCase
+
+PROBLEM = Problem("group_norm", GroupNormCase((2, 16, 8, 8), 4, channels_last=True), torch.float32, "cpu")
+ATTENTION = Problem("cross_attention", CrossAttentionCase(2, 8, 2, 32, (5, 3), gates=True), torch.float32, "cpu")
+eager = reference("group_norm")
+FEW = timing.Protocol(warmup=1, least=5, most=5, seconds=0.0)
+
+
+class Cached:
+    """Computes once, then returns that."""
+
+    def __init__(self):
+        self.result = None
+
+    def __call__(self, **arguments):
+        if self.result is None:
+            self.result = eager(**arguments)
+        return self.result
+
+
+class CachedByAddress:
+    """Computes once for each input buffer."""
+
+    def __init__(self):
+        self.results = {}
+
+    def __call__(self, x, **arguments):
+        return self.results.setdefault(x.data_ptr(), eager(x=x, **arguments))
+
+
+class TiresLater:
+    """Right while it is looked at; after that, repeats itself."""
+
+    def __init__(self):
+        self.calls, self.result = 0, None
+
+    def __call__(self, **arguments):
+        self.calls += 1
+        if self.calls <= 3:
+            self.result = eager(**arguments)
+        return self.result
+
+
+def wrong(**arguments):
+    return eager(**arguments) * 1.001
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 1.001
+
+
+def wrong_backward(**arguments):
+    return WrongGradient.apply(eager(**arguments))
+
+
+def unwritten(**arguments):
+    y = torch.empty_like(arguments["x"])
+    right = eager(**arguments)
+    y[:-1] = right[:-1]
+    # all but the last row of the last sample
+    y[-1, :, :-1] = right[-1, :, :-1]
+    return y
+
+
+def in_place(x, **arguments):
+    result = eager(x=x, **arguments)
+    with torch.no_grad():
+        x.data[0, 0, 0, 0] += 1
+    return result
+
+
+def late(**arguments):
+    """Returns at once; another thread writes the result."""
+    x = arguments["x"]
+    y = torch.empty_like(x)
+    kept = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+
+    def work():
+        time.sleep(0.005)
+        y.copy_(eager(**kept))
+
+    threading.Thread(target=work).start()
+    return y
+
+
+def half(**arguments):
+    return eager(**arguments).bfloat16()
+
+
+def broken(**arguments):
+    raise RuntimeError("no kernel image is available")
+
+
+def field_of(function, directions=("forward",), problem=PROBLEM, leeway=2.0) -> Field:
+    return Field(problem, [Implementation("it", problem.op, lambda: function, leeway=leeway)], directions)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (Cached(), "out is wrong"),
+        (CachedByAddress(), "out is wrong"),
+        (TiresLater(), "while it was timed: out is wrong"),
+        (wrong, "out is wrong"),
+        (unwritten, "out is wrong"),
+        (in_place, "it changed its input x"),
+        (late, "out changed after the call had returned"),
+        (half, "expected"),
+        (broken, "RuntimeError: no kernel image is available"),
+    ],
+)
+def test_bad_implementations_are_caught(function, reason):
+    field = field_of(function)
+    times, _ = field.race("forward", timing.CpuClock(), FEW)
+    assert reason in field.wrong["it", "forward"]
+    # caught before the race, they are not in it
+    assert ("it" in times) == ("while it was timed" in reason)
+
+
+def test_a_wrong_gradient_costs_the_backward_alone():
+    field = field_of(wrong_backward, ("forward", "backward"))
+    clock = timing.CpuClock()
+    assert "it" in field.race("forward", clock, FEW)[0] and "it" not in field.race("backward", clock, FEW)[0]
+    assert set(field.wrong) == {("it", "backward")} and "is wrong" in field.wrong["it", "backward"]
+
+
+def test_memory_that_was_never_written_is_not_a_number():
+    with verify.poisoned("cpu", [4096], fill=True):
+        assert torch.empty(1024).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@pytest.mark.parametrize("problem", [PROBLEM, ATTENTION], ids=["group_norm", "cross_attention"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_operators_and_eager_are_fair_in_every_direction(problem, dtype):
+    problem = dataclasses.replace(problem, dtype=dtype)
+    entrants = [i for i in IMPLEMENTATIONS if i.op == problem.op and i.name in ("fused", "eager")]
+    directions = ("forward", "backward", "both")
+    field = Field(problem, entrants, directions)
+    for direction in directions:
+        times, ceilings = field.race(direction, timing.CpuClock(), FEW)
+        assert set(times) == {"fused", "eager", "copy", "matrix"} and not field.wrong
+        assert all(len(t.device) == 5 and min(t.device) > 0 for t in times.values())
+        assert min(ceilings.values()) > 0
+        assert field.accuracy["eager", direction != "forward"].error > 0
+
+
+def test_leeway_is_a_factor_of_eagers_error():
+    answers = verify.Answers.of(PROBLEM, gradients=False)
+    exact, plain = answers.truth[0]["out"], answers.eager[0]["out"]
+    own = (plain.double() - exact).abs().max()
+    ulp = torch.finfo(torch.float32).eps * exact.abs().max()
+    for factor, fair in ((1.9, True), (2.2, False)):
+        off = exact.float().clone()
+        off[0, 0, 0, 0] += factor * (own + ulp / 2)
+        if fair:
+            accuracy = answers.judge(0, {"out": off}, 2.0)
+            assert accuracy.tensor == "out" and accuracy.eager == own.item()
+        else:
+            with pytest.raises(verify.Wrong):
+                answers.judge(0, {"out": off}, 2.0)
+    with pytest.raises(verify.Wrong):
+        answers.judge(0, {"out": torch.full_like(plain, torch.nan)}, 1e9)
+
+
+def test_every_call_has_other_buffers_filled_anew():
+    answers = verify.Answers.of(PROBLEM, gradients=True)
+    seen = []
+
+    def spy(**arguments):
+        seen.append((arguments["x"].data_ptr(), arguments["x"].sum().item(), arguments["x"]._version))
+        return eager(**arguments)
+
+    prepare = contender(spy, answers, "both")
+    for number in range(7):
+        result = prepare(number)()
+        answers.judge(number % 2, returned(result, answers), 2.0)
+    addresses, contents, versions = zip(*seen)
+    assert len(set(addresses)) == 3 and addresses[:3] == addresses[3:6]
+    assert len(set(contents)) == 2 and contents[0] != contents[1]
+    # filled again before each use, though it is the same buffer
+    assert versions[0] < versions[3] < versions[6]
+
+
+def test_a_race_is_interleaved_in_random_order_and_warms_up_all_alike():
+    calls = []
+
+    def runner(name):
+        return lambda number: lambda: calls.append((name, number)) or name
+
+    names = ["a", "b", "c"]
+    clock, protocol = timing.CpuClock(), timing.Protocol(warmup=2, least=12, most=12, seconds=0.0)
+    times, last = timing.race({name: runner(name) for name in names}, clock, protocol)
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert len(rounds) == 14 and all(sorted(n for n, _ in r) == names for r in rounds)
+    assert all({number for _, number in r} == {i} for i, r in enumerate(rounds))
+    assert len({tuple(n for n, _ in r) for r in rounds}) > 3
+    assert all(len(t.device) == len(t.wall) == 12 for t in times.values())
+    assert last == {name: (13, name) for name in names}
+
+
+def test_rounds_follow_from_the_time_that_a_race_may_take():
+    def runs(protocol):
+        times, _ = timing.race({"nap": lambda number: lambda: time.sleep(0.01)}, Instant(), protocol)
+        return len(times["nap"].device)
+
+    class Instant(timing.CpuClock):
+        def __init__(self):
+            self.sweep = torch.zeros(1, dtype=torch.int32)
+
+    assert runs(timing.Protocol(1, 3, 100, seconds=0.0)) == 3
+    assert runs(timing.Protocol(1, 3, 5, seconds=1.0)) == 5
+    assert 4 <= runs(timing.Protocol(1, 3, 100, seconds=0.1)) <= 10
+
+
+class Gpu:
+    """torch.cuda in miniature: streams that run behind a host whose time only moves when something takes time."""
+
+    def __init__(self):
+        self.now, self.streams, self.current, self.swept = 0.0, {"main": 0.0, "side": 0.0}, "main", []
+        self.cuda = SimpleNamespace(
+            Event=lambda enable_timing=False: self.event(),
+            synchronize=self.synchronize,
+            _sleep=lambda cycles: self.launch(cycles / timing.CLOCK_RATE),
+            get_device_properties=lambda index: SimpleNamespace(L2_cache_size=4 << 20),
+        )
+        self.int32 = torch.int32
+        self.nan = torch.nan
+
+    def zeros(self, count, dtype, device):
+        return SimpleNamespace(amax=lambda: self.swept.append(count * 4) or self.launch(100e-6))
+
+    def launch(self, seconds: float, host: float = 5e-6) -> None:
+        self.now += host
+        self.streams[self.current] = max(self.streams[self.current], self.now) + seconds
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, *self.streams.values()) + 5e-6
+
+    def event(self):
+        gpu = self
+
+        class Event:
+            def record(self):
+                gpu.now += 1e-6
+                self.at = max(gpu.streams["main"], gpu.now)
+
+            def synchronize(self):
+                gpu.now = max(gpu.now, self.at)
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e3
+
+        return Event()
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    gpu = Gpu()
+    for module in (timing, verify):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=gpu.perf_counter))
+    monkeypatch.setattr(timing, "torch", gpu)
+    return gpu
+
+
+def test_gpu_time_is_that_of_the_kernels_and_wall_time_that_of_the_host_too(gpu):
+    clock = timing.CudaClock()
+
+    def kernels(count, seconds, host):
+        return lambda number: lambda: [gpu.launch(seconds, host) for _ in range(count)]
+
+    # 10 kernels of 2 us each, which the host needs 300 us to enqueue; and one long kernel
+    contenders = {"small": kernels(10, 2e-6, 30e-6), "large": kernels(1, 500e-6, 30e-6)}
+    times, _ = timing.race(contenders, clock, timing.Protocol(2, 8, 8, 0.0))
+    for name, device, wall in (("small", 20e-6, 300e-6), ("large", 500e-6, 530e-6)):
+        assert times[name].device == pytest.approx([device] * 8, abs=2e-6)
+        assert times[name].wall == pytest.approx([wall] * 8, abs=10e-6)
+    # the caches are swept before every call, by more than they hold
+    assert len(gpu.swept) == 2 * 2 * 10 and min(gpu.swept) >= 2 * (4 << 20)
+
+
+def test_work_on_a_side_stream_is_seen_when_the_clock_does_not_see_it(gpu, monkeypatch):
+    monkeypatch.setattr(verify, "torch", SimpleNamespace(cuda=gpu.cuda, nan=torch.nan))
+
+    def call(stream):
+        def evaluate(function, buffers, cotangent):
+            gpu.current = stream
+            gpu.launch(20e-3)
+            gpu.current = "main"
+            return {"out": torch.ones(1)}
+
+        monkeypatch.setattr(verify, "evaluate", evaluate)
+        return verify.call_late(None, {"x": torch.zeros(1)}, {"x": torch.ones(1)}, None, "cuda")[2]
+
+    assert call("main") < verify.LATE < call("side")
+
+
+def test_quantiles_and_replayed_samples_are_exact():
+    rng = random.Random(3)
+    for count in (1, 2, 5, 16):
+        values = [rng.random() for _ in range(count)]
+        for q in (0.2, 0.5, 0.8):
+            assert timing.quantile(values, q) == pytest.approx(float(np.quantile(values, q)), rel=1e-12)
+    replay, read = Replay(), []
+
+    class Fixture:
+        def pedantic(self, target, setup, rounds, iterations):
+            for _ in range(rounds):
+                setup()
+                began = replay()
+                target()
+                read.append(replay() - began)
+
+    replay.play(Fixture(), values)
+    assert read == values
+
+
+def test_bytes_and_operations_are_counted_as_by_hand():
+    x, wide = torch.ones(1000), torch.ones(1, 1).expand(100, 1000)
+    with Traffic() as traffic:
+        y = (x.view(10, 100).t() * 2 + 1).contiguous()
+        torch.empty_like(y)
+        wide + x
+    # scale, shift and copy read and write 4000 bytes each; the sum writes 400000, and reads 4 and 4000
+    assert traffic.total == 3 * 8000 + 400000 + 4004
+    problem = Problem("group_norm", GroupNormCase((2, 8, 4, 4), 4), torch.bfloat16, "cpu")
+    small = 2 * (8 + 8 + 2 * 8 + 2 * 8)
+    assert problem.effective_bytes("forward") == 2 * 512 + small
+    assert problem.effective_bytes("backward") == 3 * 512 + 2 * small
+    assert problem.effective_bytes("both") == 5 * 512 + 3 * small
+    assert problem.two_pass_bytes("backward", cache=511) - problem.effective_bytes("backward") == 2 * 512
+    assert problem.two_pass_bytes("backward", cache=512) == problem.effective_bytes("backward")
+    attention = Problem("cross_attention", CrossAttentionCase(2, 8, 3, 32, (5, 4)), torch.float32, "cpu")
+    assert attention.operations("forward") == 4 * 2 * 3 * 8 * 9 * 32
+    assert attention.operations("both") == attention.operations("forward") * 7 // 2
+    for device in ("cpu", "cuda"):
+        for quick in (False, True):
+            names = [problem.name for problem in problems(device, quick)]
+            assert len(names) == len(set(names)) > 3
+
+
+def test_meta_shapes_are_those_of_the_inputs():
+    for problem in [*problems("cpu", True), PROBLEM, ATTENTION]:
+        drawn = {k: v for k, v in problem.inputs(0).items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+        meta = problem._on_meta()
+        assert {k: (v.shape, v.dtype) for k, v in meta.items()} == {k: (v.shape, v.dtype) for k, v in drawn.items()}
+
+
+def row(**changes) -> dict:
+    fields = dict(op="group_norm", impl="fused", shape="1x2", layout="contiguous", dtype="float32", device="cpu",
+                  direction="forward", median_us=100.0, p20_us=95.0, p80_us=105.0, copy_gbps=10.0)  # fmt: skip
+    return fields | changes
+
+
+def test_a_change_is_clear_when_the_medians_leave_each_others_band():
+    def one(**now):
+        (found,) = store.compare([row()], [row(**now)])
+        return found
+
+    assert one()["ratio"] == 1 and not one()["clear"]
+    slow = one(median_us=150.0, p20_us=140.0, p80_us=160.0, copy_gbps=5.0)
+    assert slow["clear"] and slow["ratio"] == 1.5 and slow["machine"] == 2.0
+    assert slow["low"] == pytest.approx(140 / 105) and slow["high"] == pytest.approx(160 / 95)
+    assert one(median_us=50.0, p20_us=45.0, p80_us=55.0)["clear"]
+    # noise: the slower run's calls reach down to the faster run's median
+    assert not one(median_us=150.0, p20_us=99.0, p80_us=300.0)["clear"]
+    assert store.compare([row(impl="eager")], [row()]) == []
+
+
+def stored(path, *rows) -> str:
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": r} for r in rows]}))
+    return str(path)
+
+
+def test_compare_fails_on_a_regression_only_and_names_mistakes(tmp_path, capsys):
+    a = stored(tmp_path / "a.json", row(), row(impl="eager"))
+    b = stored(tmp_path / "b.json", row(median_us=150.0, p20_us=140.0, p80_us=160.0), row(impl="eager"))
+    assert main(["bench", "compare", a, b]) == 0
+    assert (
+        main(["bench", "compare", a, b, "--fail", "60"]) == 0 and main(["bench", "compare", b, a, "--fail", "5"]) == 0
+    )
+    capsys.readouterr()
+    assert main(["bench", "compare", a, b, "--fail", "20"]) == 1
+    out = capsys.readouterr().out
+    assert "1.500" in out and out.count("REGRESSED") == 1 and "1 regressed" in out
+    text, other = tmp_path / "text.json", tmp_path / "other.json"
+    text.write_text("no json")
+    other.write_text('{"benchmarks": [{"name": "x"}]}')
+    empty = stored(tmp_path / "empty.json", row(shape="other"))
+    for arguments, word in (
+        ((a, str(tmp_path / "no.json")), "cannot be read"),
+        ((a, str(text)), "is not JSON"),
+        ((a, str(other)), "holds no results"),
+        ((a, empty), "no row in common"),
+        ((a, b, "--fail", "-1"), "--fail is -1"),
+        ((a,), "required"),
+    ):
+        capsys.readouterr()
+        assert main(["bench", "compare", *arguments]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("semantica: ") and word in error and "\n" not in error, error
+
+
+def test_a_row_is_stale_once_its_code_or_its_launch_settings_changed(tmp_path, monkeypatch):
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    source = store.Path(kernels.__file__).parent
+    for name in ("__init__.py", "launch.py", "group_norm.py", "cross_attention.py"):
+        shutil.copy(source / name, folder)
+    monkeypatch.setattr(kernels, "__file__", str(folder / "__init__.py"))
+
+    def settings(**ladders):
+        (folder / "group_norm.json").write_text(json.dumps({"kernel": {arch: [row] for arch, row in ladders.items()}}))
+
+    settings(sm_90={"warps": 4}, default={"warps": 8})
+    old = {"op": "group_norm", "arch": "sm_90", "kernel_hash": store.kernel_hash("group_norm", "sm_90")}
+    assert not store.stale(old)
+    settings(sm_90={"warps": 4}, default={"warps": 16}, sm_80={"warps": 2})
+    assert not store.stale(old)
+    settings(sm_90={"warps": 8}, default={"warps": 8})
+    assert store.stale(old)
+    settings(sm_90={"warps": 4}, default={"warps": 8})
+    (folder / "cross_attention.py").write_text("changed")
+    assert not store.stale(old)
+    (folder / "group_norm_triton.py").write_text("new")
+    assert store.stale(old)
+    assert not store.stale({**old, "kernel_hash": None})
+
+
+def test_absent_packages_are_named_and_own_functions_are_found():
+    present, absent = available(["group_norm"], "cpu", ("json:dumps",))
+    assert {"fused", "eager", "compile", "json:dumps"} <= {i.name for i in present}
+    assert {i.op for i in present} == {"group_norm"} and not set(absent) & {"fused", "eager"}
+    assert next(i for i in present if i.name == "json:dumps").leeway == 2.0
+    rows = Plan(quick=True, device="cpu", words=["eager", "forward", "contiguous"]).rows()
+    assert {(p.op, d, i.name) for p, d, i in rows} == {
+        (op, "forward", "eager") for op in ("group_norm", "cross_attention")
+    }
+
+
+OWN = """
+import torch
+from semantica.benchmarks.problems import reference
+
+def eager_too(**arguments):
+    return reference("group_norm")(**arguments)
+
+def eager_but_wrong(**arguments):
+    return torch.zeros_like(arguments["x"])
+"""
+
+
+def test_the_verb_from_end_to_end(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    env = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+
+    def bench(*arguments):
+        command = [sys.executable, "-P", "-m", "semantica.cli", "bench", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+
+    options = ("kernels", "--quick", "--device", "cpu", "--op", "group_norm", "--filter", "contiguous eager",
+               "--json", "o.json", "--html", "o.html", "--png", "o.png")  # fmt: skip
+    done = bench(*options, "--impl", "own:eager_too", "own:eager_but_wrong")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("WRONG, not timed") == 2 and "absent: liger" in done.stdout
+    content = json.loads((tmp_path / "o.json").read_text())
+    rows = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
+    assert [(r["impl"], r["direction"]) for r in rows] == [
+        (impl, direction) for direction in ("forward", "backward") for impl in ("eager", "own:eager_too")
+    ]
+    needed = (
+        "op impl shape layout dtype direction median_us p20_us p80_us wall_us bytes effective_bytes gbps flops tflops \
+        share_of_copy share_of_matrix_rate max_err max_err_eager device torch triton commit date kernel_hash".split()
+    )
+    for r, benchmark in zip(rows, content["benchmarks"]):
+        assert set(needed) <= set(r) and 0 < r["p20_us"] <= r["median_us"] <= r["p80_us"]
+        assert benchmark["stats"]["median"] == pytest.approx(r["median_us"] / 1e6)
+        assert benchmark["stats"]["rounds"] == r["rounds"] >= 7
+        assert r["effective_gbps"] == pytest.approx(r["effective_bytes"] / r["median_us"] / 1e3)
+        assert r["share_of_copy"] is None or r["share_of_copy"] == pytest.approx(r["gbps"] / r["copy_gbps"])
+    assert {w["impl"] for w in content["semantica"]["wrong"]} == {"own:eager_but_wrong"}
+    page = (tmp_path / "o.html").read_text()
+    assert page.count("<svg") == 1 and "own:eager_but_wrong" in page and (tmp_path / "o.png").stat().st_size > 10_000
+    # the file is pytest-benchmark's own
+    command = [sys.executable, "-P", "-m", "pytest_benchmark", "compare", "o.json", "--columns=median"]
+    seen = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert seen.returncode == 0 and "own:eager_too" in seen.stdout + seen.stderr
+    assert bench("compare", "o.json", "o.json", "--fail", "1").returncode == 0
+    table = bench("table", "o.json").stdout.splitlines()
+    assert table[0].startswith("| operator |") and len([line for line in table if "| eager |" in line]) == 2
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    for arguments, word in (
+        (["paint"], "unknown benchmark 'paint'"),
+        (["kernels", "--impl", "json:dumps"], "--impl needs --op"),
+        (["kernels", "--op", "norm"], "norm"),
+        (["kernels", "--direction", "sideways"], "sideways"),
+        (["kernels", "--quick", "--filter", "no such row"], "no row has all of 'no such row'"),
+        (["kernels", "--json", str(tmp_path / "no" / "o.json")], "is not a folder"),
+        (["kernels", "--workers", "0"], "--workers is 0"),
+        (["kernels", "--device", "abacus"], "abacus"),
+        (["kernels", "--quick", "--op", "group_norm", "--impl", "no_such_module:f"], "no_such_module"),
+        (["table"], "at least one"),
+    ):
+        assert main(["bench", *arguments]) == 2, arguments
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("semantica: ") and word in error and "\n" not in error, error
+    assert main(["bench"]) == 0 and main(["bench", "--help"]) == 0
+    assert "semantica bench compare" in capsys.readouterr().out
