@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ USAGE = """usage: semantica bench kernels [options]           time the operators
 semantica bench kernels --help lists the options. Files are pytest-benchmark's JSON: `pytest-benchmark compare` reads
 them too.
 """
-Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,11 @@ class KernelsConfig:
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     direction: tuple[Literal["forward", "backward", "both"], ...] = ("forward", "backward")
     """What is timed: each alone, or "both" as one."""
-    impl: tuple[str, ...] = ()
-    """Own implementations, "module:function", called as the operator given by --op is; with --compile-only, functions
-    that yield (name, list of Launch)."""
+    impl: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODULE:FUNCTION")] = ()
+    """Own implementations, called as the operator given by --op is; with --compile-only, functions that yield
+    (name, list of Launch)."""
+    part: Annotated[str, tyro.conf.arg(metavar="K/N")] = "1/1"
+    """Every N-th problem from the K-th on, where time is short: the files of all parts are one result."""
     quick: bool = False
     """A few small shapes and few rounds: to try things out, not to be quoted."""
     compile_only: bool = False
@@ -97,6 +99,9 @@ def kernels(config: KernelsConfig) -> int:
     from semantica.benchmarks.suite_kernels import Plan
     from semantica.device import pick_device
 
+    part = re.fullmatch(r"(\d+)/(\d+)", config.part)
+    if not part or not 1 <= int(part[1]) <= int(part[2]):
+        raise UserError(f"--part {config.part!r}: give K/N with 1 <= K <= N, such as 1/3")
     plan = Plan(
         ops=list(OPS) if config.op == "all" else [config.op],
         words=config.filter.split(),
@@ -104,6 +109,7 @@ def kernels(config: KernelsConfig) -> int:
         directions=config.direction,
         own=config.impl,
         quick=config.quick,
+        part=(int(part[1]), int(part[2])),
     )
     if not plan.rows():
         raise UserError(f"no row has all of {config.filter!r}: see `semantica bench kernels --quick` for names")

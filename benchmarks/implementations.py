@@ -1,12 +1,13 @@
 """Who is raced: the fused operators and what users would otherwise run, behind one interface.
 
-Every implementation is called as the operator is: `f(**Problem.inputs(seed)) -> Tensor`. Packages are imported when
-they are asked for; what they do not fuse (FiLM, SiLU, the RMS norm, the sum of streams) is plain torch, as it would
-have to be.
+Every implementation is called as the operator is: `f(**Problem.inputs(seed)) -> Tensor`. Rivals are no dependencies:
+they are imported by name when they are asked for. What they do not fuse (FiLM, SiLU, the RMS norm, the sum of streams)
+is plain torch, as it would have to be.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -70,21 +71,22 @@ def compiled(function: Callable) -> Callable[[], Callable]:
 
 
 def liger() -> Callable:
-    from liger_kernel.ops.group_norm import LigerGroupNormFunction
+    function = import_module("liger_kernel.ops.group_norm").LigerGroupNormFunction
 
     def group_norm(x, groups, weight, bias, scale, shift, activation):
-        y = LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], groups, 1e-5)
+        y = function.apply(x, weight, bias, x.shape[1], groups, 1e-5)
         return finish(y, scale, shift, activation)
 
     return group_norm
 
 
 def apex() -> Callable:
-    from apex.contrib.group_norm.group_norm import cuda_group_norm_nhwc_one_pass, cuda_group_norm_nhwc_two_pass
+    module = import_module("apex.contrib.group_norm.group_norm")
+    one_pass, two_passes = module.cuda_group_norm_nhwc_one_pass, module.cuda_group_norm_nhwc_two_pass
 
     def group_norm(x, groups, weight, bias, scale, shift, activation):
         # its own module chooses so
-        run = cuda_group_norm_nhwc_one_pass if x.shape[2] * x.shape[3] <= 1024 else cuda_group_norm_nhwc_two_pass
+        run = one_pass if x.shape[2] * x.shape[3] <= 1024 else two_passes
         if scale is None:
             return run(x, groups, weight, bias, 1e-5, act="silu" if activation == "silu" else "")
         return finish(run(x, groups, weight, bias, 1e-5), scale, shift, activation)
@@ -110,15 +112,11 @@ def per_stream(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
 
 
 def flash_attn() -> Callable:
-    from flash_attn import flash_attn_func
-
-    return per_stream(flash_attn_func)
+    return per_stream(import_module("flash_attn").flash_attn_func)
 
 
 def xformers() -> Callable:
-    from xformers.ops import memory_efficient_attention
-
-    return per_stream(memory_efficient_attention)
+    return per_stream(import_module("xformers.ops").memory_efficient_attention)
 
 
 def on_gpu(problem: Problem) -> bool:

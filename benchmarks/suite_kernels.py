@@ -38,6 +38,7 @@ class Plan:
     directions: tuple[str, ...] = ("forward", "backward")
     own: tuple[str, ...] = ()
     quick: bool = False
+    part: tuple[int, int] = (1, 1)
     absent: dict[str, str] = field(default_factory=dict)
     wrong: list[dict] = field(default_factory=list)
 
@@ -45,7 +46,7 @@ class Plan:
         present, self.absent = available(self.ops, self.device, self.own)
         return [
             (problem, direction, implementation)
-            for problem in problems(self.device, self.quick)
+            for problem in problems(self.device, self.quick)[self.part[0] - 1 :: self.part[1]]
             for direction in self.directions
             for implementation in present
             if implementation.op == problem.op and implementation.serves(problem)

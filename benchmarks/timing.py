@@ -29,7 +29,7 @@ class Protocol:
     warmup: int = 3
     least: int = 15
     most: int = 100
-    seconds: float = 3.0
+    seconds: float = 2.0
 
 
 QUICK = Protocol(warmup=2, least=7, most=15, seconds=0.3)

@@ -21,7 +21,7 @@ from semantica.benchmarks.problems import Problem, reference
 CONTENTS = 2
 # about 10 ms of a GPU's clock: long enough for whoever does not wait to be early
 SLEEP_CYCLES = 20_000_000
-# seconds: an idle device answers a synchronisation in a few microseconds
+# seconds: more than the work of another stream may go on, and what another thread is given
 LATE, PATIENCE = 50e-6, 0.02
 
 
@@ -151,7 +151,8 @@ def verify(function: Callable, answers: Answers, gradients: bool, leeway: float,
         for name, kept in snapshot.items():
             if kept is not None and not same(kept, result[name]):
                 raise Wrong(f"{name} changed after the call had returned: work on another stream or thread")
-        if late > LATE:
+        # once may be the system's doing
+        if late > LATE and min(call_late(function, buffers, given, cotangent, device)[2] for _ in range(3)) > LATE:
             raise Wrong(f"work went on for {late * 1e6:.0f} us after the current stream was done: another stream")
         for name, before in tensors(given).items():
             if not same(before, buffers[name]):
@@ -181,6 +182,9 @@ def call_late(function, buffers, given, cotangent, device) -> tuple[dict, dict, 
     end = torch.cuda.Event()
     end.record()
     end.synchronize()
-    began = time.perf_counter()
-    torch.cuda.synchronize()
-    return result, snapshot, time.perf_counter() - began
+    marks = [time.perf_counter()]
+    for _ in range(2):
+        torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+    # less what it takes to synchronise with an idle device
+    return result, snapshot, marks[1] - marks[0] - (marks[2] - marks[1])

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from semantica import kernels
 from semantica.benchmarks import store, timing, verify
@@ -470,6 +471,100 @@ def test_absent_packages_are_named_and_own_functions_are_found():
     }
 
 
+def test_parts_make_up_the_whole():
+    def names(part):
+        return [problem.name for problem, _, _ in Plan(device="cpu", words=["fused", "forward"], part=part).rows()]
+
+    assert sorted(names((1, 3)) + names((2, 3)) + names((3, 3))) == sorted(names((1, 1)))
+
+
+def test_adapters_compute_the_operators_from_what_rivals_offer(monkeypatch):
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+    def nhwc(x, groups, weight, bias, eps, act=""):
+        y = F.group_norm(x.contiguous(), groups, weight, bias, eps)
+        return F.silu(y) if act else y
+
+    offered = {
+        "flash_attn": {"flash_attn_func": attend},
+        "xformers": {}, "xformers.ops": {"memory_efficient_attention": attend},
+        "liger_kernel": {}, "liger_kernel.ops": {},
+        "liger_kernel.ops.group_norm": {"LigerGroupNormFunction": SimpleNamespace(
+            apply=lambda x, weight, bias, channels, groups, eps: F.group_norm(x, groups, weight, bias, eps))},
+        "apex": {}, "apex.contrib": {}, "apex.contrib.group_norm": {},
+        "apex.contrib.group_norm.group_norm": {
+            "cuda_group_norm_nhwc_one_pass": nhwc, "cuda_group_norm_nhwc_two_pass": nhwc},
+    }  # fmt: skip
+    for name, members in offered.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    plain = dataclasses.replace(PROBLEM.case, film=False)
+    cases = [PROBLEM, dataclasses.replace(PROBLEM, case=plain), ATTENTION]
+    for problem in cases:
+        answers = verify.Answers.of(problem, gradients=True)
+        rivals = [
+            i for i in IMPLEMENTATIONS if i.op == problem.op and i.name not in ("fused", "eager", "compile", "native")
+        ]
+        assert len(rivals) == 2
+        for rival in rivals:
+            verify.verify(rival.load(), answers, gradients=True, leeway=rival.leeway)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+class TestOnGpu:
+    PROBLEM = dataclasses.replace(PROBLEM, device="cuda", case=GroupNormCase((8, 64, 128, 128), 32))
+
+    @pytest.mark.parametrize("joins", [False, True])
+    def test_work_on_a_side_stream_must_wait_and_be_waited_for(self, joins):
+        side = torch.cuda.Stream()
+
+        def elsewhere(**arguments):
+            if joins:
+                side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                y = eager(**arguments)
+            if joins:
+                torch.cuda.current_stream().wait_stream(side)
+            return y
+
+        field = field_of(elsewhere, problem=self.PROBLEM)
+        times, _ = field.race("forward", timing.CudaClock(), FEW)
+        assert ("it" in times) == joins and bool(field.wrong) != joins
+
+    def test_cheats_are_caught(self):
+        for function in (Cached(), CachedByAddress(), TiresLater(), wrong, unwritten, in_place):
+            field = field_of(function, problem=self.PROBLEM)
+            field.race("forward", timing.CudaClock(), FEW)
+            assert field.wrong, function
+
+    def test_gpu_time_is_that_of_the_copy_it_times(self):
+        clock = timing.CudaClock()
+        copy, moved = timing.copy_contender("cuda")
+
+        def slow_host(number):
+            def call():
+                # many small launches: on the wall the host is the bottleneck, on the device it is not
+                for _ in range(200):
+                    tiny.add_(1)
+
+            return call
+
+        tiny = torch.zeros(1, device="cuda")
+        times, _ = timing.race({"copy": copy, "host": slow_host}, clock, FEW)
+        assert times["host"].quantile(0.5) < timing.quantile(times["host"].wall, 0.5)
+        seconds = times["copy"].quantile(0.5)
+        assert moved / seconds < 20e12 and seconds < timing.quantile(times["copy"].wall, 0.5)
+
+    def test_the_fused_operators_are_accurate_where_they_are_timed(self):
+        for problem in (self.PROBLEM, dataclasses.replace(ATTENTION, device="cuda", dtype=torch.bfloat16)):
+            answers = verify.Answers.of(problem, gradients=True)
+            fused = next(i for i in IMPLEMENTATIONS if i.op == problem.op and i.name == "fused")
+            verify.verify(fused.load(), answers, gradients=True, leeway=fused.leeway)
+
+
 OWN = """
 import torch
 from semantica.benchmarks.problems import reference
@@ -531,6 +626,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (["kernels", "--quick", "--filter", "no such row"], "no row has all of 'no such row'"),
         (["kernels", "--json", str(tmp_path / "no" / "o.json")], "is not a folder"),
         (["kernels", "--workers", "0"], "--workers is 0"),
+        (["kernels", "--part", "3/2"], "--part '3/2'"),
         (["kernels", "--device", "abacus"], "abacus"),
         (["kernels", "--quick", "--op", "group_norm", "--impl", "no_such_module:f"], "no_such_module"),
         (["table"], "at least one"),
