@@ -199,7 +199,7 @@ def show(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     named = [f"{columns[i].strip()}: {rows[0][i]}" for i in alike if rows[0][i]]
     if named:
         print("; ".join(named))
-    numeric = [all(cell[:1] in ("", *"0123456789") for cell in found) for found in values]
+    numeric = [all(re.fullmatch(r"[-0-9.%x/ ]*", cell) for cell in found) for found in values]
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         if i not in alike:
