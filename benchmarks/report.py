@@ -2,8 +2,13 @@
 
 import base64
 import io
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
@@ -11,7 +16,9 @@ PAGE = """<!doctype html>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
+div.wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+table.long { font-size: .8rem; white-space: nowrap }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }
 th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
 img.pixels { image-rendering: pixelated; width: 100%; max-width: {{ width }}px }
@@ -19,9 +26,10 @@ svg { max-width: 100%; height: auto } p.note { color: #555 } code { background: 
 </style></head><body><h1>{{ title }}</h1>
 {% for part in parts %}{% if part.heading %}<h2>{{ part.heading }}</h2>{% endif %}
 {% if part.text %}<p{% if part.note %} class="note"{% endif %}>{{ part.text }}</p>{% endif %}
-{% if part.rows %}<table><tr>{% for cell in part.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% if part.rows %}<div class="wide"><table{% if part.columns|length > 6 %} class="long"{% endif %}>
+<tr>{% for cell in part.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% for row in part.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>{% endif %}
+{% endfor %}</table></div>{% endif %}
 {% if part.png %}<img class="pixels" alt="{{ part.alt }}" src="data:image/png;base64,{{ part.png }}">{% endif %}
 {% if part.svg %}{{ part.svg | safe }}{% endif %}
 {% endfor %}</body></html>
@@ -59,10 +67,48 @@ def plot(curves: dict[str, tuple[list[float], list[float]]], x_label: str, y_lab
     axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    return svg(figure)
+
+
+def roofline(points: dict[str, tuple[list[float], list[float]]], copy_gbps: float, matrix_tflops: float) -> "Figure":
+    """Achieved rates under the two measured ceilings.
+
+    Args:
+        points: `{name: (operations per byte, TFLOP/s)}`.
+        copy_gbps: bandwidth of a copy in GB/s: the slanted ceiling.
+        matrix_tflops: rate of a matrix product in TFLOP/s: the level one.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    ridge = matrix_tflops * 1e3 / copy_gbps
+    found = [value for x, _ in points.values() for value in x]
+    low, high = min(*found, ridge) / 2, max(*found, ridge) * 2
+    ceiling = [(low, low * copy_gbps / 1e3), (ridge, matrix_tflops), (high, matrix_tflops)]
+    label = f"ceilings: copy {copy_gbps:.4g} GB/s, matrix product {matrix_tflops:.3g} TFLOP/s"
+    axes.plot(*zip(*ceiling), color="black", linewidth=1, label=label)
+    for (name, (x, y)), marker in zip(points.items(), itertools.cycle("osD^vP*X")):
+        axes.plot(x, y, marker, label=name, markersize=5, alpha=0.7)
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved", ylabel="TFLOP/s")
+    axes.grid(alpha=0.3, which="both")
+    # beside the points, never on them
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    return figure
+
+
+def svg(figure: "Figure") -> str:
+    """A figure as text for `Part.svg`."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table for a README: text columns to the left, the rest to the right."""
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def write_page(path: Path, title: str, parts: list[Part], width: int = 900) -> None:

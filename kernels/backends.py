@@ -1,9 +1,8 @@
 """Which implementation serves an operator on a device: what is registered with torch's dispatcher, and why."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from semantica.kernels import launch
@@ -23,44 +22,56 @@ def cpu_loops() -> str | None:
 
 
 def serve(
-    name: str, device: str, module: str, dtypes: tuple[torch.dtype, ...], plain: dict[str, tuple], status: tuple
+    name: str, device: str, fits: Callable[[Tensor], bool], functions: dict[str, tuple], status: tuple[str, str]
 ) -> None:
-    """Let a module's functions serve an operator on a device.
+    """Let fast functions serve an operator on a device; what they do not fit stays with plain torch.
 
     Args:
         name: of the operator.
         device: "cpu" or "cuda".
-        module: imported at the first call, so that importing the operators stays light.
-        dtypes: of the first input, for which it serves; other dtypes and empty input stay with plain torch.
-        plain: by function of the module, the op that it serves and the plain-torch function.
+        fits: whether the functions can compute with this first argument.
+        functions: "module:function", imported at the first call so that importing the operators stays light, to the op
+            that it serves and the plain-torch function.
         status: implementation and reason, for the user.
     """
-    for function, (op, fallback) in plain.items():
-        op.register_kernel(device, chooser(module, function, dtypes, fallback))
+    for fast, (op, plain) in functions.items():
+        op.register_kernel(device, chooser(fast, fits, plain))
     SERVED.setdefault(name, {})[device] = status
 
 
-def chooser(module: str, function: str, dtypes: tuple[torch.dtype, ...], plain: Callable) -> Callable:
+def chooser(fast: str, fits: Callable[[Tensor], bool], plain: Callable) -> Callable:
+    module, function = fast.split(":")
+
     def choose(first: Tensor, *rest):
-        if first.dtype in dtypes and first.numel():
-            return getattr(importlib.import_module(module), function)(first, *rest)
-        return plain(first, *rest)
+        chosen = getattr(importlib.import_module(module), function) if fits(first) else plain
+        return chosen(first, *rest)
 
     return choose
 
 
-def serve_triton(name: str, plain: dict[str, tuple], module: str) -> None:
-    """Register a module of Triton kernels where Triton runs: on CUDA, or on the CPU under its interpreter."""
-    if launch.DEVICE is None:
-        return
+def serve_triton(name: str, fits: Callable[[Tensor], bool], functions: dict[str, tuple]) -> None:
+    """Register Triton kernels where Triton runs: on CUDA, or on the CPU under its interpreter."""
     if launch.INTERPRETED:
-        status = ("Triton, interpreted", "TRITON_INTERPRET=1; fp64 in plain torch")
+        status = ("Triton, interpreted", "TRITON_INTERPRET=1; what does not fit is computed in plain torch")
     else:
         status = ("Triton", "compiled at first use; fp64 in plain torch; these kernels have not yet run on a GPU")
-    serve(name, launch.DEVICE, module, (torch.float32, torch.float16, torch.bfloat16), plain, status)
+    if launch.DEVICE is not None:
+        serve(name, launch.DEVICE, fits, functions, status)
 
 
 def implementations() -> dict[str, dict[str, tuple[str, str]]]:
     """Which implementation each operator uses, and why: `{operator: {device: (implementation, reason)}}`."""
     names = ("group_norm", "cross_attention")
     return {name: {"cpu": PLAIN, "cuda": PLAIN, **SERVED.get(name, {})} for name in names}
+
+
+def specimens() -> Iterator[tuple[str, list[launch.Launch]]]:
+    """`(name, launches)` of every shipped Triton kernel in every configuration, on meta tensors: to be compiled.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    for name in ("group_norm", "cross_attention"):
+        module = importlib.import_module(f"semantica.kernels.{name}_triton")
+        for label, launches in module.specimens():
+            yield f"{name} {label}", launches

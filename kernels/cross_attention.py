@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semantica.kernels import launch
+from semantica.kernels import backends, launch
 
 HEAD_DIMS = (32, 48, 64, 80, 96, 128)
 RMS_EPS = 1e-6
@@ -197,19 +197,14 @@ def backward(ctx, do, dlse):
 
 op.register_autograd(backward, setup_context=save)
 
-if launch.DEVICE is not None:
-    # triton itself is imported at the first call
-    @op.register_kernel(launch.DEVICE)
-    def _(q, *rest):
-        from semantica.kernels.cross_attention_triton import forward
-
-        return (forward if fused(q) else forward_plain)(q, *rest)
-
-    @op_backward.register_kernel(launch.DEVICE)
-    def _(do, q, *rest):
-        from semantica.kernels.cross_attention_triton_backward import backward
-
-        return (backward if fused(q) else backward_plain)(do, q, *rest)
+backends.serve_triton(
+    "cross_attention",
+    fused,
+    {
+        "semantica.kernels.cross_attention_triton:forward": (op, forward_plain),
+        "semantica.kernels.cross_attention_triton_backward:backward": (op_backward, backward_plain),
+    },
+)
 
 
 def cross_attention(

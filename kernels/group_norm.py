@@ -144,16 +144,24 @@ def backward(ctx, dy, *_):
 
 
 op.register_autograd(backward, setup_context=save)
-PLAIN = {"forward": (op, forward_plain), "backward": (op_backward, backward_plain)}
+
+
+def serves(*dtypes: torch.dtype):
+    """Whether a first argument is of one of these types, and not empty."""
+    return lambda first: first.dtype in dtypes and first.numel() > 0
+
+
+def functions(module: str) -> dict[str, tuple]:
+    module = f"semantica.kernels.{module}"
+    return {f"{module}:forward": (op, forward_plain), f"{module}:backward": (op_backward, backward_plain)}
+
+
+backends.serve_triton(
+    "group_norm", serves(torch.float32, torch.float16, torch.bfloat16), functions("group_norm_triton")
+)
 if launch.DEVICE != "cpu" and (instructions := backends.cpu_loops()):
-    backends.serve(
-        "group_norm",
-        "cpu",
-        "semantica.kernels.group_norm_cpu",
-        (torch.float32, torch.bfloat16),
-        PLAIN,
-        ("C++", f"semantica._C with {instructions}; fp16 and fp64 in plain torch"),
-    )
+    status = ("C++", f"semantica._C with {instructions}; fp16 and fp64 in plain torch")
+    backends.serve("group_norm", "cpu", serves(torch.float32, torch.bfloat16), functions("group_norm_cpu"), status)
 
 
 def group_norm(

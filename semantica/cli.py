@@ -17,6 +17,7 @@ usage: semantica VERB [options]        semantica VERB --help for a verb's option
   train      train a model on a folder of pictures, or continue a run
   sample     make variations of pictures
   evaluate   figures for a run, or for a folder of pictures made elsewhere
+  bench      time the operators, compare two runs, inspect the compiled kernels
 """
 
 
@@ -107,7 +108,20 @@ def evaluate(arguments: list[str]) -> None:
     evaluate(parse(EvaluateConfig, "evaluate", arguments))
 
 
-VERBS = {"doctor": doctor, "demo": demo, "train": train, "sample": sample, "evaluate": evaluate}
+def bench(arguments: list[str]) -> int:
+    from semantica.benchmarks.bench import USAGE, VERBS
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in VERBS:
+        raise UserError(f"unknown benchmark {name!r}: choose one of {', '.join(VERBS)}")
+    config, run = VERBS[name]
+    return run(parse(config, f"bench {name}", rest))
+
+
+VERBS = {"doctor": doctor, "demo": demo, "train": train, "sample": sample, "evaluate": evaluate, "bench": bench}
 
 if __name__ == "__main__":
     sys.exit(main())

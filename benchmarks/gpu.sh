@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in slices that each end within ten minutes on a data-centre card.
+#
+#   benchmarks/gpu.sh list                 print the slices
+#   benchmarks/gpu.sh SLICE... | all       run them; results go to $OUT, by default benchmarks/results/<device>
+#   WHEELS=folder benchmarks/gpu.sh ...    install the wheels in that folder first; nothing is downloaded
+#
+# PYTHON chooses the interpreter (default python3). It must hold torch with CUDA, and setuptools and pybind11 to build.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+SLICES=(doctor tests sanitize compiled norm-1 norm-2 norm-3 norm-4 attention-1 attention-2 train-small train-base)
+
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
+
+if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then usage; exit 0; fi
+if [[ $1 == list ]]; then printf '%s\n' "${SLICES[@]}"; exit 0; fi
+if [[ $1 == all ]]; then set -- "${SLICES[@]}"; fi
+for slice in "$@"; do
+  if [[ " ${SLICES[*]} " != *" $slice "* ]]; then
+    echo "gpu.sh: unknown slice '$slice': choose some of ${SLICES[*]}" >&2; exit 2
+  fi
+done
+
+device=$("$PYTHON" -P -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))' 2> /dev/null) || {
+  echo "gpu.sh: $PYTHON finds no GPU through torch" >&2; exit 2
+}
+OUT=${OUT:-benchmarks/results/$device}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+
+# builds csrc too; the packages that torch's image lacks come from WHEELS
+prepare() {
+  local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps)
+  if [[ -n ${WHEELS:-} ]]; then "${pip[@]}" "$WHEELS"/*.whl; fi
+  "${pip[@]}" --no-build-isolation -e .
+}
+
+semantica() { "$PYTHON" -P -m semantica.cli "$@"; }
+
+# rows of one operator, a part of its problems at a time: $1 operator, $2 part
+kernels() {
+  local name="$OUT/$1-${2%/*}"
+  semantica bench kernels --op "$1" --device cuda --part "$2" \
+    --json "$name.json" --html "$name.html" --png "$name.png" | tee "$name.txt"
+}
+
+# throughput of training steps: $1 preset, $2 batch, then further options of semantica train
+training() {
+  local preset=$1 batch=$2 work; shift 2
+  work=$(mktemp -d)
+  "$PYTHON" -P -c 'import pathlib, sys; from semantica.benchmarks.web import draw_web
+draw_web(pathlib.Path(sys.argv[1]), groups=64)' "$work/web"
+  for variant in eager compile; do
+    local options=(--no-compile)
+    if [[ $variant == compile ]]; then options=(--compile); fi
+    semantica train --data "$work/web/train" --val "$work/web/val" --out "$work/$variant" --preset "$preset" \
+      --batch "$batch" --steps 60 --log-every 10 --eval-every 60 --sample-every 60 --save-every 60 \
+      --precision bf16 --device cuda "${options[@]}" "$@"
+    cp "$work/$variant/metrics.jsonl" "$OUT/train-$preset-$variant.jsonl"
+  done
+  rm -rf "$work"
+}
+
+# every case of the table, forward and backward, each tensor in an allocation of its own so that no overrun hides
+sanitize() {
+  if ! command -v compute-sanitizer > /dev/null; then
+    echo "gpu.sh: compute-sanitizer is not on the path" >&2; return 1
+  fi
+  local program='
+import torch
+from semantica.benchmarks.verify import evaluate
+from semantica.kernels import cross_attention, group_norm
+from semantica.kernels.cases import CROSS_ATTENTION, GROUP_NORM
+for function, table in ((group_norm, GROUP_NORM), (cross_attention, CROSS_ATTENTION)):
+    for name, case in table.items():
+        inputs = case.inputs(torch.bfloat16, "cuda")
+        evaluate(function, inputs, torch.ones_like(inputs["x" if function is group_norm else "q"]))
+torch.cuda.synchronize()'
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 280 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --log-file "$OUT/$tool.txt" "$PYTHON" -P -c "$program"
+    tail -n 1 "$OUT/$tool.txt"
+  done
+}
+
+run() {
+  case $1 in
+    doctor) nvidia-smi | tee "$OUT/nvidia-smi.txt"; semantica doctor | tee "$OUT/doctor.txt" ;;
+    tests) "$PYTHON" -P -m pytest -q -m gpu --junitxml "$OUT/tests.xml" ;;
+    sanitize) sanitize ;;
+    compiled)
+      local arch
+      arch=$("$PYTHON" -P -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())')
+      semantica bench kernels --compile-only --arch "$arch" --workers "$(nproc)" \
+        --json "$OUT/compiled.json" --html "$OUT/compiled.html" | tee "$OUT/compiled.txt" ;;
+    norm-*) kernels group_norm "${1#norm-}/4" ;;
+    attention-*) kernels cross_attention "${1#attention-}/2" ;;
+    train-small) training small 64 ;;
+    train-base) training base 16 ;;
+  esac
+}
+
+prepare
+failed=()
+for slice in "$@"; do
+  echo "== $slice"
+  began=$SECONDS
+  # a slice that fails must not cost the results of the others; a subshell of its own keeps set -e in force
+  set +e
+  (set -e; run "$slice")
+  code=$?
+  set -e
+  if [[ $code -ne 0 ]]; then failed+=("$slice"); fi
+  echo "== $slice: $((SECONDS - began)) s, exit code $code"
+done
+if [[ ${#failed[@]} -gt 0 ]]; then
+  echo "gpu.sh: failed: ${failed[*]}" >&2
+  exit 1
+fi
