@@ -71,7 +71,6 @@ def specimens() -> Iterator[tuple[str, list[launch.Launch]]]:
     Raises:
         ImportError: Triton is not installed.
     """
-    for name in ("group_norm", "cross_attention"):
-        module = importlib.import_module(f"semantica.kernels.{name}_triton")
-        for label, launches in module.specimens():
+    for name, module in (("group_norm", "group_norm_triton"), ("cross_attention", "cross_attention_triton_backward")):
+        for label, launches in importlib.import_module(f"semantica.kernels.{module}").specimens():
             yield f"{name} {label}", launches
