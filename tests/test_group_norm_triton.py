@@ -1,0 +1,167 @@
+"""The Triton kernels of group_norm: run in the interpreter, and compiled to machine code. Neither needs a GPU."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from semantica.kernels import group_norm_tiles, group_norm_triton, group_norm_triton_backward  # noqa: E402
+from semantica.kernels import launch as launching  # noqa: E402
+
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+CUOBJDUMP = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+# kernels that move x or y: by how many tensors they read of its size
+READS = {"resident": 1, "partial": 1, "apply": 1, "resident_backward": 2, "partial_backward": 2, "apply_backward": 2}
+
+
+def test_the_interpreted_kernels_are_right():
+    # the switch has to be set before triton is imported; -P: the repository root must not be on sys.path
+    path = Path(__file__).parent / "interpreted" / "group_norm.py"
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+def compiled(launch, architecture):
+    """What Triton compiles when a launch is run with 16-byte aligned tensors, for an architecture such as 90."""
+    signature, constants, hints = {}, dict(launch.constants), {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments.get(name)
+        if name in launch.constants:
+            signature[name] = "constexpr"
+        elif value is None or isinstance(value, int) and value == 1:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            integer = isinstance(value, int)
+            signature[name] = ("i32" if value < 2**31 else "i64") if integer else TYPES[value.dtype]
+            if not integer or value % 16 == 0:
+                hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, hints)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def name_of(launch):
+    return launch.kernel.__name__.removesuffix("_kernel")
+
+
+def identity(launch):
+    """Launches with the same one are the same program."""
+    kinds = tuple(
+        value.dtype if isinstance(value, torch.Tensor) else value is None or (value == 1, value % 16 == 0)
+        for value in launch.arguments.values()
+    )
+    return launch.kernel.__name__, tuple(launch.constants.items()), launch.warps, kinds
+
+
+def machine_code(launch, architecture, path):
+    path.write_bytes(compiled(launch, architecture).asm["cubin"])
+    code = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"\b(?:LDL|STL|LDG|LDGSTS|STG)\b[.\w]*", code)
+
+
+def assert_fast(label, launch, architecture, path):
+    """No register is spilled; what is as large as x moves 16 bytes at a time, asynchronously in loops."""
+    found = machine_code(launch, architecture, path)
+    where = f"{name_of(launch)} of {label} for sm_{architecture}: {dict(Counter(found))}"
+    wide = Counter(name.split(".")[0] for name in found if ".128" in name)
+    assert not any(name.startswith(("LDL", "STL")) for name in found), f"spills in {where}"
+    if name_of(launch) not in READS or not aligned(launch):
+        return
+    reads, x = READS[name_of(launch)], launch.arguments["x"]
+    per_thread = launch.constants["LANES"] * launch.constants["SPAN"] * x.element_size() // (16 * 32 * launch.warps)
+    loads = wide["LDGSTS"] if launch.constants.get("STAGES", 0) > 1 else wide["LDG"]
+    assert loads >= reads * max(per_thread, 1), f"loads in pieces in {where}"
+    if {"y", "dx"} & set(launch.arguments):
+        assert wide["STG"] >= max(per_thread, 1), f"stores in pieces in {where}"
+
+
+def aligned(launch):
+    """Whether every run of values in memory is made of whole 16 bytes."""
+    x, c = launch.arguments["x"], launch.constants
+    vector = 16 // x.element_size()
+    run = [c["CHANNELS"], c["WIDTH"], c["UNIT"]] if c["LAST"] else [c["STEP"]]
+    blocks = -(-c["CHANNELS"] // c["UNIT"]) * -(-c["UNIT"] // c["WIDTH"])
+    return all(n % vector == 0 for n in (run if blocks > 1 else run[:1]))
+
+
+def planned(wanted):
+    """Label and launch of the specimens whose labels contain the given words, each program once."""
+    seen = set()
+    for label, launches in group_norm_triton.specimens():
+        for launch in launches:
+            key = identity(launch)
+            if wanted in label and key not in seen:
+                seen.add(key)
+                yield label, launch
+
+
+LAST = "[1, 128, 20, 256, 256] groups 32 channels-last bfloat16 FiLM"
+FIRST = "[8, 192, 64, 64] groups 32 contiguous bfloat16 FiLM"
+SMALL = "[8, 96, 16, 16] groups 32 channels-last float16 FiLM"
+ONE = "forward [3, 32, 1, 1] groups 4 contiguous bfloat16"
+COMPILED = [
+    (90, LAST),
+    (90, FIRST),
+    (90, SMALL),
+    (90, ONE),
+    (80, LAST),
+    (100, f"forward {SMALL}"),
+    (120, f"forward {LAST}"),
+]
+
+
+@pytest.mark.parametrize("architecture, label", COMPILED)
+def test_no_register_is_spilled_and_access_is_wide(architecture, label, tmp_path):
+    for name, launch in planned(label):
+        assert_fast(name, launch, architecture, tmp_path / "kernel.cubin")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_every_specimen_is_fast(architecture, tmp_path):
+    for name, launch in planned(""):
+        assert_fast(name, launch, architecture, tmp_path / "kernel.cubin")
+
+
+def test_specimens_cover_every_ladder_row(monkeypatch):
+    used = set()
+
+    def settings(operator, kernel, width, device):
+        row = launching.settings(operator, kernel, width, device)
+        used.add((kernel, row["width"]))
+        return row
+
+    for cut in (group_norm_tiles.split, group_norm_tiles.resident):
+        cut.cache_clear()
+    for module in (group_norm_triton, group_norm_triton_backward, group_norm_tiles):
+        monkeypatch.setattr(module, "settings", settings)
+    names = {name_of(planned) for _, launches in group_norm_triton.specimens() for planned in launches}
+    ladders = launching.table("group_norm")
+    assert names == set(ladders)
+    assert used == {(kernel, row["width"]) for kernel in ladders for row in ladders[kernel]["default"]}
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_a_tracer_sees_every_kernel(mode):
+    def both(x, weight, scale):
+        y, mean, rstd = group_norm_triton.forward(x, 4, weight, weight, scale, None, "silu", 1e-5)
+        return y, *group_norm_triton.backward(y, x, mean, rstd, 4, weight, weight, scale, None, "silu")
+
+    inputs = torch.randn(2, 8, 128, 128), torch.randn(8), torch.randn(2, 8)
+    nodes = make_fx(both, tracing_mode=mode)(*inputs).graph.nodes
+    # partial statistics, apply; partial sums, merge, apply
+    assert sum("triton_kernel_wrapper" in node.name for node in nodes) == 5
