@@ -10,6 +10,7 @@ Statistics are (mean, M2, count), each relative to its own mean, and merged by C
 sums of squares, so nothing is lost where |mean| >> std, and no value is squared before its mean is taken off.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -159,6 +160,7 @@ def channel_block(problem: Problem, most: int, span: int) -> tuple[int, int, flo
     return *best, cost(best)
 
 
+@functools.cache
 def split(problem: Problem, kernel: str, device: torch.device) -> tuple[Tiling, dict]:
     """The cut for a kernel that walks through chunks, and its launch settings.
 
@@ -178,6 +180,7 @@ def split(problem: Problem, kernel: str, device: torch.device) -> tuple[Tiling, 
     return Tiling(problem, unit, width, lanes, span, chunk, triton.cdiv(problem.pixels, chunk)), row
 
 
+@functools.cache
 def resident(problem: Problem, kernel: str, device: torch.device) -> tuple[Tiling, dict] | None:
     """The cut whose tiles hold whole groups, and its launch settings; None where no tile can.
 

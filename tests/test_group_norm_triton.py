@@ -145,6 +145,8 @@ def test_specimens_cover_every_ladder_row(monkeypatch):
         used.add((kernel, row["width"]))
         return row
 
+    for cut in (group_norm_tiles.split, group_norm_tiles.resident):
+        cut.cache_clear()
     for module in (group_norm_triton, group_norm_triton_backward, group_norm_tiles):
         monkeypatch.setattr(module, "settings", settings)
     names = {name_of(planned) for _, launches in group_norm_triton.specimens() for planned in launches}
