@@ -45,7 +45,7 @@ def test_help_needs_no_torch():
     code = "import sys; from semantica.cli import main; main(['--help']); print({'torch', 'numpy'} & {*sys.modules})"
     out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("set()")
-    assert all(f"\n  {verb} " in out for verb in ("doctor", "demo", "train", "sample", "evaluate"))
+    assert all(f"\n  {verb} " in out for verb in ("doctor", "demo", "train", "sample", "evaluate", "bench"))
     assert main(["--version"]) == 0 and main([]) == 0
 
 

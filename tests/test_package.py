@@ -58,8 +58,9 @@ def pip(*arguments: str, **env: str) -> str:
 
 
 def modules(folder: Path, package: str) -> set[str]:
-    """The paths that the Python files of a source folder have in a wheel."""
-    files = (path.relative_to(folder) for path in folder.rglob("*.py"))
+    """The paths that the Python files and launch tables of a source folder have in a wheel."""
+    tables = folder.glob("*.json") if folder.name == "kernels" else ()
+    files = (path.relative_to(folder) for path in (*folder.rglob("*.py"), *tables))
     return {f"{package.replace('.', '/')}/{path.as_posix()}" for path in files}
 
 
@@ -115,7 +116,7 @@ for module in (semantica, semantica.kernels, semantica.train, semantica.export, 
 
 def test_sdist_holds_every_source(sdist):
     for folder in (*LAYERS, "csrc", "tests"):
-        suffixes = (".py", ".cpp", ".cu", ".h")
+        suffixes = (".py", ".cpp", ".cu", ".h", ".sh") + (".json",) * (folder == "kernels")
         here = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.suffix in suffixes}
         there = {p.relative_to(sdist) for p in (sdist / folder).rglob("*") if p.suffix in suffixes}
         assert here == there and here
@@ -125,7 +126,7 @@ def test_sdist_holds_every_source(sdist):
 
 def test_wheel_without_a_compiler_has_every_module_and_imports(no_compiler_wheel):
     files = {p.relative_to(no_compiler_wheel).as_posix() for p in no_compiler_wheel.rglob("*") if p.is_file()}
-    assert {name for name in files if name.endswith(".py")} == expected_modules()
+    assert {name for name in files if name.endswith((".py", ".json"))} == expected_modules()
     info = f"semantica_diffusion-{semantica.__version__}.dist-info"
     assert {name.split("/")[0] for name in files} == {"semantica", info}
     assert not [name for name in files if name.endswith((".so", ".pyd", ".cpp"))]
@@ -155,7 +156,7 @@ def test_wheels_from_the_tree_and_from_the_sdist_are_the_same(tree, sdist, tmp_p
         info = installed_in(site, "import semantica._C as c; print(c.__file__, c.build_info()['cxx_standard'])")
         assert info.split() == [str(site / "semantica" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"), "17"]
     assert names[0] == names[1]
-    assert {name for name in names[0] if name.endswith(".py")} == expected_modules()
+    assert {name for name in names[0] if name.endswith((".py", ".json"))} == expected_modules()
 
 
 @pytest.mark.slow
@@ -318,7 +319,10 @@ def test_constraints_pin_what_make_installs():
     extras = project["optional-dependencies"]
     assert set(extras) == {"train", "export", "bench", "flash", "tensorrt", "tensorrt-rtx", "ray", "test"}
     lines = [*project["dependencies"], *extras["train"], *extras["bench"], *extras["test"]]
-    for need in map(Requirement, [*lines, *PROJECT["build-system"]["requires"]]):
+    needs = {need.name: need for need in map(Requirement, [*lines, *PROJECT["build-system"]["requires"]])}
+    # a CUDA build of torch pins its own triton; a range says which versions the kernels are for
+    assert str(needs.pop("triton").specifier) == "<3.10,>=3.6" and "triton" not in pinned
+    for need in needs.values():
         assert need.specifier.contains(pinned[canonicalize_name(need.name)]), need
     assert pinned["torch"] == "2.13.0"
     assert re.findall(r"torch==([\d.]+)", (ROOT / "Makefile").read_text()) == [pinned["torch"]]
