@@ -4,14 +4,14 @@ With p = exp(logit - lse), dp = do . v^T and delta_s = sum over a stream's keys 
     d(logit) = p * (gate * dp - row),  row = gate * delta - dlse
 1. `dq_kernel`, one program per (query tile, head, sample): delta, row, dq, and partial sums of dgates and dweight; it
    stores the normalised q, so that the second kernel feeds its products from memory without norming again.
-2. `dkv_kernel`, one program per (key tile, head, sample), loops over the queries. Key tiles are few (M is 77 to 512): where
-   they do not fill the processors, the queries are split into partial sums, added in order by the third kernel.
+2. `dkv_kernel`, one program per (key tile, head, sample), loops over the queries. Key tiles are few (M is 77 to 512):
+   where they do not fill the processors, the queries are split into partial sums, added in order by the third kernel.
 3. `sums_kernel` adds up partial dk, dv, dgates and dweight.
 
-Delta. With one stream and no gate it is the row sum of do * o: 2 * D values read per query. Otherwise it would take each
-o_s: S more outputs written by every forward, kept until the backward and read again. It is computed instead, in a first walk
-over K and V, which are in L2 already: 2 more products on top of 7 (4 * M * D operations per query and head), no memory. A
-stream of one tile needs no first walk, its p and dp are in registers.
+Delta. A stream of one tile has p and dp in registers. One longer stream without a gate has the row sum of do * o: D
+more values read per query and head. Otherwise it would take each o_s: S more outputs written by every forward, kept
+until the backward and read again. It is computed instead in a first walk over K and V, which are in L2 already: 2 more
+products on top of 7 (4 * M * D operations per query and head) and no memory.
 """
 
 from collections.abc import Iterator
@@ -89,8 +89,8 @@ def dq_stream(
         if RAGGED:
             for start in range(whole, tl.minimum(length, bulk), BLOCK_M):
                 acc0, acc1, delta = dq_tile(
-                    acc0, acc1, delta, q0, q1, do0, do1, k_ptr, v_ptr, stride_k, stride_v, start, length, lse, row, gate,
-                    BLOCK_M, True, MODE, D0, D1,
+                    acc0, acc1, delta, q0, q1, do0, do1, k_ptr, v_ptr, stride_k, stride_v, start, length,
+                    lse, row, gate, BLOCK_M, True, MODE, D0, D1,
                 )  # fmt: skip
     if HIGH > 0:
         for start in range(bulk, tl.minimum(length, bulk + HIGH), HIGH):
@@ -375,9 +375,10 @@ def plan_backward(
     dgates_part = None if gates is None else new(tiles, batch, streams, heads)
     dweight_part = None if q_weight is None else new(batch * heads * tiles, dim)
     tiled = stream_tiles(sizes, row["block_m"])
+    o = o if streams == 1 and gates is None and not tiled[0][4] else None
     shared = {"do_ptr": do, "k_ptr": k, "v_ptr": v, "lse_ptr": lse, "lengths_ptr": lengths, "gates_ptr": gates}
     arguments = {
-        **shared, "q_ptr": q, "o_ptr": o if streams == 1 and gates is None and not tiled[0][4] else None, "dlse_ptr": dlse,
+        **shared, "q_ptr": q, "o_ptr": o, "dlse_ptr": dlse,
         "weight_ptr": q_weight, "dq_ptr": dq, "normal_ptr": normal, "row_ptr": rows, "dgates_ptr": dgates_part,
         "dweight_ptr": dweight_part, "queries": queries, **strides(do=do, q=q, k=k, v=v),
     }  # fmt: skip
@@ -429,7 +430,7 @@ def backward(do, q, k, v, o, lse, dlse, sizes, lengths, gates, q_weight) -> tupl
 
 
 def specimens() -> Iterator[tuple[str, list[Launch]]]:
-    """Labelled launches of every kernel, head dim and ladder row, planned on the meta device: for compile-only checks."""
+    """Labelled launches of every kernel, head dim and ladder row, planned on the meta device, to be compiled."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     shapes = {"257": (257,), "256": (256,), "2048": (2048,)}
     cases = [(dim, name, bf16, 16, {}) for dim, name in zip(HEAD_DIMS, 2 * list(shapes))]
