@@ -7,8 +7,8 @@ of a stream are walked in tiles of `block_m`, the rest in at most two narrower o
 
 Softmax. In fp32 and base 2; the factor log2(e) / sqrt(D) is not folded into q, where rounding to 16 bits would cost the
 logits their last digits, but into the subtraction of the maximum: one fused multiply-add per score either way. A stream
-of a single tile has its maximum at once and is not rescaled. Keys and values are read from L2 by the query tiles of a head,
-which are neighbours in the grid; a loop over full tiles is software-pipelined into shared memory.
+of a single tile has its maximum at once and is not rescaled. The query tiles of a head are neighbours in the grid and
+find its keys and values in L2; a loop over full tiles is software-pipelined into shared memory.
 """
 
 import torch

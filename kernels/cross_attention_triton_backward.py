@@ -4,14 +4,14 @@ With p = exp(logit - lse), dp = do . v^T and delta_s = sum over a stream's keys 
     d(logit) = p * (gate * dp - row),  row = gate * delta - dlse
 1. `dq_kernel`, one program per (query tile, head, sample): delta, row, dq, and partial sums of dgates and dweight; it
    stores the normalised q, so that the second kernel feeds its products from memory without norming again.
-2. `dkv_kernel`, one program per (key tile, head, sample), loops over the queries. Key tiles are few (M is 77 to 512): where
-   they do not fill the processors, the queries are split into partial sums, added in order by the third kernel.
+2. `dkv_kernel`, one program per (key tile, head, sample), loops over the queries. Key tiles are few (M is 77 to 512):
+   where they do not fill the processors, the queries are split into partial sums, added in order by the third kernel.
 3. `sums_kernel` adds up partial dk, dv, dgates and dweight.
 
-Delta. With one stream and no gate it is the row sum of do * o: 2 * D values read per query. Otherwise it would take each
-o_s: S more outputs written by every forward, kept until the backward and read again. It is computed instead, in a first walk
-over K and V, which are in L2 already: 2 more products on top of 7 (4 * M * D operations per query and head), no memory. A
-stream of one tile needs no first walk, its p and dp are in registers.
+Delta. A stream of one tile has p and dp in registers. One longer stream without a gate has the row sum of do * o: D
+more values read per query and head. Otherwise it would take each o_s: S more outputs written by every forward, kept
+until the backward and read again. It is computed instead in a first walk over K and V, which are in L2 already: 2 more
+products on top of 7 (4 * M * D operations per query and head) and no memory.
 """
 
 from collections.abc import Iterator
@@ -89,8 +89,8 @@ def dq_stream(
         if RAGGED:
             for start in range(whole, tl.minimum(length, bulk), BLOCK_M):
                 acc0, acc1, delta = dq_tile(
-                    acc0, acc1, delta, q0, q1, do0, do1, k_ptr, v_ptr, stride_k, stride_v, start, length, lse, row, gate,
-                    BLOCK_M, True, MODE, D0, D1,
+                    acc0, acc1, delta, q0, q1, do0, do1, k_ptr, v_ptr, stride_k, stride_v, start, length,
+                    lse, row, gate, BLOCK_M, True, MODE, D0, D1,
                 )  # fmt: skip
     if HIGH > 0:
         for start in range(bulk, tl.minimum(length, bulk + HIGH), HIGH):
@@ -200,14 +200,14 @@ def dq_kernel(
 def dkv_tile(
     tile, split, b, h, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, row_ptr, lengths_ptr, gates_ptr, dk_ptr, dv_ptr,
     queries, span, stride_don, stride_qn, stride_kn, stride_vn,
-    WIDTH: tl.constexpr, RUNS: tl.constexpr, COUNT: tl.constexpr, KEYS: tl.constexpr, STREAMS: tl.constexpr,
-    BLOCK_N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    WIDTH: tl.constexpr, RUNS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, KEYS: tl.constexpr,
+    STREAMS: tl.constexpr, BLOCK_N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of WIDTH keys of one stream. A row depends on its own key alone, so only the store is masked."""
     dim: tl.constexpr = D0 + D1
     wide: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     stream, first, start, size = 0, 0, 0, 0
-    for r in tl.static_range(COUNT):
+    for r in tl.static_range(FIRST, LAST):
         if tile >= RUNS[r][0]:
             stream, first, size = RUNS[r][1], RUNS[r][2], RUNS[r][3]
             start = RUNS[r][4] + (tile - RUNS[r][0]) * WIDTH
@@ -263,10 +263,10 @@ def dkv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, row_ptr, lengths_ptr, gates_ptr, dk_ptr, dv_ptr, queries, span,
     stride_dob, stride_don, stride_doh, stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    GROUPS: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr, KEYS: tl.constexpr, STREAMS: tl.constexpr,
-    BLOCK_N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    GROUPS: tl.constexpr, RUNS: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr, KEYS: tl.constexpr,
+    STREAMS: tl.constexpr, BLOCK_N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
 ):  # fmt: skip
-    """GROUPS: key tiles by width, see `key_groups`. dk, dv: `[SPLITS, B, KEYS, H, D]`; q is normalised already."""
+    """GROUPS, RUNS: see `key_groups`. dk, dv: `[SPLITS, B, KEYS, H, D]`. q is normalised already."""
     tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     do_ptr += b * stride_dob + h * stride_doh
@@ -278,7 +278,7 @@ def dkv_kernel(
             dkv_tile(
                 tile, split, b, h, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, row_ptr, lengths_ptr, gates_ptr,
                 dk_ptr, dv_ptr, queries, span, stride_don, stride_qn, stride_kn, stride_vn,
-                GROUPS[g][0], GROUPS[g][4], GROUPS[g][3], KEYS, STREAMS, BLOCK_N, D0, D1,
+                GROUPS[g][0], RUNS, GROUPS[g][3], GROUPS[g][4], KEYS, STREAMS, BLOCK_N, D0, D1,
             )  # fmt: skip
 
 
@@ -315,26 +315,26 @@ def sums_kernel(
             column_sums(dweight_part, dweight_ptr, program - 2 * VALUES - GATES, partials, DIM, 256, 16)
 
 
-def key_groups(sizes: list[int], block_m: int) -> tuple[tuple, ...]:
-    """Key tiles by width, widest first: width, first and one past the last tile, number of runs, runs.
+def key_groups(sizes: list[int], block_m: int) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """Key tiles by width, widest first. A group: width, its first tile, the tile after its last; its runs likewise.
 
     A run is a stretch of equal tiles of one stream: first tile, stream, its first key, its size, the run's first token.
     """
-    runs: dict[int, list[tuple[int, int, int, int, int]]] = {}
+    stretches: dict[int, list[tuple[int, ...]]] = {}
     for s, (first, size, high, low, _) in enumerate(stream_tiles(sizes, block_m)):
         token = 0
         for width, count in ((block_m, size // block_m), (high, 1), (low, 1)):
             if width and count:
-                runs.setdefault(width, []).append((count, s, first, size, token))
+                stretches.setdefault(width, []).append((count, s, first, size, token))
                 token += count * width
-    groups, tile = [], 0
-    for width in sorted(runs, reverse=True):
-        begin, placed = tile, []
-        for count, *run in runs[width]:
-            placed.append((tile, *run))
+    groups, runs, tile = [], [], 0
+    for width in sorted(stretches, reverse=True):
+        begin, first_run = tile, len(runs)
+        for count, *run in stretches[width]:
+            runs.append((tile, *run))
             tile += count
-        groups.append((width, begin, tile, len(placed), tuple(placed)))
-    return tuple(groups)
+        groups.append((width, begin, tile, first_run, len(runs)))
+    return tuple(groups), tuple(runs)
 
 
 def plan_backward(
@@ -375,9 +375,10 @@ def plan_backward(
     dgates_part = None if gates is None else new(tiles, batch, streams, heads)
     dweight_part = None if q_weight is None else new(batch * heads * tiles, dim)
     tiled = stream_tiles(sizes, row["block_m"])
+    o = o if streams == 1 and gates is None and not tiled[0][4] else None
     shared = {"do_ptr": do, "k_ptr": k, "v_ptr": v, "lse_ptr": lse, "lengths_ptr": lengths, "gates_ptr": gates}
     arguments = {
-        **shared, "q_ptr": q, "o_ptr": o if streams == 1 and gates is None and not tiled[0][4] else None, "dlse_ptr": dlse,
+        **shared, "q_ptr": q, "o_ptr": o, "dlse_ptr": dlse,
         "weight_ptr": q_weight, "dq_ptr": dq, "normal_ptr": normal, "row_ptr": rows, "dgates_ptr": dgates_part,
         "dweight_ptr": dweight_part, "queries": queries, **strides(do=do, q=q, k=k, v=v),
     }  # fmt: skip
@@ -388,7 +389,7 @@ def plan_backward(
     plan = [Launch(dq_kernel, (tiles, heads, batch), arguments, constants, warps, row["stages"])]
 
     row, q = settings("dkv", q), q if normal is None else normal
-    groups = key_groups(sizes, row["block_m"])
+    groups, runs = key_groups(sizes, row["block_m"])
     block_n = min(row["block_n"], max(16, triton.next_power_of_2(queries)))
     splits = max(1, min(PROCESSORS // (groups[-1][2] * heads * batch), triton.cdiv(queries, block_n)))
     span = triton.cdiv(triton.cdiv(queries, block_n), splits) * block_n
@@ -398,7 +399,7 @@ def plan_backward(
         "queries": queries, "span": span, **strides(do=do, q=q, k=k, v=v),
     }  # fmt: skip
     constants = {
-        "GROUPS": groups, "COUNT": len(groups), "SPLITS": splits, "KEYS": keys, "STREAMS": streams,
+        "GROUPS": groups, "RUNS": runs, "COUNT": len(groups), "SPLITS": splits, "KEYS": keys, "STREAMS": streams,
         "BLOCK_N": block_n, **blocks,
     }  # fmt: skip
     grid = (groups[-1][2] * splits, heads, batch)
@@ -429,7 +430,7 @@ def backward(do, q, k, v, o, lse, dlse, sizes, lengths, gates, q_weight) -> tupl
 
 
 def specimens() -> Iterator[tuple[str, list[Launch]]]:
-    """Labelled launches of every kernel, head dim and ladder row, planned on the meta device: for compile-only checks."""
+    """Labelled launches of every kernel, head dim and ladder row, planned on the meta device, to be compiled."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     shapes = {"257": (257,), "256": (256,), "2048": (2048,)}
     cases = [(dim, name, bf16, 16, {}) for dim, name in zip(HEAD_DIMS, 2 * list(shapes))]

@@ -1,4 +1,4 @@
-"""The Triton kernels of `cross_attention` under Triton's interpreter; started by `tests/test_cross_attention_triton.py`."""
+"""The Triton kernels of `cross_attention`, interpreted; started by `tests/test_cross_attention_triton.py`."""
 
 import dataclasses
 
@@ -94,13 +94,12 @@ def test_nothing_is_read_or_written_outside_and_nothing_left_unwritten(name):
 
 @pytest.mark.parametrize("batch", [1, 8], ids=["queries split", "whole"])
 def test_two_runs_are_bit_equal(batch):
-    case = CrossAttentionCase(batch, 40, 9, 32, (16,), ((13,),) * batch, gates=True)
-    for dtype in (torch.float32, torch.float16):
-        inputs = case.inputs(dtype)
-        first, second = gradients(inputs), gradients(inputs)
-        assert all(torch.equal(a, b) for a, b in zip(first, second))
-        for a, b in zip(first, gradients(widen(inputs))):
-            assert (a.double() - b).abs().max() <= {4: 1e-5, 2: 0.01}[dtype.itemsize] * b.abs().max()
+    case = CrossAttentionCase(batch, 40 if batch == 1 else 16, 9, 32, (16,), ((13,),) * batch, gates=True)
+    inputs = case.inputs(torch.float16)
+    first, second = gradients(inputs), gradients(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    for a, b in zip(first, gradients(widen(inputs))):
+        assert (a.double() - b).abs().max() <= 0.01 * b.abs().max()
 
 
 def test_lengths_are_clamped_and_any_layout_is_taken():
@@ -126,7 +125,7 @@ def test_other_types_are_left_to_plain_torch():
         assert (op(q, k, v, [1], None, None, None)[1].numel() > 0) == fused
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_streams(data):
     sizes = tuple(data.draw(st.lists(st.sampled_from([1, 7, 16, 33, 70]), min_size=1, max_size=3)))
