@@ -171,27 +171,44 @@ void merge(Each each, double* mean, double* variance) {
 // a NaN from outside may carry any bits; the one that rounding to bfloat16 keeps has none in its lower half
 float canonical(double value) { return value == value ? (float)value : std::numeric_limits<float>::quiet_NaN(); }
 
+// Numbers of every channel of every sample, in the order in which the loops take them: channels-last loops in that of
+// their steps, up to a whole number of steps; the others as they come.
+template <class T>
+struct Channels {
+    const bool steps;
+    const int64_t stride;
+
+    explicit Channels(const GroupNormShape& s)
+        : steps(s.channels_last),
+          stride(steps ? Cut::ceil(s.channels, Step<T>::WIDTH) * Step<T>::WIDTH : s.channels) {}
+
+    int64_t at(int64_t sample, int64_t channel) const {
+        return sample * stride + (steps ? position<T>(channel) : channel);
+    }
+};
+
 template <class T>
 void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd, const float* weight,
              const float* bias, const float* scale, const float* shift, double eps) {
     const Loops<T>& loop = loops<T>(s.target);
     const Cut cut(s, sizeof(T));
-    const int64_t width = s.channels / s.groups, all = s.batch * s.channels;
+    const Channels<T> order(s);
+    const int64_t width = s.channels / s.groups, all = s.batch * order.stride;
     std::vector<float> center(all), factor(all), offset(all);
 
     auto finish = [&](int64_t sample, int64_t group, double average, double variance) {
         const double inverse = 1 / std::sqrt(variance + eps);
-        const float rounded = (float)average;
-        mean[sample * s.groups + group] = rounded;
+        const float nearest = (float)average;
+        mean[sample * s.groups + group] = nearest;
         rstd[sample * s.groups + group] = (float)inverse;
         for (int64_t c = group * width; c < (group + 1) * width; ++c) {
-            const int64_t i = sample * s.channels + c;
+            const int64_t i = sample * s.channels + c, to = order.at(sample, c);
             const double film = scale ? 1 + (double)scale[i] : 1;
             const double slope = inverse * weight[c] * film;
-            center[i] = rounded;
-            factor[i] = canonical(slope);
+            center[to] = nearest;
+            factor[to] = canonical(slope);
             // what rounding took from the mean is given back
-            offset[i] = canonical(bias[c] * film + (shift ? shift[i] : 0) + (rounded - average) * slope);
+            offset[to] = canonical(bias[c] * film + (shift ? shift[i] : 0) + (nearest - average) * slope);
         }
     };
 
@@ -222,14 +239,15 @@ void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd
             });
         return;
     }
-    std::vector<double> parts(cut.units * cut.chunks * 3 * s.channels);
+    std::vector<double> parts(cut.units * cut.chunks * 3 * order.stride);
     auto rows = [&](int64_t c) { return std::min(cut.positions, s.spatial - c * cut.positions); };
     auto at = [&](int64_t u, int64_t c) { return (u * s.spatial + c * cut.positions) * s.channels; };
     over(
         cut, s.threads,
         [&](int64_t u, int64_t c) {
-            double* part = &parts[(u * cut.chunks + c) * 3 * s.channels];
-            loop.moments_of_rows(x + at(u, c), rows(c), s.channels, part, part + s.channels, part + 2 * s.channels);
+            double* part = &parts[(u * cut.chunks + c) * 3 * order.stride];
+            loop.moments_of_rows(x + at(u, c), rows(c), s.channels, part, part + order.stride,
+                                 part + 2 * order.stride);
         },
         [&](int64_t u) {
             for (int64_t g = 0; g < s.groups; ++g) {
@@ -237,9 +255,11 @@ void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd
                 merge(
                     [&](auto add) {
                         for (int64_t c = 0; c < cut.chunks; ++c) {
-                            const double* part = &parts[(u * cut.chunks + c) * 3 * s.channels];
-                            for (int64_t k = g * width; k < (g + 1) * width; ++k)
-                                add({part[k], part[s.channels + k], part[2 * s.channels + k], (double)rows(c)});
+                            const double* part = &parts[(u * cut.chunks + c) * 3 * order.stride];
+                            for (int64_t k = g * width; k < (g + 1) * width; ++k) {
+                                const double* p = part + order.at(0, k);
+                                add({*p, p[order.stride], p[2 * order.stride], (double)rows(c)});
+                            }
                         }
                     },
                     &average, &variance);
@@ -247,7 +267,7 @@ void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd
             }
         },
         [&](int64_t u, int64_t c) {
-            const int64_t i = u * s.channels;
+            const int64_t i = u * order.stride;
             const Coefficients k = {&center[i], &factor[i], &offset[i], nullptr, nullptr, nullptr};
             loop.apply_to_rows(x + at(u, c), y + at(u, c), rows(c), s.channels, k, s.silu);
         });
@@ -259,27 +279,29 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
               float* dbias, float* dscale, float* dshift) {
     const Loops<T>& loop = loops<T>(s.target);
     const Cut cut(s, 2 * sizeof(T));
-    const int64_t width = s.channels / s.groups, all = s.batch * s.channels;
+    const Channels<T> order(s);
+    const int64_t width = s.channels / s.groups, all = s.batch * order.stride;
     std::vector<float> center(all), factor(all), offset(all), inverse(all), term(all), slope(all);
-    for (int64_t i = 0; i < all; ++i) {
-        const int64_t c = i % s.channels, unit = i / s.channels * s.groups + c / width;
-        const float film = scale ? 1 + scale[i] : 1;
-        center[i] = mean[unit];
-        inverse[i] = rstd[unit];
-        factor[i] = canonical(rstd[unit] * weight[c] * film);
-        offset[i] = canonical(bias[c] * film + (shift ? shift[i] : 0));
-    }
+    for (int64_t sample = 0; sample < s.batch; ++sample)
+        for (int64_t c = 0; c < s.channels; ++c) {
+            const int64_t i = sample * s.channels + c, unit = sample * s.groups + c / width;
+            const int64_t to = order.at(sample, c);
+            const float film = scale ? 1 + scale[i] : 1;
+            center[to] = mean[unit];
+            inverse[to] = rstd[unit];
+            factor[to] = canonical(rstd[unit] * weight[c] * film);
+            offset[to] = canonical(bias[c] * film + (shift ? shift[i] : 0));
+        }
     // sums of du and of du * x_hat: [sample, span, channel]
-    std::vector<double> sums(s.batch * cut.spans * s.channels), products(sums.size());
-    std::vector<double> total(all), product(all);
+    std::vector<double> sums(s.batch * cut.spans * order.stride), products(sums.size());
+    std::vector<double> total(s.batch * s.channels), product(total.size());
 
     auto finish = [&](int64_t sample, int64_t group) {
         double plain = 0, weighted = 0;
         for (int64_t c = group * width; c < (group + 1) * width; ++c) {
             const int64_t i = sample * s.channels + c;
-            total[i] = product[i] = 0;
             for (int64_t span = 0; span < cut.spans; ++span) {
-                const int64_t part = (sample * cut.spans + span) * s.channels + c;
+                const int64_t part = order.at(sample * cut.spans + span, c);
                 total[i] += sums[part], product[i] += products[part];
             }
             if (dshift) dshift[i] = (float)total[i];
@@ -288,9 +310,10 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
             plain += film * total[i], weighted += film * product[i];
         }
         const double r = rstd[sample * s.groups + group], count = (double)(width * s.spatial);
-        for (int64_t i = sample * s.channels + group * width, end = i + width; i < end; ++i) {
-            term[i] = (float)(r * plain / count);
-            slope[i] = (float)(r * r * weighted / count);
+        for (int64_t c = group * width; c < (group + 1) * width; ++c) {
+            const int64_t to = order.at(sample, c);
+            term[to] = (float)(r * plain / count);
+            slope[to] = (float)(r * r * weighted / count);
         }
     };
 
@@ -319,13 +342,13 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
         auto rows = [&](int64_t c) { return std::min(cut.positions, s.spatial - c * cut.positions); };
         auto at = [&](int64_t u, int64_t c) { return (u * s.spatial + c * cut.positions) * s.channels; };
         auto coefficients = [&](int64_t u) {
-            const int64_t i = u * s.channels;
+            const int64_t i = u * order.stride;
             return Coefficients{&center[i], &factor[i], &offset[i], &inverse[i], &term[i], &slope[i]};
         };
         over(
             cut, s.threads,
             [&](int64_t u, int64_t c) {
-                const int64_t part = (u * cut.chunks + c) * s.channels;
+                const int64_t part = (u * cut.chunks + c) * order.stride;
                 loop.sums_of_rows(dy + at(u, c), x + at(u, c), rows(c), s.channels, coefficients(u), s.silu,
                                   &sums[part], &products[part]);
             },
@@ -339,7 +362,7 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
     }
     for (int64_t c = 0; c < s.channels; ++c) {
         double w = 0, b = 0;
-        for (int64_t i = c; i < all; i += s.channels) {
+        for (int64_t i = c; i < s.batch * s.channels; i += s.channels) {
             const double film = scale ? 1 + (double)scale[i] : 1;
             w += film * product[i], b += film * total[i];
         }
