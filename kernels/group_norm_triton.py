@@ -244,7 +244,8 @@ def plan_forward(
 def forward(x, groups, weight, bias, scale, shift, activation, eps):
     """What `semantica::group_norm` computes: y, and mean and rstd `[B, groups]` in fp32."""
     launches, (y, mean, rstd) = plan_forward(x, groups, weight, bias, scale, shift, activation, eps)
-    run(launches)
+    with torch.cuda.device_of(x):
+        run(launches)
     return restored(y, x), mean, rstd
 
 

@@ -301,5 +301,6 @@ def plan_backward(
 def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation):
     """What `semantica::group_norm_backward` computes: gradients of x, weight, bias, scale, shift; absent ones empty."""
     launches, (dx, *others) = plan_backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation)
-    run(launches)
+    with torch.cuda.device_of(x):
+        run(launches)
     return restored(dx, x), *others

@@ -1,24 +1,16 @@
 """The Triton kernels of `cross_attention`: their values by the interpreter, their machine code by the compiler."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton", reason="Triton is not installed")
 
+from semantica.benchmarks.compile_only import INSTRUCTION, compile_launch, disassemble  # noqa: E402
 from semantica.kernels import launch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="compiles, and starts the interpreted tests itself")
-TESTS = Path(__file__).parent
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
 # shared memory of the smallest supported GPU of today (sm_86, sm_89, sm_120)
 SHARED = 99 * 1024
 # kernel, D, type, architecture: known spills, and the most loads and stores they may be
@@ -31,46 +23,12 @@ SPILLS = {
 }
 
 
-def interpreted(*arguments):
-    """Run pytest where Triton interprets; a switch it reads when it is imported, hence a process of its own."""
-    command = [str(Path(sys.executable).parent / "pytest"), "-q", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
-    summary = done.stdout.strip().splitlines()[-1]
-    assert done.returncode == 0 and " passed" in summary and "skipped" not in summary, done.stdout[-5000:] + done.stderr
+def test_interpreted_kernels_are_accurate_on_every_case(interpreted):
+    interpreted("test_kernels.py", "-k", "cross_attention_and_gradients and not bfloat16")
 
 
-def test_interpreted_kernels_are_accurate_on_every_case():
-    interpreted(str(TESTS / "test_kernels.py"), "-k", "cross_attention_and_gradients and not bfloat16")
-
-
-def test_interpreted_kernels_stay_in_bounds_and_repeat():
-    interpreted(str(TESTS / "interpreted" / "test_cross_attention.py"))
-
-
-def build(planned, arch):
-    """Compile one launch for an architecture, with the alignments its arguments have."""
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(planned.kernel.arg_names):
-        value = planned.constants.get(name, planned.arguments.get(name))
-        if name in planned.constants or value is None or isinstance(value, int) and value == 1:
-            signature[name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(i,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(planned.kernel, signature, constants, attributes)
-    options = {"num_warps": planned.warps, "num_stages": planned.stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def instructions(kernel, folder):
-    path = folder / "kernel.cubin"
-    path.write_bytes(kernel.asm["cubin"])
-    listing = subprocess.run([TOOLS / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", listing, re.M)
+def test_interpreted_kernels_stay_in_bounds_and_repeat(interpreted):
+    interpreted("interpreted/cross_attention.py")
 
 
 def plans():
@@ -81,9 +39,9 @@ def plans():
     return dict(specimens())
 
 
-def examine(planned, arch, folder):
-    kernel = build(planned, arch)
-    code = instructions(kernel, folder)
+def examine(planned, arch):
+    kernel = compile_launch(planned, f"sm_{arch}")
+    code = INSTRUCTION.findall(disassemble(kernel.asm["cubin"], "--dump-sass"))
     assert kernel.metadata.shared <= SHARED
     name, dim = planned.kernel.__name__, planned.constants.get("D0", 0) + planned.constants.get("D1", 0)
     inputs = next(a.dtype for a in planned.arguments.values() if a is not None)
@@ -105,17 +63,17 @@ FAST = [("D=64 M=77+257 B=16 bfloat16 ragged", 90), ("D=128 M=2048 B=16 bfloat16
 
 
 @pytest.mark.parametrize("label, arch", FAST)
-def test_machine_code_uses_tensor_cores_and_does_not_spill(label, arch, tmp_path):
+def test_machine_code_uses_tensor_cores_and_does_not_spill(label, arch):
     for planned in plans()["cross_attention " + label]:
-        examine(planned, arch, tmp_path)
+        examine(planned, arch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("label", LABELS)
-def test_every_specimen_uses_tensor_cores_and_does_not_spill(label, arch, tmp_path):
+def test_every_specimen_uses_tensor_cores_and_does_not_spill(label, arch):
     for planned in plans()[label]:
-        examine(planned, arch, tmp_path)
+        examine(planned, arch)
 
 
 @pytest.mark.slow
@@ -123,7 +81,7 @@ def test_every_specimen_uses_tensor_cores_and_does_not_spill(label, arch, tmp_pa
 @pytest.mark.parametrize("label", LABELS)
 def test_every_specimen_compiles_for_later_architectures(label, arch):
     for planned in plans()[label]:
-        assert build(planned, arch).metadata.shared <= SHARED
+        assert compile_launch(planned, f"sm_{arch}").metadata.shared <= SHARED
 
 
 def test_the_rest_of_a_stream_is_at_most_two_tiles_and_little_waste():

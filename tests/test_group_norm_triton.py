@@ -1,82 +1,35 @@
 """The Triton kernels of group_norm: run in the interpreter, and compiled to machine code. Neither needs a GPU."""
 
-import os
-import re
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
+from semantica.benchmarks.compile_only import INSTRUCTION, compile_launch, disassemble, variant  # noqa: E402
 from semantica.kernels import group_norm_tiles, group_norm_triton, group_norm_triton_backward  # noqa: E402
 from semantica.kernels import launch as launching  # noqa: E402
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-CUOBJDUMP = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
 # kernels that move x or y: by how many tensors they read of its size
 READS = {"resident": 1, "partial": 1, "apply": 1, "resident_backward": 2, "partial_backward": 2, "apply_backward": 2}
 
 
-def test_the_interpreted_kernels_are_right():
-    # the switch has to be set before triton is imported; -P: the repository root must not be on sys.path
-    path = Path(__file__).parent / "interpreted" / "group_norm.py"
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-
-
-def compiled(launch, architecture):
-    """What Triton compiles when a launch is run with 16-byte aligned tensors, for an architecture such as 90."""
-    signature, constants, hints = {}, dict(launch.constants), {}
-    for i, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments.get(name)
-        if name in launch.constants:
-            signature[name] = "constexpr"
-        elif value is None or isinstance(value, int) and value == 1:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            integer = isinstance(value, int)
-            signature[name] = ("i32" if value < 2**31 else "i64") if integer else TYPES[value.dtype]
-            if not integer or value % 16 == 0:
-                hints[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, hints)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+def test_the_interpreted_kernels_are_right(interpreted):
+    interpreted("interpreted/group_norm.py")
 
 
 def name_of(launch):
     return launch.kernel.__name__.removesuffix("_kernel")
 
 
-def identity(launch):
-    """Launches with the same one are the same program."""
-    kinds = tuple(
-        value.dtype if isinstance(value, torch.Tensor) else value is None or (value == 1, value % 16 == 0)
-        for value in launch.arguments.values()
-    )
-    return launch.kernel.__name__, tuple(launch.constants.items()), launch.warps, kinds
-
-
-def machine_code(launch, architecture, path):
-    path.write_bytes(compiled(launch, architecture).asm["cubin"])
-    code = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"\b(?:LDL|STL|LDG|LDGSTS|STG)\b[.\w]*", code)
-
-
-def assert_fast(label, launch, architecture, path):
+def assert_fast(label, launch, architecture):
     """No register is spilled; what is as large as x moves 16 bytes at a time, asynchronously in loops."""
-    found = machine_code(launch, architecture, path)
-    where = f"{name_of(launch)} of {label} for sm_{architecture}: {dict(Counter(found))}"
+    cubin = compile_launch(launch, f"sm_{architecture}").asm["cubin"]
+    found = INSTRUCTION.findall(disassemble(cubin, "--dump-sass"))
+    moves = Counter(name for name in found if name.split(".")[0] in ("LDL", "STL", "LDG", "LDGSTS", "STG"))
+    where = f"{name_of(launch)} of {label} for sm_{architecture}: {dict(moves)}"
     wide = Counter(name.split(".")[0] for name in found if ".128" in name)
     assert not any(name.startswith(("LDL", "STL")) for name in found), f"spills in {where}"
     if name_of(launch) not in READS or not aligned(launch):
@@ -102,9 +55,9 @@ def planned(wanted):
     """Label and launch of the specimens whose labels contain the given words, each program once."""
     seen = set()
     for label, launches in group_norm_triton.specimens():
-        for launch in launches:
-            key = identity(launch)
-            if wanted in label and key not in seen:
+        for launch in launches if wanted in label else ():
+            key = variant(launch)
+            if key not in seen:
                 seen.add(key)
                 yield label, launch
 
@@ -125,16 +78,16 @@ COMPILED = [
 
 
 @pytest.mark.parametrize("architecture, label", COMPILED)
-def test_no_register_is_spilled_and_access_is_wide(architecture, label, tmp_path):
+def test_no_register_is_spilled_and_access_is_wide(architecture, label):
     for name, launch in planned(label):
-        assert_fast(name, launch, architecture, tmp_path / "kernel.cubin")
+        assert_fast(name, launch, architecture)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_every_specimen_is_fast(architecture, tmp_path):
+def test_every_specimen_is_fast(architecture):
     for name, launch in planned(""):
-        assert_fast(name, launch, architecture, tmp_path / "kernel.cubin")
+        assert_fast(name, launch, architecture)
 
 
 def test_specimens_cover_every_ladder_row(monkeypatch):
