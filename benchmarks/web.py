@@ -2,11 +2,14 @@
 
 A group fixes an object's shape, a palette, how many objects there are and how they are laid out, and a faint background
 texture; its pictures differ in position, scale, rotation, a little colour and the texture's phase. Sixteen held-out
-groups cross four shapes with four palettes: training sees every shape and every palette, never these combinations.
+groups cross four shapes with four palettes: training sees every shape and every palette, never these combinations. A
+training group has the red, green and blue of its palette in an order of its own: were there only twelve palettes, a
+model could learn the combinations by heart instead of telling shape from colour.
 """
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from semantica.errors import UserError
 SIDE = 32
 SUPERSAMPLING = 8
 # raise this when the same arguments draw other pictures: an older web is then drawn again
-VERSION = 5
+VERSION = 6
 
 
 def arc(start: float, stop: float, radius: float = 1.0, centre: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
@@ -122,11 +125,14 @@ def draw_texture(texture: str, heading: float, rng: np.random.Generator) -> np.n
     return np.zeros((SIDE, SIDE))
 
 
-def draw_image(attributes: Attributes, layout: int, rng: np.random.Generator) -> np.ndarray:
+def draw_image(
+    attributes: Attributes, layout: int, rng: np.random.Generator, channels: Sequence[int] = (0, 1, 2)
+) -> np.ndarray:
     """One picture of a group, uint8 [32, 32, 3].
 
     `layout` (any integer >= 0) picks the objects' places and the texture's direction and stays the same within a group;
-    `rng` gives everything that varies within it. The draws do not depend on the attributes: equal generators draw
+    `channels` is the order in which its palette's red, green and blue are taken; `rng` gives everything that varies
+    within a group. The draws do not depend on the attributes: equal generators draw
     equal nuisances, so that a picture can be drawn again with another shape, palette or count.
     """
     radius, stretch, reach = SIZES[attributes.count]
@@ -144,7 +150,7 @@ def draw_image(attributes: Attributes, layout: int, rng: np.random.Generator) ->
         points = centre + radius * (1 + stretch * scale) * OUTLINES[attributes.shape] @ turn.T
         pen.polygon([tuple(p) for p in (points * SUPERSAMPLING - 0.5).tolist()], fill=255)
     cover = np.asarray(mask.reduce(SUPERSAMPLING), np.float64)[..., None] / 255
-    colours = np.array(PALETTES[attributes.palette], np.float64) + 7 * tint
+    colours = np.array(PALETTES[attributes.palette], np.float64)[:, list(channels)] + 7 * tint
     picture = (colours[0] + 6 * pattern[..., None]) * (1 - cover) + colours[1] * cover
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
@@ -190,8 +196,10 @@ def is_complete(out: Path, marker: str, pictures: int) -> bool:
     return (out / "attributes.json").is_file() and sum(1 for _ in out.glob("*/*/*.png")) == pictures
 
 
-def draw_web(out: Path, seed: int = 0, groups: int = 320, images_per_group: int = 24) -> None:
+def draw_web(out: Path, seed: int = 0, groups: int = 640, images_per_group: int = 12) -> None:
     """Draw `groups` training groups and the 16 held-out ones as PNG files of 32x32 pixels under `out`.
+
+    A held-out group has twice as many pictures as a training group.
 
     Writes `train/<group>/<nn>.png`, `val/<group>/<nn>.png`, `attributes.json` (`{group: {shape, palette, count,
     texture}}`) and `web.json` (the arguments). A pure function of its arguments: picture n of group g comes from the
@@ -209,7 +217,7 @@ def draw_web(out: Path, seed: int = 0, groups: int = 320, images_per_group: int 
     chosen = [("val", group) for group in held_out_groups()] + [("train", g) for g in training_groups(seed, groups)]
     arguments = {"version": VERSION, "seed": seed, "groups": groups, "images_per_group": images_per_group}
     marker = json.dumps(arguments)
-    if is_complete(out, marker, len(chosen) * images_per_group):
+    if is_complete(out, marker, (len(chosen) + len(held_out_groups())) * images_per_group):
         return
     if out.exists() and not (out / "web.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not a drawn web: give another folder, or remove it first")
@@ -223,8 +231,10 @@ def draw_web(out: Path, seed: int = 0, groups: int = 320, images_per_group: int 
             folder = web / split / name
             folder.mkdir(parents=True)
             layout = int(philox(seed, 1, number).integers(12))
-            for index in range(images_per_group):
-                picture = draw_image(group, layout, philox(seed, 2, number, index))
+            held_out = split == "val"
+            channels = (0, 1, 2) if held_out else philox(seed, 3, number).permutation(3)
+            for index in range(images_per_group * (2 if held_out else 1)):
+                picture = draw_image(group, layout, philox(seed, 2, number, index), channels)
                 Image.fromarray(picture).save(folder / f"{index:02d}.png", compress_level=4)
         (web / "attributes.json").write_text(json.dumps(table, indent=1))
         (web / "web.json").write_text(marker)
