@@ -22,6 +22,7 @@ from semantica.benchmarks.implementations import Implementation, available
 from semantica.benchmarks.problems import OPS, Problem, problems
 from semantica.benchmarks.store import environment, kernel_hash
 from semantica.benchmarks.verify import CONTENTS, Accuracy, Answers, Wrong, differentiable, each, tensors, verify
+from semantica.kernels.backends import PLAIN
 
 PLUGIN = "semantica-bench"
 # sets of input buffers that calls take in turn
@@ -200,9 +201,14 @@ class Field:
             with Traffic() as traffic:
                 call()
             return traffic.total
-        if name == "fused" and kernels.implementations()[self.problem.op][0] != "reference":
+        if name == "fused" and who_serves(self.problem) != PLAIN[0]:
             return self.problem.two_pass_bytes(direction, cache)
         return None
+
+
+def who_serves(problem: Problem) -> str:
+    """What the public operator runs on the problem's device."""
+    return kernels.implementations()[problem.op][problem.device][0]
 
 
 def describe(field: Field, direction: str, name: str, times: timing.Times, ceilings: dict, cache: int) -> dict:
@@ -216,7 +222,7 @@ def describe(field: Field, direction: str, name: str, times: timing.Times, ceili
     return {
         "op": problem.op, "impl": name, "shape": problem.shape, "layout": problem.layout,
         "dtype": problem.dtype_name, "direction": direction,
-        "uses": kernels.implementations()[problem.op][0] if fused else name,
+        "uses": who_serves(problem) if fused else name,
         "median_us": median * 1e6, "p20_us": times.quantile(0.2) * 1e6, "p80_us": times.quantile(0.8) * 1e6,
         "wall_us": timing.quantile(times.wall, 0.5) * 1e6, "rounds": len(times.device),
         "bytes": moved, "gbps": gbps, "share_of_copy": None if gbps is None else gbps / ceilings["copy_gbps"],
