@@ -24,9 +24,9 @@ class DemoConfig:
 
     out: Path = Path("demo")
     """Folder to write; the same command continues or repeats a demo there."""
-    steps: int = 1500
+    steps: int = 1600
     """Training steps."""
-    groups: int = 640
+    groups: int = 240
     """Groups of drawn pictures to train on."""
     compile: bool = True
     """Compile the training step; needs a working C++ compiler on a CPU."""
