@@ -24,7 +24,7 @@ class DemoConfig:
 
     out: Path = Path("demo")
     """Folder to write; the same command continues or repeats a demo there."""
-    steps: int = 1400
+    steps: int = 1200
     """Training steps."""
     groups: int = 240
     """Groups of drawn pictures to train on."""
