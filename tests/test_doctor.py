@@ -139,7 +139,7 @@ def test_a_missing_extra_names_its_command(monkeypatch):
         'onnxscript 99.0, onnxruntime 99.0; missing onnx: pip install "semantica-diffusion[export]"', "note",
     )  # fmt: skip
     assert 'pip install --no-build-isolation "semantica-diffusion[flash]"' in found["flash"][0]
-    assert found["bench"] == ("jinja2 99.0, matplotlib 99.0", "ok")
+    assert found["bench"] == ("jinja2 99.0, matplotlib 99.0, pytest-benchmark 99.0", "ok")
 
 
 def test_a_check_that_breaks_is_a_fact(monkeypatch, capsys):
