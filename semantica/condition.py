@@ -1,10 +1,32 @@
-"""What conditions the denoiser, as values: streams of encoder tokens, and the keys and values made from them."""
+"""What conditions the denoiser, as values: streams of encoder tokens, and the keys and values made from them.
 
-from collections.abc import Callable
+The fields are numpy arrays or torch tensors, all of one kind; this module imports numpy only, so that an exported model
+can be sampled where torch is not installed. `semantica.uvit` makes both classes known to torch's pytrees.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from semantica.errors import UserError
+
+Array = Any  # numpy.ndarray or torch.Tensor
+
+
+def concatenate(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """Join numpy arrays, or torch tensors, along an axis."""
+    if isinstance(arrays[0], np.ndarray):
+        return np.concatenate(arrays, axis)
+    import torch
+
+    return torch.cat(list(arrays), axis)
+
+
+def repeat_each(array: Array, times: int, axis: int = 0) -> Array:
+    """Each entry along an axis `times` times in a row."""
+    return np.repeat(array, times, axis) if isinstance(array, np.ndarray) else array.repeat_interleave(times, axis)
 
 
 @dataclass(frozen=True)
@@ -16,9 +38,9 @@ class Stream:
     lengths: `[B]` integers, the valid tokens per sample, or None for all of them; 0 = absent.
     """
 
-    tokens: Tensor
-    pooled: Tensor | None = None
-    lengths: Tensor | None = None
+    tokens: Array
+    pooled: Array | None = None
+    lengths: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -32,23 +54,58 @@ class Condition:
     sizes: the static size of each stream along M.
     """
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    emb: Tensor
-    lengths: Tensor | None
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    emb: Array
+    lengths: Array | None
     sizes: tuple[int, ...]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
-        """Apply a function to every tensor, as for moving, casting or indexing along the batch."""
+    def map(self, function: Callable[[Array], Array]) -> "Condition":
+        """Apply a function to every array, as for moving, casting or indexing along the batch."""
         lengths = None if self.lengths is None else function(self.lengths)
         keys, values = tuple(map(function, self.keys)), tuple(map(function, self.values))
         return Condition(keys, values, function(self.emb), lengths, self.sizes)
 
     def repeat(self, times: int) -> "Condition":
         """Each sample `times` times in a row: `[B, ...]` becomes `[B * times, ...]`."""
-        return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
+        return self.map(lambda array: repeat_each(array, times))
 
+    def fill(self, sizes: tuple[int, ...]) -> "Condition":
+        """A null condition, one token per stream, at other stream sizes: copies of one token have the same softmax.
 
-# known to torch's pytrees, so that conditions pass through export, compile and distributed wrappers
-torch.export.register_dataclass(Stream)
-torch.export.register_dataclass(Condition)
+        Raises:
+            UserError: a stream holds neither one token nor as many as asked for.
+        """
+        if self.sizes == sizes:
+            return self
+        if len(self.sizes) != len(sizes) or any(a not in (1, b) for a, b in zip(self.sizes, sizes)):
+            raise UserError(f"condition with stream sizes {self.sizes} cannot be filled up to {sizes}: use a null one")
+        starts = np.cumsum((0, *self.sizes))
+
+        def filled(array: Array) -> Array:
+            parts = [array[:, a:b] for a, b in zip(starts, starts[1:])]
+            return concatenate([repeat_each(p, size // p.shape[1], 1) for p, size in zip(parts, sizes)], 1)
+
+        keys, values = tuple(map(filled, self.keys)), tuple(map(filled, self.values))
+        return Condition(keys, values, self.emb, None, sizes)
+
+    def join(self, null: "Condition") -> "Condition":
+        """Both branches of guidance as one batch `[2 B, ...]`: this condition first, then the null one, filled up.
+
+        Raises:
+            UserError: as `fill`.
+        """
+        null, sizes = null.fill(self.sizes), self.sizes
+        keys, values, emb = (
+            tuple(concatenate(pair) for pair in zip(self.keys, null.keys)),
+            tuple(concatenate(pair) for pair in zip(self.values, null.values)),
+            concatenate((self.emb, null.emb)),
+        )
+        lengths = self.lengths
+        if lengths is not None:
+            # the null token stands at every place
+            full = lengths * 0
+            for stream, size in enumerate(sizes):
+                full[:, stream] += size
+            lengths = concatenate((lengths, full))
+        return Condition(keys, values, emb, lengths, sizes)

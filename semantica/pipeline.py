@@ -144,7 +144,7 @@ class SemanticaPipeline(DiffusionPipeline):
         size, device = self.unet.config.image_size, self._execution_device
         shape = (batch, self.unet.config.in_channels, size, size)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
             raise UserError(f"latents have shape {tuple(latents.shape)}: expected {list(shape)}")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -158,7 +158,8 @@ class SemanticaPipeline(DiffusionPipeline):
                 return z
 
             null = self.unet.null_condition(batch)
-            z = latents.to(device, self.unet.dtype)
+            # the solver's sums keep their digits whatever the network computes in
+            z = latents.to(device, torch.promote_types(self.unet.dtype, torch.float32))
             z = denoise(self.unet, self.scheduler, guider, z, condition, null, generator, on_step)
         images = finish(z, output_type)
         self.maybe_free_model_hooks()

@@ -110,7 +110,7 @@ def unconditional(pipeline, count: int, steps: int, seed: int) -> np.ndarray:
     size = unet.config.image_size
     for start in range(0, count, CHUNK):
         batch = min(CHUNK, count - start)
-        z = torch.from_numpy(noise(seed, (batch, 3, size, size), start)).to(unet.device, unet.dtype)
+        z = torch.from_numpy(noise(seed, (batch, 3, size, size), start)).to(unet.device)
         pipeline.scheduler.set_timesteps(steps, device=unet.device)
         with torch.no_grad():
             null = unet.null_condition(batch)

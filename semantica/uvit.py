@@ -20,6 +20,10 @@ from semantica.solvers import alpha_sigma
 SIGMA_MIN = 0.1
 CONDITIONING = ("tokens", "global", "both", "none")
 
+# known to torch's pytrees, so that conditions pass through export, compile and distributed wrappers
+torch.export.register_dataclass(Stream)
+torch.export.register_dataclass(Condition)
+
 
 class UViT(ModelMixin, ConfigMixin):
     """Denoiser v(z, logsnr, condition).
@@ -158,10 +162,11 @@ class UViT(ModelMixin, ConfigMixin):
             condition: from `condition()` or `null_condition()`.
 
         Returns:
-            `[B, 3, S, S]`.
+            `[B, 3, S, S]` in z's dtype: fp32 latents keep their digits in front of a network of lower precision.
         """
         emb = F.silu(self.embed_noise(logsnr) + condition.emb)
-        x = self.conv_in(z)
+        # latents may stay fp32 in front of a network of half precision; under autocast this changes nothing
+        x = self.conv_in(z.to(self.conv_in.weight.dtype))
         skips = []
         for blocks, down in zip(self.down_blocks, self.downsamplers):
             for block in blocks:
