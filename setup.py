@@ -1,5 +1,6 @@
 """Builds semantica._C from csrc/ with pybind11 and a plain C++17 compiler; everything else is in pyproject.toml."""
 
+import hashlib
 import os
 import sys
 import tempfile
@@ -66,5 +67,20 @@ class OptionalBuild(build_ext):
                 os.remove(older)
 
 
-extension = Pybind11Extension("semantica._C", sorted(glob("csrc/*.cpp")), depends=glob("csrc/*.h"), cxx_std=17)
+def digest(paths):
+    """Of names and contents: what was built says what it was built from."""
+    found = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            found.update(os.path.basename(path).encode() + file.read())
+    return found.hexdigest()[:16]
+
+
+extension = Pybind11Extension(
+    "semantica._C",
+    sorted(glob("csrc/*.cpp")),
+    depends=glob("csrc/*.h"),
+    define_macros=[("SEMANTICA_SOURCES", "h" + digest(sorted(glob("csrc/*.cpp") + glob("csrc/*.h"))))],
+    cxx_std=17,
+)
 setup(ext_modules=[extension], cmdclass={"build_ext": OptionalBuild})

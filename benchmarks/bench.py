@@ -20,6 +20,7 @@ USAGE = """usage: semantica bench kernels [options]           time the operators
        semantica bench kernels --compile-only      compile every Triton kernel without a GPU: registers, spills, ...
        semantica bench compare A.json B.json       ratios of time, with the band of noise
        semantica bench table FILE.json ...         the rows as Markdown, stale ones marked
+       semantica bench tune --op group_norm        tune an operator's launch table on the GPU at hand
 
 semantica bench kernels --help lists the options. Files are pytest-benchmark's JSON: `pytest-benchmark compare` reads
 them too.
@@ -55,6 +56,21 @@ class KernelsConfig:
     """Write a page of tables and roofline plots."""
     png: Path | None = None
     """Write the roofline plot as a picture."""
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Tune the launch table of an operator on this machine's GPU."""
+
+    op: Literal["group_norm", "cross_attention"]
+    kernel: str = ""
+    """Only the ladder of this name, such as "apply"."""
+    seconds: float = 500.0
+    """Stop looking after this time; what was found by then is kept."""
+    margin: float = 0.02
+    """A row is replaced by one that is faster by this share at least, in the geometric mean."""
+    out: Path | None = None
+    """Where the table is written: by default over the package's own."""
 
 
 @dataclass(frozen=True)
@@ -413,4 +429,16 @@ def table(config: TableConfig) -> int:
     return 0
 
 
-VERBS = {"kernels": (KernelsConfig, kernels), "compare": (CompareConfig, compare), "table": (TableConfig, table)}
+def tune(config: TuneConfig) -> int:
+    """Tune a launch table; returns the exit code. Raises `UserError` as `semantica.benchmarks.tune.tune`."""
+    from semantica.benchmarks.tune import tune
+
+    return tune(config)
+
+
+VERBS = {
+    "kernels": (KernelsConfig, kernels),
+    "compare": (CompareConfig, compare),
+    "table": (TableConfig, table),
+    "tune": (TuneConfig, tune),
+}

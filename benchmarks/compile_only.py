@@ -84,10 +84,9 @@ def specialise(launch: Launch, arch: str):
 
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     kernel, backend = launch.kernel, make_backend(target)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = binder(**launch.arguments, **launch.constants, **options)
-    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
+    bound, specialization, _ = binder(**launch.arguments, **launch.constants, **launch.options)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, launch.options, bound, specialization, None)
     return ASTSource(kernel, signature, constants, attributes), target, vars(parsed)
 
 

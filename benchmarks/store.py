@@ -15,21 +15,34 @@ IDENTITY = ("op", "impl", "shape", "layout", "dtype", "direction", "device")
 
 
 def kernel_hash(op: str, arch: str) -> str:
-    """Of the sources that an operator's fused implementation is made of, and its launch settings on an architecture."""
+    """Of the sources that an operator's fused implementation on an architecture is made of, and its launch settings.
+
+    arch: such as "sm_90"; anything else is a processor, where the compiled loops say themselves what they are made of.
+    """
     from semantica import kernels
 
-    folder = Path(kernels.__file__).parent
-    paths = [folder / "launch.py", *folder.glob(f"{op}*.py"), *(folder.parent / "csrc").glob(f"{op}*")]
-    digest = hashlib.sha256()
+    folder, digest = Path(kernels.__file__).parent, hashlib.sha256()
+    if not arch.startswith("sm_"):
+        paths = [folder / f"{op}.py", *folder.glob(f"{op}_cpu.py")]
+        digest.update(built_from().encode() if len(paths) > 1 else b"")
+    else:
+        paths = [folder / "launch.py", *(path for path in folder.glob(f"{op}*.py") if path.stem != f"{op}_cpu")]
+        # tuning one architecture leaves the rows of others as they are
+        table = json.loads((folder / f"{op}.json").read_text())
+        own = {kernel: ladders.get(arch, ladders["default"]) for kernel, ladders in table.items()}
+        digest.update(json.dumps(own, sort_keys=True).encode())
     for path in sorted(paths, key=lambda path: path.name):
         digest.update(path.name.encode() + path.read_bytes())
-    settings = folder / f"{op}.json"
-    if settings.exists():
-        # tuning one architecture leaves the rows of others as they are
-        table = json.loads(settings.read_text())
-        own = {kernel: ladders.get(arch, ladders.get("default")) for kernel, ladders in table.items()}
-        digest.update(json.dumps(own, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def built_from() -> str:
+    """What identifies the sources of `semantica._C`; empty where it is not built."""
+    try:
+        from semantica import _C
+    except ImportError:
+        return ""
+    return _C.build_info()["sources"]
 
 
 @functools.cache

@@ -1,4 +1,6 @@
-"""The protocol: contenders in random order within rounds, warmed up alike, caches cold, every call timed by itself.
+"""The protocol: contenders in random order within rounds, warmed up alike, L2 cold, every call timed by itself.
+
+On a processor with an L3 that stays as the calls leave it: there, what an operator reads was just written by another.
 
 On a GPU the time of the device (events around the call, enqueued behind a kernel that spins, so that the device never
 waits for the host) and the time on the wall (the device idle before and after) are taken in calls of their own.
@@ -61,8 +63,9 @@ class CpuClock:
     kinds = 1
 
     def __init__(self):
-        self.cache = last_level_cache()
-        self.sweep = torch.zeros(min(max(2 * self.cache, 32 << 20), 512 << 20) // 4, dtype=torch.int32)
+        self.cache = cache_bytes()
+        # every thread sweeps the cache of its own core
+        self.sweep = torch.zeros(2 * cache_bytes(2) * torch.get_num_threads() // 4, dtype=torch.int32)
 
     def time(self, call: Callable[[], Any], kind: int) -> tuple[float, Any]:
         # read, not written: lines to write back would be charged to the call
@@ -114,14 +117,14 @@ def clock(device: str) -> CpuClock | CudaClock:
     return CudaClock() if device == "cuda" else CpuClock()
 
 
-def last_level_cache() -> int:
-    """Bytes of the processor's largest cache; 32 MiB where the system does not say."""
-    found = [32 << 20]
+def cache_bytes(level: int | None = None) -> int:
+    """Bytes of a cache of the first core, by default of the last level; 1 MiB (L2), 32 MiB where nobody knows."""
+    found = {}
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        if text.endswith("K") and text[:-1].isdigit():
-            found.append(int(text[:-1]) << 10)
-    return max(found[1:] or found)
+        size = path.read_text().strip()
+        if size.endswith("K") and size[:-1].isdigit():
+            found[int(path.with_name("level").read_text())] = int(size[:-1]) << 10
+    return found.get(level or max(found, default=0), 1 << 20 if level == 2 else 32 << 20)
 
 
 Contender = Callable[[int], Callable[[], Any]]

@@ -7,6 +7,10 @@
 
 #include "group_norm_loops.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #ifdef SEMANTICA_LANES
 namespace semantica {
 namespace {
@@ -108,9 +112,23 @@ struct Cut {
     static int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 };
 
-// reduce every chunk, finish each unit, apply to every chunk, last chunk first: it is still in the cache
+// the range of `count` that a thread of a team has
+struct Share {
+    int64_t begin, end;
+
+    explicit Share(int64_t count) {
+#ifdef _OPENMP
+        const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+#else
+        const int64_t team = 1, me = 0;
+#endif
+        begin = count * me / team, end = count * (me + 1) / team;
+    }
+};
+
+// reduce every chunk, finish each unit, apply to every chunk
 template <class Reduce, class Finish, class Apply>
-void over(const Cut& cut, int threads, Reduce reduce, Finish finish, Apply apply) {
+void sweep(const Cut& cut, int threads, Reduce reduce, Finish finish, Apply apply) {
     // a unit that stays in one core's cache is read from memory once
     constexpr int64_t cache = 1 << 20, small = 1 << 16;
     if (cut.units * cut.bytes <= small) threads = 1;
@@ -123,15 +141,15 @@ void over(const Cut& cut, int threads, Reduce reduce, Finish finish, Apply apply
         }
         return;
     }
-    const int64_t all = cut.units * cut.chunks;
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < all; ++i) reduce(i / cut.chunks, i % cut.chunks);
+        const Share mine(cut.units * cut.chunks);
+        for (int64_t i = mine.begin; i < mine.end; ++i) reduce(i / cut.chunks, i % cut.chunks);
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t u = 0; u < cut.units; ++u) finish(u);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < all; ++i) apply((all - 1 - i) / cut.chunks, (all - 1 - i) % cut.chunks);
+        // what this core read last is still in its cache
+        for (int64_t i = mine.end; i-- > mine.begin;) apply(i / cut.chunks, i % cut.chunks);
     }
 }
 
@@ -214,7 +232,7 @@ void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd
 
     if (!s.channels_last) {
         std::vector<Moments> parts(cut.units * cut.chunks);
-        over(
+        sweep(
             cut, s.threads,
             [&](int64_t u, int64_t c) {
                 const Place p(s, cut, u, c);
@@ -242,7 +260,7 @@ void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd
     std::vector<double> parts(cut.units * cut.chunks * 3 * order.stride);
     auto rows = [&](int64_t c) { return std::min(cut.positions, s.spatial - c * cut.positions); };
     auto at = [&](int64_t u, int64_t c) { return (u * s.spatial + c * cut.positions) * s.channels; };
-    over(
+    sweep(
         cut, s.threads,
         [&](int64_t u, int64_t c) {
             double* part = &parts[(u * cut.chunks + c) * 3 * order.stride];
@@ -318,7 +336,7 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
     };
 
     if (!s.channels_last) {
-        over(
+        sweep(
             cut, s.threads,
             [&](int64_t u, int64_t c) {
                 const Place p(s, cut, u, c);
@@ -345,7 +363,7 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
             const int64_t i = u * order.stride;
             return Coefficients{&center[i], &factor[i], &offset[i], &inverse[i], &term[i], &slope[i]};
         };
-        over(
+        sweep(
             cut, s.threads,
             [&](int64_t u, int64_t c) {
                 const int64_t part = (u * cut.chunks + c) * order.stride;

@@ -24,6 +24,8 @@ constexpr int64_t FLUSH_ROWS = 64;
 // what is summed before it joins the other fp32 sums: two short sums lose fewer digits than a long one
 constexpr int64_t SHORT_VALUES = 256;
 constexpr int64_t SHORT_ROWS = 8;
+// vectors of channels whose sums are carried together, so that rows are read as they lie in memory
+constexpr int64_t PANEL = 32;
 // steps side by side, as an addition takes several cycles
 constexpr int64_t ABREAST = 2;
 
@@ -140,39 +142,47 @@ INLINE void moments_of_rows(const T* x, int64_t rows, int64_t channels, double* 
                             double* squares) {
     constexpr int64_t vectors = Step<T>::VECTORS;
     const int64_t few = rows < 8 ? rows : 8;
-    over<T>(0, channels, [&](int64_t c, int64_t part) BODY {
-        Lanes head[vectors] = {};
-        for (int64_t r = 0; r < few; ++r) {
-            const Step<T> a = load(x + r * channels + c, part);
-            for (int64_t j = 0; j < vectors; ++j) head[j] += a.v[j];
-        }
-        for (Lanes& v : head) v /= (float)few;
+    Lanes head[PANEL], s[PANEL], q[PANEL];
+    for (int64_t left = 0; left < channels; left += PANEL * LANES) {
+        const int64_t right = left + PANEL * LANES < channels ? left + PANEL * LANES : channels;
+        over<T>(left, right, [&](int64_t c, int64_t part) BODY {
+            Lanes h[vectors] = {};
+            for (int64_t r = 0; r < few; ++r) {
+                const Step<T> a = load(x + r * channels + c, part);
+                for (int64_t j = 0; j < vectors; ++j) h[j] += a.v[j];
+            }
+            for (int64_t j = 0; j < vectors; ++j) {
+                head[(c - left) / LANES + j] = h[j] / (float)few;
+                spread(shift + c + j * LANES, head[(c - left) / LANES + j], false);
+            }
+        });
         for (int64_t begin = 0; begin < rows; begin += FLUSH_ROWS) {
             const int64_t end = begin + FLUSH_ROWS < rows ? begin + FLUSH_ROWS : rows;
-            Lanes s[vectors] = {}, q[vectors] = {};
+            for (int64_t k = 0; k < PANEL; ++k) s[k] = q[k] = Lanes{};
             for (int64_t middle = begin; middle < end; middle += SHORT_ROWS) {
                 const int64_t stop = middle + SHORT_ROWS < end ? middle + SHORT_ROWS : end;
-                Lanes t[vectors] = {}, w[vectors] = {};
-                for (int64_t r = middle; r < stop; ++r) {
-                    const Step<T> a = load(x + r * channels + c, part);
-                    for (int64_t j = 0; j < vectors; ++j) {
-                        const Lanes d = a.v[j] - head[j];
-                        t[j] += d;
-                        w[j] += d * d;
+                over<T>(left, right, [&](int64_t c, int64_t part) BODY {
+                    const int64_t k = (c - left) / LANES;
+                    Lanes t[vectors] = {}, w[vectors] = {};
+                    for (int64_t r = middle; r < stop; ++r) {
+                        const Step<T> a = load(x + r * channels + c, part);
+                        for (int64_t j = 0; j < vectors; ++j) {
+                            const Lanes d = a.v[j] - head[k + j];
+                            t[j] += d;
+                            w[j] += d * d;
+                        }
                     }
-                }
-                for (int64_t j = 0; j < vectors; ++j) s[j] += t[j], q[j] += w[j];
+                    for (int64_t j = 0; j < vectors; ++j) s[k + j] += t[j], q[k + j] += w[j];
+                });
             }
-            for (int64_t j = 0; j < vectors; ++j)
-                for (int64_t i = 0; i < LANES; ++i) {
-                    const int64_t k = c + j * LANES + i;
-                    total[k] = (begin ? total[k] : 0) + s[j][i];
-                    squares[k] = (begin ? squares[k] : 0) + q[j][i];
+            over<T>(left, right, [&](int64_t c, int64_t) BODY {
+                for (int64_t j = 0; j < vectors; ++j) {
+                    spread(total + c + j * LANES, s[(c - left) / LANES + j], begin > 0);
+                    spread(squares + c + j * LANES, q[(c - left) / LANES + j], begin > 0);
                 }
+            });
         }
-        for (int64_t j = 0; j < vectors; ++j)
-            for (int64_t i = 0; i < LANES; ++i) shift[c + j * LANES + i] = head[j][i];
-    });
+    }
 }
 
 template <class T, bool silu>
@@ -193,33 +203,38 @@ template <class T, bool silu>
 INLINE void sums_of_rows(const T* dy, const T* x, int64_t rows, int64_t channels, const Coefficients& k,
                          double* sum_du, double* sum_dux) {
     constexpr int64_t vectors = Step<T>::VECTORS;
-    over<T>(0, channels, [&](int64_t c, int64_t part) BODY {
+    Lanes p[PANEL], q[PANEL];
+    for (int64_t left = 0; left < channels; left += PANEL * LANES) {
+        const int64_t right = left + PANEL * LANES < channels ? left + PANEL * LANES : channels;
         for (int64_t begin = 0; begin < rows; begin += FLUSH_ROWS) {
             const int64_t end = begin + FLUSH_ROWS < rows ? begin + FLUSH_ROWS : rows;
-            Lanes p[vectors] = {}, q[vectors] = {};
+            for (int64_t i = 0; i < PANEL; ++i) p[i] = q[i] = Lanes{};
             for (int64_t middle = begin; middle < end; middle += SHORT_ROWS) {
                 const int64_t stop = middle + SHORT_ROWS < end ? middle + SHORT_ROWS : end;
-                Lanes t[vectors] = {}, w[vectors] = {};
-                for (int64_t r = middle; r < stop; ++r) {
-                    const Step<T> a = load(x + r * channels + c, part), g = load(dy + r * channels + c, part);
-                    for (int64_t j = 0; j < vectors; ++j) {
-                        const Lanes d = a.v[j] - lanes(k.mean + c, j);
-                        const Lanes u = d * lanes(k.scale + c, j) + lanes(k.offset + c, j);
-                        const Lanes du = g.v[j] * derivative<silu>(u);
-                        t[j] += du;
-                        w[j] += du * (d * lanes(k.rstd + c, j));
+                over<T>(left, right, [&](int64_t c, int64_t part) BODY {
+                    const int64_t to = (c - left) / LANES;
+                    Lanes t[vectors] = {}, w[vectors] = {};
+                    for (int64_t r = middle; r < stop; ++r) {
+                        const Step<T> a = load(x + r * channels + c, part), g = load(dy + r * channels + c, part);
+                        for (int64_t j = 0; j < vectors; ++j) {
+                            const Lanes d = a.v[j] - lanes(k.mean + c, j);
+                            const Lanes u = d * lanes(k.scale + c, j) + lanes(k.offset + c, j);
+                            const Lanes du = g.v[j] * derivative<silu>(u);
+                            t[j] += du;
+                            w[j] += du * (d * lanes(k.rstd + c, j));
+                        }
                     }
-                }
-                for (int64_t j = 0; j < vectors; ++j) p[j] += t[j], q[j] += w[j];
+                    for (int64_t j = 0; j < vectors; ++j) p[to + j] += t[j], q[to + j] += w[j];
+                });
             }
-            for (int64_t j = 0; j < vectors; ++j)
-                for (int64_t i = 0; i < LANES; ++i) {
-                    const int64_t at = c + j * LANES + i;
-                    sum_du[at] = (begin ? sum_du[at] : 0) + p[j][i];
-                    sum_dux[at] = (begin ? sum_dux[at] : 0) + q[j][i];
+            over<T>(left, right, [&](int64_t c, int64_t) BODY {
+                for (int64_t j = 0; j < vectors; ++j) {
+                    spread(sum_du + c + j * LANES, p[(c - left) / LANES + j], begin > 0);
+                    spread(sum_dux + c + j * LANES, q[(c - left) / LANES + j], begin > 0);
                 }
+            });
         }
-    });
+    }
 }
 
 template <class T, bool silu>

@@ -125,6 +125,11 @@ INLINE double sum(Lanes v) {
     return total;
 }
 
+// the lanes as doubles, stored or added to what is there
+INLINE void spread(double* to, Lanes v, bool add) {
+    for (int64_t i = 0; i < LANES; ++i) to[i] = (add ? to[i] : 0) + v[i];
+}
+
 // 1 / (1 + exp(-u)) for u >= -87; relative error 3e-7 + 1e-8 |u|
 INLINE Lanes sigmoid(Lanes u) {
     const Lanes magic = broadcast(12582912.0f);

@@ -16,6 +16,10 @@
 #define SEMANTICA_X86 1
 #endif
 
+// a macro's value as text
+#define TEXT_OF(NAME) #NAME
+#define TEXT(NAME) TEXT_OF(NAME)
+
 namespace py = pybind11;
 
 namespace {
@@ -35,6 +39,7 @@ std::string compiler() {
 py::dict build_info() {
     py::dict info;
     info["compiler"] = compiler();
+    info["sources"] = TEXT(SEMANTICA_SOURCES);
 #ifdef _MSVC_LANG
     info["cxx_standard"] = _MSVC_LANG / 100 % 100;
 #else
@@ -144,7 +149,7 @@ void define_group_norm(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled part of semantica. It takes raw pointers, so one build serves every torch.";
     m.def("build_info", &build_info,
-          "Compiler, C++ standard, whether OpenMP is in, and how many threads it would use now.");
+          "Compiler, hash of the sources, C++ standard, whether OpenMP is in, and how many threads it would use now.");
     m.def("cpu_features", &cpu_features,
           "Vector extensions of the running processor, as far as its operating system allows them; empty where they "
           "cannot be asked for.");

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semantica.kernels.launch import settings
+from semantica.kernels.launch import planned, settings
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ def order(x: Tensor) -> Sequence[int] | None:
 
 def arranged(x: Tensor) -> Tensor:
     """`x`, or where its memory is in no order that the kernels know, a copy, in the order of its strides if it can."""
-    if order(x) is None:
-        x = torch.empty_like(x).copy_(x)
+    if order(x) is not None:
+        return x
+    x = torch.empty_like(x).copy_(x)
     return x if order(x) is not None else x.contiguous()
 
 
@@ -70,8 +71,9 @@ def arranged_like(y: Tensor, x: Tensor) -> Tensor:
 
 def restored(y: Tensor, x: Tensor) -> Tensor:
     """`y` with the strides of `torch.empty_like(x)`, which it lacks only where `x` had to be made contiguous."""
-    like = torch.empty_like(x, device="meta").stride()
-    return y if y.stride() == like else torch.empty_like(x).copy_(y)
+    if order(x) is not None or y.stride() == torch.empty_like(x, device="meta").stride():
+        return y
+    return torch.empty_like(x).copy_(y)
 
 
 @dataclass(frozen=True)
@@ -94,20 +96,22 @@ class Tiling:
     chunk: int
     splits: int
 
-    @property
+    # cuts are cached and so are these: planning a launch costs the host as little as it can
+    @functools.cached_property
     def parts(self) -> int:
         """Blocks per unit."""
         return triton.cdiv(self.unit, self.width)
 
-    @property
+    @functools.cached_property
     def blocks(self) -> int:
         """Blocks per sample."""
         return triton.cdiv(self.problem.channels, self.unit) * self.parts
 
-    @property
+    @functools.cached_property
     def programs(self) -> int:
         return self.problem.batch * self.blocks * self.splits
 
+    @functools.cached_property
     def constants(self) -> dict:
         """What kernels are specialised for. The number of pixels is not among them, nor the batch."""
         problem, kinds = self.problem, self.unit // self.problem.group
@@ -127,6 +131,7 @@ class Tiling:
         """Tiles in flight in the loop over a chunk; 0 where a chunk is one tile."""
         return row["stages"] if self.chunk > self.span else 0
 
+    @functools.cached_property
     def arguments(self) -> dict:
         return {"steps": self.problem.pixels // self.problem.step, "chunk": self.chunk, "splits": self.splits}
 
@@ -160,7 +165,7 @@ def channel_block(problem: Problem, most: int, span: int) -> tuple[int, int, flo
     return *best, cost(best)
 
 
-@functools.cache
+@planned
 def split(problem: Problem, kernel: str, device: torch.device) -> tuple[Tiling, dict]:
     """The cut for a kernel that walks through chunks, and its launch settings.
 
@@ -180,7 +185,7 @@ def split(problem: Problem, kernel: str, device: torch.device) -> tuple[Tiling, 
     return Tiling(problem, unit, width, lanes, span, chunk, triton.cdiv(problem.pixels, chunk)), row
 
 
-@functools.cache
+@planned
 def resident(problem: Problem, kernel: str, device: torch.device) -> tuple[Tiling, dict] | None:
     """The cut whose tiles hold whole groups, and its launch settings; None where no tile can.
 

@@ -200,9 +200,9 @@ def plan_forward(
     silu = {"SILU": activation == "silu"}
     if whole := resident(problem, "resident", x.device):
         tiling, row = whole
-        constants = {**tiling.constants(), **silu}
+        constants = {**tiling.constants, **silu}
         launch = Launch(
-            resident_kernel, (tiling.programs,), {**arguments, **tiling.arguments()}, constants, row["warps"]
+            resident_kernel, (tiling.programs,), {**arguments, **tiling.arguments}, constants, row["warps"]
         )
         return [launch], (y, mean, rstd)
 
@@ -213,8 +213,8 @@ def plan_forward(
         Launch(
             partial_kernel,
             (tiling.programs,),
-            {"x": x, "partials": partials, "rows": rows, **tiling.arguments()},
-            {**tiling.constants(), "STAGES": tiling.stages(row)},
+            {"x": x, "partials": partials, "rows": rows, **tiling.arguments},
+            {**tiling.constants, "STAGES": tiling.stages(row)},
             row["warps"],
         )
     ]
@@ -228,9 +228,9 @@ def plan_forward(
         Launch(
             apply_kernel,
             (tiling.programs,),
-            {**arguments, "partials": partials, "rows": rows, "pieces": pieces, **tiling.arguments()},
+            {**arguments, "partials": partials, "rows": rows, "pieces": pieces, **tiling.arguments},
             {
-                **tiling.constants(),
+                **tiling.constants,
                 **silu,
                 "STAGES": tiling.stages(row),
                 "PIECES": 0 if many else triton.next_power_of_2(pieces),

@@ -232,17 +232,17 @@ def plan_backward(
 
     if whole := resident(problem, "resident_backward", x.device):
         tiling, row = whole
-        kernel, constants, outs = resident_backward_kernel, tiling.constants(), {"dx": dx}
+        kernel, constants, outs = resident_backward_kernel, tiling.constants, {"dx": dx}
     else:
         tiling, row = split(problem, "partial_backward", x.device)
-        kernel, constants, outs = partial_backward_kernel, {**tiling.constants(), "STAGES": tiling.stages(row)}, {}
+        kernel, constants, outs = partial_backward_kernel, {**tiling.constants, "STAGES": tiling.stages(row)}, {}
     rows = problem.batch * tiling.splits
     sums = x.new_empty((2, rows, problem.channels), dtype=torch.float32)
     launches = [
         Launch(
             kernel,
             (tiling.programs,),
-            {**arguments, **outs, "sums": sums, "rows": rows, **tiling.arguments()},
+            {**arguments, **outs, "sums": sums, "rows": rows, **tiling.arguments},
             {**constants, **silu},
             row["warps"],
         )
@@ -289,9 +289,9 @@ def plan_backward(
                     "totals": totals,
                     "rows": problem.batch * groups,
                     "parts": parts,
-                    **tiling.arguments(),
+                    **tiling.arguments,
                 },
-                {**tiling.constants(), "STAGES": tiling.stages(row), **silu},
+                {**tiling.constants, "STAGES": tiling.stages(row), **silu},
                 row["warps"],
             )
         )

@@ -3,7 +3,8 @@
 import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -41,7 +42,13 @@ class Launch:
     def run(self) -> None:
         """Start it. Visible to `make_fx`, so that a compiler can see the kernel."""
         kernel = torch.library.wrap_triton(self.kernel)
-        kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
+        kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's own."""
+        # stated, since the default of fusing products with sums changes between versions
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 def run(launches: Iterable[Launch]) -> None:
@@ -57,6 +64,36 @@ def table(operator: str) -> dict[str, dict[str, list[dict]]]:
     Tuned offline and shipped: nothing is tuned at run time.
     """
     return json.loads((Path(__file__).parent / f"{operator}.json").read_text())
+
+
+# caches of what was planned with the tables
+_planned: list = []
+
+
+def planned(function: Callable) -> Callable:
+    """`functools.cache` for a function that reads launch settings."""
+    cached = functools.cache(function)
+    _planned.append(cached)
+    return cached
+
+
+@contextmanager
+def trial(operator: str, content: dict) -> Iterator[None]:
+    """Plan with another table than the shipped one, as a tuner does. For one thread: the table is the process's."""
+    used = table(operator)
+    shipped = dict(used)
+
+    def use(ladders: dict) -> None:
+        used.clear()
+        used.update(ladders)
+        for cached in _planned:
+            cached.cache_clear()
+
+    use(content)
+    try:
+        yield
+    finally:
+        use(shipped)
 
 
 def settings(operator: str, kernel: str, width: int, device: torch.device) -> dict:

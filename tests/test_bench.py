@@ -127,6 +127,14 @@ def test_a_row_is_stale_once_its_code_or_its_launch_settings_changed(tmp_path, m
     (folder / "group_norm_triton.py").write_text("new")
     assert store.stale(old)
     assert not store.stale({**old, "kernel_hash": None})
+    on_cpu = {"op": "group_norm", "arch": "x86_64", "kernel_hash": store.kernel_hash("group_norm", "x86_64")}
+    (folder / "group_norm_triton.py").write_text("newer")
+    assert not store.stale(on_cpu)
+    (folder / "group_norm_cpu.py").write_text("new")
+    assert store.stale(on_cpu)
+    on_cpu["kernel_hash"] = store.kernel_hash("group_norm", "x86_64")
+    monkeypatch.setattr(store, "built_from", lambda: "other sources")
+    assert store.stale(on_cpu)
 
 
 def test_absent_packages_are_named_and_own_functions_are_found():

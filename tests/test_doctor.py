@@ -1,5 +1,6 @@
 """The report of what is installed: every fact against another source, every warning against a planted fault."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -60,6 +61,10 @@ def test_compiled_part_agrees_with_the_system():
     module, reason = native.load()
     assert module is not None, reason
     assert module.build_info()["cxx_standard"] == 17
+    # what is loaded was built from the sources that lie here
+    sources = sorted(p for p in (Path(__file__).parents[1] / "csrc").iterdir() if p.suffix in (".cpp", ".h"))
+    digest = hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in sources)).hexdigest()
+    assert module.build_info()["sources"] == "h" + digest[:16]
     flags = Path("/proc/cpuinfo")
     if flags.exists() and platform.machine() == "x86_64":
         system = set(next(line for line in flags.read_text().splitlines() if line.startswith("flags")).split())
