@@ -65,7 +65,7 @@ class TuneConfig:
     op: Literal["group_norm", "cross_attention"]
     kernel: str = ""
     """Only the ladder of this name, such as "apply"."""
-    seconds: float = 500.0
+    seconds: float = 360.0
     """Stop looking after this time; what was found by then is kept."""
     margin: float = 0.02
     """A row is replaced by one that is faster by this share at least, in the geometric mean."""

@@ -9,13 +9,17 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-SLICES=(doctor tests sanitize compiled norm-1 norm-2 norm-3 norm-4 attention-1 attention-2 train-small train-base)
+SLICES=(doctor tests sanitize compiled tune-norm tune-attention norm-1 norm-2 norm-3 norm-4 attention-1 attention-2 train-small train-base)
 
 usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
 
 if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then usage; exit 0; fi
 if [[ $1 == list ]]; then printf '%s\n' "${SLICES[@]}"; exit 0; fi
-if [[ $1 == all ]]; then set -- "${SLICES[@]}"; fi
+# tuning changes what is measured after it, so it is asked for by name
+if [[ $1 == all ]]; then
+  set --
+  for slice in "${SLICES[@]}"; do if [[ $slice != tune-* ]]; then set -- "$@" "$slice"; fi; done
+fi
 for slice in "$@"; do
   if [[ " ${SLICES[*]} " != *" $slice "* ]]; then
     echo "gpu.sh: unknown slice '$slice': choose some of ${SLICES[*]}" >&2; exit 2
@@ -94,6 +98,10 @@ run() {
       arch=$("$PYTHON" -P -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())')
       semantica bench kernels --compile-only --arch "$arch" --workers "$(nproc)" \
         --json "$OUT/compiled.json" --html "$OUT/compiled.html" | tee "$OUT/compiled.txt" ;;
+    # launch tables for this device, beside the results: copy them over kernels/*.json to ship them
+    tune-norm) semantica bench tune --op group_norm --out "$OUT/tuned/group_norm.json" | tee "$OUT/tune-norm.txt" ;;
+    tune-attention)
+      semantica bench tune --op cross_attention --out "$OUT/tuned/cross_attention.json" | tee "$OUT/tune-attention.txt" ;;
     norm-*) kernels group_norm "${1#norm-}/4" ;;
     attention-*) kernels cross_attention "${1#attention-}/2" ;;
     train-small) training small 64 ;;

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 
 from semantica import __version__
@@ -34,12 +35,18 @@ def main(arguments: list[str] | None = None) -> int:
     if verb not in VERBS:
         return fail(f"unknown verb {verb!r}: choose one of {', '.join(VERBS)}")
     try:
-        return VERBS[verb](rest) or 0
+        code = VERBS[verb](rest) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         return fail(str(error))
     except FloatingPointError as error:
         print(f"semantica: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # who read the output has left, and whatever is still buffered must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("semantica: interrupted", file=sys.stderr)
         return 130
@@ -63,7 +70,8 @@ def parse(function, verb: str, arguments: list[str]):
         with contextlib.redirect_stderr(said):
             return tyro.cli(function, prog=f"semantica {verb}", args=arguments)
     except SystemExit as left:
-        if not left.code:
+        # 2 is the parser's; 0 is after help, others come from what was called
+        if left.code != 2:
             raise
         words = "".join(" " if c in BOX else c for c in said.getvalue()).split()
         raise UserError(" ".join(words)) from left

@@ -1,14 +1,18 @@
 """The command line as a user meets it: help, unknown options, one-line errors with exit code 2."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from semantica.cli import main
+
+RESULTS = sorted(map(str, (Path(__file__).parents[1] / "benchmarks" / "results").glob("*/group_norm*.json")))
 
 
 def run(*arguments, **options):
@@ -145,3 +149,13 @@ def test_doctor_answers(capsys):
     assert main(["doctor"]) in (0, 1)
     out = capsys.readouterr().out
     assert "group_norm" in out and "cross_attention" in out and "torch" in out
+
+
+@pytest.mark.parametrize("arguments, code", [(["doctor"], 1), (["bench", "table", *RESULTS], 141)])
+def test_a_reader_that_leaves_early_gets_no_traceback(arguments, code):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-P", "-m", "semantica.cli", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (code, "")
