@@ -97,6 +97,38 @@ def roofline(points: dict[str, tuple[list[float], list[float]]], copy_gbps: floa
     return figure
 
 
+def bars(
+    panels: dict[str, tuple[dict[str, tuple[float, float, float]], float]], label: str, floor_label: str
+) -> "Figure":
+    """Horizontal bars, a panel for each problem.
+
+    Args:
+        panels: `{problem: ({name: (median, low, high)}, floor)}`; the floor is drawn as a line.
+        label: of the values.
+    """
+    from matplotlib.figure import Figure
+
+    heights = [len(values) + 1.5 for values, _ in panels.values()]
+    figure = Figure(figsize=(8, 0.3 * sum(heights) + 0.8), layout="constrained")
+    every = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, (problem, (values, floor)) in zip(every, panels.items()):
+        names = list(values)
+        medians, lows, highs = zip(*values.values())
+        errors = [[m - low for m, low in zip(medians, lows)], [high - m for m, high in zip(medians, highs)]]
+        axes.barh(names, medians, xerr=errors, color="#6b9bc3", error_kw={"elinewidth": 1})
+        for name, median in values.items():
+            axes.annotate(f" {median[0]:.4g}", (median[2], name), va="center", fontsize=8)
+        axes.axvline(floor, color="black", linewidth=1, linestyle="--", label=floor_label)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_title(problem, fontsize=10, loc="left")
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[-1].set_xlabel(label, fontsize=9)
+    figure.legend(*every[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center")
+    return figure
+
+
 def svg(figure: "Figure") -> str:
     """A figure as text for `Part.svg`."""
     buffer = io.StringIO()

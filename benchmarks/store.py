@@ -45,6 +45,29 @@ def built_from() -> str:
     return _C.build_info()["sources"]
 
 
+# what a row of a whole run depends on, beside the kernels
+SOURCES = {
+    "sample": ("*.py", "kernels/*.py"),
+    "sample_ladder": ("*.py", "kernels/*.py", "benchmarks/stock.py"),
+    "train": ("*.py", "kernels/*.py", "train/*.py"),
+}
+
+
+@functools.cache
+def source_hash(op: str) -> str:
+    """Of the sources that a whole run is made of."""
+    import semantica
+    from semantica import kernels
+
+    # the sub-packages lie beside the package
+    package, house = Path(semantica.__file__).parent, Path(kernels.__file__).parents[1]
+    digest = hashlib.sha256()
+    for pattern in SOURCES[op]:
+        for path in sorted((house if "/" in pattern else package).glob(pattern)):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 @functools.cache
 def commit() -> str | None:
     """The commit of the checkout that this package is imported from, "+" where it was changed since."""
@@ -78,6 +101,29 @@ def environment(device: str) -> dict:
     }
 
 
+class Replay:
+    """A clock for pytest-benchmark that shows times measured before."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def play(self, benchmark, seconds: list[float]) -> None:
+        """Let a benchmark fixture measure the given samples."""
+        samples = iter(seconds)
+
+        def advance() -> None:
+            self.now += next(samples)
+
+        # from zero each time, so that no digits are lost in a large sum
+        def rewind() -> None:
+            self.now = 0.0
+
+        benchmark.pedantic(advance, setup=rewind, rounds=len(seconds), iterations=1)
+
+
 def read(path: Path) -> dict:
     """A results file.
 
@@ -92,7 +138,7 @@ def read(path: Path) -> dict:
         raise UserError(f"{path} is not JSON ({error})") from error
     benchmarks = content.get("benchmarks") if isinstance(content, dict) else None
     if not isinstance(benchmarks, list) or any(not set(IDENTITY) <= set(b.get("extra_info", {})) for b in benchmarks):
-        raise UserError(f"{path} holds no results of semantica bench kernels")
+        raise UserError(f"{path} holds no results of semantica bench")
     return content
 
 
@@ -106,7 +152,10 @@ def identity(row: dict) -> tuple:
 
 def stale(row: dict) -> bool:
     """Whether the code that a row timed has changed since."""
-    return row["kernel_hash"] is not None and row["kernel_hash"] != kernel_hash(row["op"], row["arch"])
+    if row["kernel_hash"] is None:
+        return False
+    now = source_hash(row["op"]) if row["op"] in SOURCES else kernel_hash(row["op"], row["arch"])
+    return row["kernel_hash"] != now
 
 
 def compare(before: list[dict], now: list[dict]) -> list[dict]:

@@ -20,7 +20,7 @@ from semantica import kernels
 from semantica.benchmarks import timing
 from semantica.benchmarks.implementations import Implementation, available
 from semantica.benchmarks.problems import OPS, Problem, problems
-from semantica.benchmarks.store import environment, kernel_hash
+from semantica.benchmarks.store import Replay, environment, kernel_hash
 from semantica.benchmarks.verify import CONTENTS, Accuracy, Answers, Wrong, differentiable, each, tensors, verify
 from semantica.kernels.backends import PLAIN
 
@@ -65,29 +65,6 @@ class Plan:
         if report.when == "call":
             name = report.nodeid.partition("[")[2].removesuffix("]")
             print(f"{'timed' if report.passed else 'WRONG'}  {name}", file=sys.__stderr__, flush=True)
-
-
-class Replay:
-    """A clock for pytest-benchmark that shows times measured before."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def play(self, benchmark, seconds: list[float]) -> None:
-        """Let a benchmark fixture measure the given samples."""
-        samples = iter(seconds)
-
-        def advance() -> None:
-            self.now += next(samples)
-
-        # from zero each time, so that no digits are lost in a large sum
-        def rewind() -> None:
-            self.now = 0.0
-
-        benchmark.pedantic(advance, setup=rewind, rounds=len(seconds), iterations=1)
 
 
 class Traffic(TorchDispatchMode):

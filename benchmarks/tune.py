@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from semantica.benchmarks.bench import TuneConfig, show
+from semantica.benchmarks.bench_tune import TuneConfig
+from semantica.benchmarks.suites import show
 from semantica.errors import UserError
 from semantica.kernels import launch
 from semantica.kernels.launch import Launch

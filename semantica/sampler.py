@@ -71,20 +71,38 @@ def sample(
     Raises:
         UserError: an impossible interval or thresholding; a solver that adds noise without a source of it.
     """
-    if plan.noise_scale.any() and noise is None:
-        raise UserError("this solver adds noise in its steps: give a source of it, or take ddim or dpmpp_2m")
     batch = z.shape[0]
     guided = guided_steps(len(plan), guidance, interval)
     both = condition.join(null) if any(guided) else None
     levels = level_arrays(plan, z, 2 * batch)
+
+    def predict(i: int, z: Array) -> Array:
+        if not guided[i]:
+            return denoiser(z, levels[i, :batch], condition)
+        v = denoiser(concatenate((z, z)), levels[i], both)
+        return guide(v[:batch], v[batch:], guidance)
+
+    return integrate(predict, z, plan, thresholding, clip_range, ratio, noise)
+
+
+def integrate(
+    predict: Callable[[int, Array], Array],
+    z: Array,
+    plan: Plan,
+    thresholding: str = "clip",
+    clip_range: float = 1.0,
+    ratio: float = 0.995,
+    noise: Callable[[int], Array] | None = None,
+) -> Array:
+    """The steps of a plan, given what predicts v, guidance included, from the number of a step and z.
+
+    Other arguments, result and errors as `sample`.
+    """
+    if plan.noise_scale.any() and noise is None:
+        raise UserError("this solver adds noise in its steps: give a source of it, or take ddim or dpmpp_2m")
     x_previous = None
     for i in range(len(plan)):
-        if guided[i]:
-            v = denoiser(concatenate((z, z)), levels[i], both)
-            v = guide(v[:batch], v[batch:], guidance)
-        else:
-            v = denoiser(z, levels[i, :batch], condition)
-        x = threshold(predict_x(plan, i, z, v), thresholding, clip_range, ratio)
+        x = threshold(predict_x(plan, i, z, predict(i, z)), thresholding, clip_range, ratio)
         z = step(plan, i, z, x, x_previous, noise(i) if plan.noise_scale[i] else None)
         x_previous = x
     return z

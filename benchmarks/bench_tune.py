@@ -1,0 +1,27 @@
+"""`semantica bench tune`: what it can be told; the work is in `semantica.benchmarks.tune`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Tune the launch table of an operator on this machine's GPU."""
+
+    op: Literal["group_norm", "cross_attention"]
+    kernel: str = ""
+    """Only the ladder of this name, such as "apply"."""
+    seconds: float = 360.0
+    """Stop looking after this time; what was found by then is kept."""
+    margin: float = 0.02
+    """A row is replaced by one that is faster by this share at least, in the geometric mean."""
+    out: Path | None = None
+    """Where the table is written: by default over the package's own."""
+
+
+def tune(config: TuneConfig) -> int:
+    """Tune a launch table; returns the exit code. Raises `UserError` as `semantica.benchmarks.tune.tune`."""
+    from semantica.benchmarks.tune import tune
+
+    return tune(config)
