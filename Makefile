@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/pytest -q -m "not slow"
 
-test-slow: $(VENV)/installed-test
+test-slow: $(VENV)/installed-slow
 	$(BIN)/pytest -q -m slow
 
 lint: $(VENV)/installed-test
@@ -36,9 +36,13 @@ $(VENV)/created:
 # torch by itself and exactly first, so that a CPU build of this version is kept by everything that follows
 $(VENV)/installed: $(SOURCES) $(VENV)/created
 	$(PIP) torch==2.13.0 'setuptools>=77' pybind11
-	$(PIP) --no-build-isolation -e '.[train,bench]'
+	$(PIP) --no-build-isolation -e '.[train,bench,pairs]'
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) 'semantica-diffusion[test]'
+	touch $@
+
+$(VENV)/installed-slow: $(VENV)/installed-test
+	$(PIP) 'semantica-diffusion[ray]'
 	touch $@
