@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/pytest -q -m "not slow"
 
-test-slow: $(VENV)/installed-test
+test-slow: $(VENV)/installed-slow
 	$(BIN)/pytest -q -m slow
 
 lint: $(VENV)/installed-test
@@ -40,5 +40,9 @@ $(VENV)/installed: $(SOURCES) $(VENV)/created
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) 'semantica-diffusion[test]'
+	$(PIP) 'semantica-diffusion[pairs,test]'
+	touch $@
+
+$(VENV)/installed-slow: $(VENV)/installed-test
+	$(PIP) 'semantica-diffusion[ray]'
 	touch $@

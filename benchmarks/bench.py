@@ -80,7 +80,7 @@ def table(config: TableConfig) -> int:
         UserError: no file, or one that is not ours.
     """
     from semantica.benchmarks import store
-    from semantica.benchmarks.report import markdown
+    from semantica.report import markdown
 
     if not config.files:
         raise UserError("give at least one results file")

@@ -129,7 +129,7 @@ def cells(row: dict, rows: list[dict]) -> tuple[str, ...]:
 
 def figure(rows: list[dict]):
     """Roofline of all rows; the ceilings are medians over the races."""
-    from semantica.benchmarks.report import roofline
+    from semantica.report import roofline
 
     points: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
@@ -141,7 +141,7 @@ def figure(rows: list[dict]):
 
 
 def kernels_page(path: Path, rows: list[dict], plan) -> None:
-    from semantica.benchmarks.report import Part, svg, write_page
+    from semantica.report import Part, svg, write_page
 
     about = (
         "Implementations ran in random order within rounds, after the same warm-up, on inputs filled anew for every "
@@ -246,7 +246,7 @@ def compile_only(config: KernelsConfig) -> int:
     # hundreds of rows are for the page; the terminal gets the worst of each kernel
     show(*((COMPILED_COLUMNS, body) if len(rows) <= SHOWN else worst_by_kernel(rows)))
     if config.html is not None:
-        from semantica.benchmarks.report import Part, write_page
+        from semantica.report import Part, write_page
 
         about = (
             "Compiled without a GPU. Spilled bytes, accesses and tensor-core instructions are counted in the machine "

@@ -149,7 +149,7 @@ def cells(row: dict, rows: list[dict]) -> tuple[str, ...]:
 
 def figure(rows: list[dict]):
     """Bars of median time by implementation, one panel for each problem, the bf16 matrix rate's floor as a line."""
-    from semantica.benchmarks.report import bars
+    from semantica.report import bars
 
     panels = {}
     for problem in dict.fromkeys(row["shape"] for row in rows):
@@ -171,8 +171,8 @@ ABOUT = (
 
 
 def page(path: Path, rows: list[dict], plan) -> None:
-    from semantica.benchmarks.report import Part, svg, write_page
     from semantica.benchmarks.sample_race import BOUND, GUIDANCE
+    from semantica.report import Part, svg, write_page
 
     parts = [Part(text=ABOUT.format(guidance=GUIDANCE, bound=BOUND), note=True)]
     if rows:

@@ -99,7 +99,7 @@ def draw_grid(config: DemoConfig, run: Path) -> None:
     """grid.png: the first picture of each held-out group, then its variations; two groups a row."""
     from semantica.images import fit, grid, load_image, save_png
     from semantica.sample import load_pipeline, variations
-    from semantica.train.data import scan
+    from semantica.train.folders import scan
 
     data = scan(config.out / "web" / "val", "folders")
     pipeline = load_pipeline(run, "cpu", "dpmpp_2m")
@@ -121,7 +121,7 @@ def report(config: DemoConfig, metrics: dict, seconds: dict[str, float]) -> None
     import torch
 
     from semantica import __version__
-    from semantica.benchmarks.report import Part, picture, plot, write_page
+    from semantica.report import Part, picture, plot, write_page
 
     rows = [json.loads(line) for line in (config.out / "run" / "metrics.jsonl").read_text().splitlines()]
     training = [r for r in rows if "loss" in r]

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from semantica.benchmarks import features
+from semantica import features
 from semantica.errors import UserError
 
 # (condition's place in the gallery or -1, group) of each evaluated picture
@@ -116,7 +116,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     """
     from semantica.device import pick_device
     from semantica.runfolder import read_json
-    from semantica.train.data import scan
+    from semantica.train.folders import scan
 
     config.check()
     device = pick_device(config.device)

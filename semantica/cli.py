@@ -15,7 +15,8 @@ usage: semantica VERB [options]        semantica VERB --help for a verb's option
 
   doctor     what is installed, and which implementation each operator uses
   demo       draw a data set, train on it, make variations, write a report
-  train      train a model on a folder of pictures, or continue a run
+  pairs      find the pictures that share a web page: crawls in, training data out
+  train      train a model on pairs of pictures, or continue a run
   sample     make variations of pictures
   evaluate   figures for a run, or for a folder of pictures made elsewhere
   bench      time the operators, compare two runs, inspect the compiled kernels
@@ -90,6 +91,18 @@ def demo(arguments: list[str]) -> None:
     run(parse(DemoConfig, "demo", arguments))
 
 
+def pairs(arguments: list[str]) -> None:
+    from semantica.train.pages.config import PairsConfig
+
+    config = parse(PairsConfig, "pairs", arguments).check()
+    try:
+        from semantica.train.pages.command import run
+    except ImportError as error:
+        raise UserError(f"'semantica pairs' needs {error.name}: install semantica-diffusion[pairs]") from error
+
+    run(config)
+
+
 def train(arguments: list[str]) -> None:
     from semantica.train.config import TrainConfig
 
@@ -129,7 +142,15 @@ def bench(arguments: list[str]) -> int:
     return run(parse(config, f"bench {name}", rest))
 
 
-VERBS = {"doctor": doctor, "demo": demo, "train": train, "sample": sample, "evaluate": evaluate, "bench": bench}
+VERBS = {
+    "doctor": doctor,
+    "demo": demo,
+    "pairs": pairs,
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "bench": bench,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

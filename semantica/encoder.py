@@ -194,6 +194,20 @@ class PretrainedEncoder(ModelMixin, ConfigMixin):
         return Stream(tokens[:, first:] if self.config.tokens == "patches" else tokens, pooled)
 
 
+def encode_images(encoder: nn.Module, images: Tensor) -> Stream:
+    """Images `[B, 3, S, S]`, or K of them for each sample `[B, K, 3, S, S]`, to one stream.
+
+    K pictures are one stream of K times as many tokens, with the mean of their pooled vectors. A picture that is there
+    twice weighs twice, and one that is there K times alone is the same as once.
+    """
+    if images.ndim == 4:
+        return encoder(images)
+    batch, count = images.shape[:2]
+    stream = encoder(images.flatten(0, 1))
+    tokens = stream.tokens.unflatten(0, (batch, count)).flatten(1, 2)
+    return Stream(tokens, stream.pooled.unflatten(0, (batch, count)).mean(1))
+
+
 def pretrained_classes(kind: str | None, source: str):
     """The transformers classes of a supported model type.
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from semantica.condition import Stream
-from semantica.encoder import PretrainedEncoder, ViTEncoder
+from semantica.encoder import PretrainedEncoder, ViTEncoder, encode_images
 from semantica.errors import UserError
 from semantica.images import fit, to_tensor, to_uint8
 from semantica.runfolder import PATTERNS, check_run
@@ -81,10 +81,10 @@ class SemanticaPipeline(DiffusionPipeline):
 
         Args:
             image: a picture, a list of pictures (one sample each; a nested list is several pictures for one sample),
-                or a tensor `[B, 3, S, S]` in [-1, 1].
+                or a tensor `[B, 3, S, S]` in [-1, 1] (`[B, K, 3, S, S]` for K pictures in each sample).
         """
         if isinstance(image, Tensor):
-            return self.encoder(image.to(self._execution_device, self.encoder.dtype))
+            return encode_images(self.encoder, image.to(self._execution_device, self.encoder.dtype))
         samples = [image] if isinstance(image, Image.Image) else list(image)
         samples = [[s] if isinstance(s, Image.Image) else list(s) for s in samples]
         if not samples or not all(samples):

@@ -96,15 +96,16 @@ def cost(model: UViT, tokens: int = 256, batch: int = 1, dtype: torch.dtype = to
     }
 
 
-def step_flops(unet: UViT, encoder: nn.Module, encodings: int = 1) -> int:
-    """Operations of one sample in a training step with so many encodings (forward only where frozen)."""
+def step_flops(unet: UViT, encoder: nn.Module, encodings: int = 1, conditions: int = 1) -> int:
+    """Operations of one sample in a training step with so many encodings (forward only where frozen), of which
+    `conditions` are attended to."""
     twin = on_meta(encoder)
     images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
     with FlopCounterMode(display=False) as counter:
         stream = twin(images)
         if encoder.trainable:
             stream.tokens.sum().backward()
-    return encodings * counter.get_total_flops() + cost(unet, stream.tokens.shape[1])["flops_step"]
+    return encodings * counter.get_total_flops() + cost(unet, conditions * stream.tokens.shape[1])["flops_step"]
 
 
 # dense bf16 rates of the data sheets, operations per second

@@ -13,7 +13,8 @@ from PIL import Image
 
 from semantica.errors import UserError
 from semantica.images import load_image, to_tensor
-from semantica.train.data import PATIENCE, Pairs, bad_record, batches, collate, digest, draw_pair, scan, split
+from semantica.train.data import PATIENCE, Pairs, bad_record, batches, collate
+from semantica.train.folders import scan
 
 SIDE = 8
 
@@ -141,15 +142,15 @@ def test_links_may_not_lead_outside(folder, tmp_path):
 
 
 def test_digest_tells_folders_apart(folder, tmp_path):
-    before = digest(scan(folder, "folders"))
+    before = scan(folder, "folders").digest()
     assert len(before) == 16
     shutil.copytree(folder, tmp_path / "copy")
-    assert digest(scan(tmp_path / "copy", "folders")) == before
+    assert scan(tmp_path / "copy", "folders").digest() == before
     (folder / "g0" / "p0.png").rename(folder / "g0" / "p7.png")
-    renamed = digest(scan(folder, "folders"))
+    renamed = scan(folder, "folders").digest()
     with open(folder / "g1" / "p0.png", "ab") as file:
         file.write(b"x")
-    assert len({before, renamed, digest(scan(folder, "folders"))}) == 3
+    assert len({before, renamed, scan(folder, "folders").digest()}) == 3
 
 
 def test_split_is_disjoint_and_deterministic(folder):
@@ -157,33 +158,33 @@ def test_split_is_disjoint_and_deterministic(folder):
         for number in range(2):
             write(folder / f"g{label}" / f"p{number}.png", label, number)
     data = scan(folder, "folders")
-    train, held = split(data, 0.25, seed=1)
+    train, held = data.split(0.25, seed=1)
     assert len(held.groups) == 5 and len(train.groups) == 15
     assert {**train.groups, **held.groups} == data.groups and not set(train.groups) & set(held.groups)
     assert set(train.sizes) == {path for paths in train.groups.values() for path in paths}
-    assert split(data, 0.25, seed=1) == (train, held) != split(data, 0.25, seed=2)
-    assert [len(part.groups) for part in split(data, 1e-9, seed=1)] == [19, 1]
-    assert split(data, 0, seed=1)[0].groups == data.groups and len(split(data, 0, seed=1)[1]) == 0
+    assert data.split(0.25, seed=1) == (train, held) != data.split(0.25, seed=2)
+    assert [len(part.groups) for part in data.split(1e-9, seed=1)] == [19, 1]
+    assert data.split(0, seed=1)[0].groups == data.groups and len(data.split(0, seed=1)[1]) == 0
 
     pictures = scan(folder, "reconstruct")
-    train, held = split(pictures, 0.5, seed=1)
+    train, held = pictures.split(0.5, seed=1)
     assert len(held) == len(pictures) // 2 == len(train)
     assert {**train.sizes, **held.sizes} == pictures.sizes
     assert any(label in held.groups for label in train.groups)
 
     for fraction, reason in ((-0.1, "out of range"), (1.0, "out of range"), (0.99, "cannot hold out 20 of 20")):
         with pytest.raises(UserError, match=reason):
-            split(data, fraction, seed=1)
+            data.split(fraction, seed=1)
 
 
 def test_every_epoch_visits_each_target_once(folder):
     for mode in ("folders", "reconstruct"):
         data = scan(folder, mode)
-        epochs = [[draw_pair(data, 5, e * len(data) + i).target for i in range(len(data))] for e in range(4)]
+        epochs = [[data.draw(5, e * len(data) + i).target.ref for i in range(len(data))] for e in range(4)]
         for epoch in epochs:
             assert sorted(epoch) == sorted(data.sizes)
         assert len(set(map(tuple, epochs))) == 4
-        assert epochs[0] != [draw_pair(data, 6, i).target for i in range(len(data))]
+        assert epochs[0] != [data.draw(6, i).target.ref for i in range(len(data))]
 
 
 def test_conditions_are_uniform_over_the_others_of_the_group(folder):
@@ -191,10 +192,11 @@ def test_conditions_are_uniform_over_the_others_of_the_group(folder):
     epochs = 400
     counts: dict[tuple[str, str], int] = {}
     for index in range(epochs * len(data)):
-        pair = draw_pair(data, 0, index)
-        assert pair.condition != pair.target
-        assert pair.condition in data.groups[pair.group] and pair.target in data.groups[pair.group]
-        counts[pair.condition, pair.target] = counts.get((pair.condition, pair.target), 0) + 1
+        pair = data.draw(0, index)
+        condition, target = pair.conditions[0].ref, pair.target.ref
+        assert condition != target
+        assert condition in data.groups[pair.group] and target in data.groups[pair.group]
+        counts[condition, target] = counts.get((condition, target), 0) + 1
     assert len(counts) == sum(size * (size - 1) for size in SIZES)
     for (condition, _), count in counts.items():
         chance = 1 / (len(data.groups[condition.split("/")[0]]) - 1)
@@ -204,9 +206,9 @@ def test_conditions_are_uniform_over_the_others_of_the_group(folder):
 def test_draws_are_pure_and_crops_uniform(folder):
     data = scan(folder, "folders")
     indices = [0, 17, 2**33 + 5, 3]
-    draws = [draw_pair(data, 9, index) for index in indices]
-    assert [draw_pair(scan(folder, "folders"), 9, index) for index in indices[::-1]][::-1] == draws
-    crops = np.array([(p.crop_condition, p.crop_target) for p in (draw_pair(data, 9, i) for i in range(3000))])
+    draws = [data.draw(9, index) for index in indices]
+    assert [scan(folder, "folders").draw(9, index) for index in indices[::-1]][::-1] == draws
+    crops = np.array([(p.conditions[0].crop, p.target.crop) for p in (data.draw(9, i) for i in range(3000))])
     # a uniform number has mean 1/2, variance 1/12; the six are uncorrelated
     flat = crops.reshape(3000, 6)
     assert flat.min() >= 0 and flat.max() < 1
@@ -218,13 +220,13 @@ def test_items_show_the_pair_that_was_drawn(folder):
     data = scan(folder, "folders")
     dataset = pairs(data, condition_size=16)
     for index in range(2 * len(data)):
-        item, pair = dataset[index], draw_pair(data, 3, index)
+        item, pair = dataset[index], data.draw(3, index)
         assert item["target"].shape == (SIDE, SIDE, 3) and item["condition"].shape == (16, 16, 3)
         assert item["target"].dtype == item["condition"].dtype == np.uint8
-        for name in ("condition", "target"):
+        for name, view in (("condition", pair.conditions[0]), ("target", pair.target)):
             label, number = who(item[name])
-            assert f"g{label}/p{number}.png" == getattr(pair, name)
-            assert mirrored(item[name]) == getattr(pair, f"flip_{name}")
+            assert f"g{label}/p{number}.png" == view.ref
+            assert mirrored(item[name]) == view.flip
         assert item["index"] == index and item["bad"] == []
 
 
@@ -260,7 +262,7 @@ def test_crops_are_cut_where_they_were_drawn(tmp_path):
         Image.fromarray(ramp).save(tmp_path / "g" / name)
     data = scan(tmp_path, "folders")
     for index in range(40):
-        x, y, zoom = draw_pair(data, 3, index).crop_target
+        x, y, zoom = data.draw(3, index).target.crop
         side = 10 * (1 - zoom * 0.5)
         centre = x * (40 - side) + side / 2 - 0.5, y * (10 - side) + side / 2 - 0.5
         view = pairs(data, image_size=4, crop=0.5, flip=False)[index]["target"].astype(float).mean((0, 1))
@@ -346,21 +348,22 @@ def test_a_picture_found_broken_is_replaced_by_the_next_of_its_group(folder):
     assert len(data) == sum(SIZES) and not data.bad
     dataset, seen = pairs(data, flip=False), 0
     for index in range(2 * len(data)):
-        item, pair = dataset[index], draw_pair(data, 3, index)
+        item, pair = dataset[index], data.draw(3, index)
+        condition, target = pair.conditions[0].ref, pair.target.ref
         shown = {name: "g{}/p{}.png".format(*who(item[name])) for name in ("condition", "target")}
-        if "g2/p1.png" not in (pair.condition, pair.target):
-            assert item["bad"] == [] and shown == {"condition": pair.condition, "target": pair.target}
+        if "g2/p1.png" not in (condition, target):
+            assert item["bad"] == [] and shown == {"condition": condition, "target": target}
             continue
         seen += 1
         [(path, reason)] = item["bad"]
         assert path == "g2/p1.png" and "truncated" in reason
         assert bad_record(path, reason) == {"path": path, "reason": reason}
-        if pair.target == path:
+        if target == path:
             assert shown["target"] == "g2/p2.png"
-            assert shown["condition"] == (pair.condition if pair.condition != "g2/p2.png" else "g2/p3.png")
+            assert shown["condition"] == (condition if condition != "g2/p2.png" else "g2/p3.png")
         else:
-            other = "g2/p3.png" if pair.target == "g2/p2.png" else "g2/p2.png"
-            assert shown == {"target": pair.target, "condition": other}
+            other = "g2/p3.png" if target == "g2/p2.png" else "g2/p2.png"
+            assert shown == {"target": target, "condition": other}
     assert seen >= 2
     streams = [batches(dataset, first_index=0, batch=len(data), workers=workers) for workers in (0, 1)]
     one, two = map(next, streams)
@@ -373,12 +376,12 @@ def test_a_group_found_broken_gives_way_to_the_next_target(folder):
     for number in range(SIZES[1] - 1):
         cut(folder / "g1" / f"p{number}.png")
     data = scan(folder, "folders")
-    indices = [index for index in range(len(data)) if draw_pair(data, 3, index).group == "g1"]
+    indices = [index for index in range(len(data)) if data.draw(3, index).group == "g1"]
     assert len(indices) == SIZES[1]
     for index in indices:
         item = pairs(data)[index]
-        later = next(p for p in (draw_pair(data, 3, i) for i in itertools.count(index)) if p.group != "g1")
-        assert "g{}/p{}.png".format(*who(item["target"])) == later.target
+        later = next(p for p in (data.draw(3, i) for i in itertools.count(index)) if p.group != "g1")
+        assert "g{}/p{}.png".format(*who(item["target"])) == later.target.ref
         assert {path for path, _ in item["bad"]} == {"g1/p0.png", "g1/p1.png"}
         assert item["index"] == index and np.array_equal(item["noise"], pairs(scan(folder, "folders"))[index]["noise"])
 

@@ -10,8 +10,8 @@ from PIL import Image
 from semantica import UserError
 from semantica.benchmarks.demo import DemoConfig, demo, goals
 from semantica.benchmarks.evaluate import EvaluateConfig, Space, evaluate, spread
-from semantica.benchmarks.report import Part, plot, write_page
 from semantica.benchmarks.web import draw_web
+from semantica.report import Part, plot, write_page
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from semantica.benchmarks import features, web
+from semantica import features
+from semantica.benchmarks import web
 
 
 def rng(*key):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from semantica import SemanticaPipeline, UserError
 from semantica.train import checkpoint
 from semantica.train.config import TrainConfig, ema_decay, learning_rate
-from semantica.train.data import Pairs, collate, scan
+from semantica.train.data import Pairs, collate
+from semantica.train.folders import scan
 from semantica.train.heldout import held_out_batches, partners
 from semantica.train.loop import Measure, train
 from semantica.train.objective import Objective

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semantica.benchmarks import features, web
+from semantica import features
+from semantica.benchmarks import web
 from semantica.errors import UserError
 
 

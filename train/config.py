@@ -28,18 +28,25 @@ FREE = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a model on a folder of pictures. The same command continues a run that was interrupted."""
+    """Train a model on pairs of pictures. The same command continues a run that was interrupted."""
 
-    data: Path
-    """Folder of label folders with pictures: pictures that share a folder are pairs."""
+    data: str
+    """Folder of label folders with pictures (pictures that share a folder are pairs), or shards made by
+    `semantica pairs`: a folder, or an fsspec URL such as s3://bucket/shards."""
     out: Path
     """Run folder to write; `semantica sample --model` reads it."""
     steps: int = 10_000
     """Optimizer steps in all."""
     preset: Literal["tiny", "small", "base", "large"] = "tiny"
     """Model size."""
-    mode: Literal["folders", "reconstruct"] = "folders"
-    """What a pair is: two pictures of one folder, or a picture and itself."""
+    mode: Literal["auto", "folders", "pages", "reconstruct"] = "auto"
+    """What a pair is: two pictures of one folder, two of one web page, or a picture and itself."""
+    low: float | None = None
+    """Smallest similarity (cosine) of a pair, for shards; `semantica pairs --report` shows what to choose."""
+    high: float | None = None
+    """Largest similarity (cosine) of a pair, for shards."""
+    conditions: int = 1
+    """Pictures that each target is conditioned on."""
     image_size: int | None = None
     """Side of the images in pixels; the preset's own by default."""
     batch: int = 64
@@ -86,10 +93,10 @@ class TrainConfig:
     """torch.compile the repeated blocks in place."""
     attention: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """Self-attention backend of diffusers' dispatcher, or "auto" for the best that works."""
-    val: Path | None = None
-    """Folder for held-out figures; by default groups are held out of --data."""
+    val: str | None = None
+    """Folder or shards for held-out figures; by default groups or pages are held out of --data."""
     held_out: float = 0.05
-    """Share of groups held out where there is no --val; 0 = none."""
+    """Share of groups or pages held out where there is no --val; 0 = none."""
     seed: int = 0
     workers: int | None = None
     """Processes that load data; by default half of the processors, at most 8."""
@@ -103,7 +110,8 @@ class TrainConfig:
 
     def check(self) -> "TrainConfig":
         """Raises `UserError` for impossible numbers."""
-        for name in ("steps", "batch", "accumulate", "log_every", "save_every", "eval_every", "sample_every", "keep"):
+        every = ("log_every", "save_every", "eval_every", "sample_every")
+        for name in ("steps", "batch", "accumulate", "conditions", "keep", *every):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
         if self.batch % self.accumulate:

@@ -1,20 +1,14 @@
-"""Folders of pictures -> pairs -> batches, where every random choice is a pure function of (seed, global sample index).
+"""Pairs -> batches, where every random choice is a pure function of (seed, global sample index).
 
 Sample `index` of a run is the same whichever process or worker makes it, and whether or not the run was interrupted.
 """
 
-import hashlib
 import itertools
 import math
 import os
-import re
 import signal
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,201 +18,48 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from semantica.errors import UserError
-from semantica.images import BadImage, fit, load_image, probe_image, to_tensor
+from semantica.images import BadImage, fit, to_tensor
+from semantica.train.draws import DROP, LEVEL, NOISE, Pair, View, generator, strata
+from semantica.train.folders import PairData, scan
+from semantica.train.shards import ShardData, is_shards, open_shards
 
-MODES = ("folders", "reconstruct")
-SIDE_FILES = {".json", ".jsonl", ".txt", ".tsv", ".csv", ".md"}
-# one stream of random numbers per purpose, so that changing one leaves the others as they were
-ORDER, PAIR, LEVEL, NOISE, DROP, SPLIT = range(6)
 # pictures found broken for one sample before the data is given up
 PATIENCE = 64
 
 
-@dataclass(frozen=True)
-class PairData:
-    """What `scan` found.
+def open_data(
+    root: str | os.PathLike, mode: str = "auto", low: float | None = None, high: float | None = None
+) -> PairData | ShardData:
+    """Open a data folder, shards in a folder, or shards behind an fsspec URL.
 
-    root, mode: as given to `scan`.
-    groups: label -> paths relative to root, in natural order; "" holds the pictures directly in root.
-    sizes: bytes of each picture, by path.
-    bad: (path, reason) of each file that cannot be used.
-    alone: labels left out because they hold a single picture.
-    """
-
-    root: Path
-    mode: str
-    groups: dict[str, tuple[str, ...]]
-    sizes: dict[str, int]
-    bad: tuple[tuple[str, str], ...] = ()
-    alone: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        """The number of pictures, which is the number of samples of an epoch."""
-        return int(self.ends[-1]) if self.groups else 0
-
-    @cached_property
-    def labels(self) -> tuple[str, ...]:
-        return tuple(self.groups)
-
-    @cached_property
-    def ends(self) -> np.ndarray:
-        return np.cumsum([len(paths) for paths in self.groups.values()])
-
-    def locate(self, number: int) -> tuple[str, int]:
-        """The label of the `number`-th picture of all, and its place in that group."""
-        group = int(np.searchsorted(self.ends, number, side="right"))
-        label = self.labels[group]
-        return label, number - int(self.ends[group]) + len(self.groups[label])
-
-    def keep(self, groups: dict[str, tuple[str, ...]]) -> "PairData":
-        """The same folder with only these groups, whose paths are among its own."""
-        sizes = {path: self.sizes[path] for paths in groups.values() for path in paths}
-        return PairData(self.root, self.mode, groups, sizes)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One draw. Paths are relative to the data folder; a crop is (x, y, zoom), each uniform in [0, 1)."""
-
-    group: str
-    condition: str
-    target: str
-    flip_condition: bool
-    flip_target: bool
-    crop_condition: tuple[float, float, float]
-    crop_target: tuple[float, float, float]
-
-
-def generator(seed: int, *key: int) -> np.random.Generator:
-    """Philox (Salmon et al., SC 2011), a fresh independent stream for each (seed, *key) of non-negative integers."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
-
-
-def scan(root: str | os.PathLike, mode: str) -> PairData:
-    """List a data folder and check every picture's header.
-
-    A group is a folder directly inside root with the pictures directly inside it. In mode "reconstruct" pictures may
-    also lie in root itself, and a group may hold a single one. Hidden files and `SIDE_FILES` are passed over; all
-    else that is no usable picture is listed as bad.
+    Args:
+        root: see `is_shards` for how the two are told apart.
+        mode: "folders", "pages", "reconstruct"; "auto" is folders or pages, whichever root holds.
+        low, high: similarity that a pair must have, for shards.
 
     Raises:
-        UserError: root is missing, no folder or unreadable; no pictures; more than half of the files bad; in mode
-            "folders", no group of two.
+        UserError: as `scan` and `open_shards`; thresholds for folders.
     """
-    root = Path(root)
-    where = repr(str(root))
-    if mode not in MODES:
-        raise UserError(f"unknown data mode {mode!r}: choose one of {', '.join(MODES)}")
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise UserError(f"data folder {where} {what}: give the folder that holds the label folders")
-    try:
-        files, bad = _list_files(root, mode)
-    except OSError as error:
-        raise UserError(f"cannot list data folder {error.filename!r}: {error.strerror}; make it readable") from error
-    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
-        # oddities that Pillow only warns of are no news here
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        checks = list(pool.map(lambda file: _check(root, file[1]), files))
-
-    groups: dict[str, list[str]] = {}
-    sizes: dict[str, int] = {}
-    for (label, path), check in zip(files, checks, strict=True):
-        if isinstance(check, str):
-            bad.append((path, check))
-        else:
-            groups.setdefault(label, []).append(path)
-            sizes[path] = check
-    if not sizes and not bad:
-        raise UserError(f"data folder {where} holds no pictures: give the folder that holds the label folders")
-    bad.sort(key=lambda entry: _natural(entry[0]))
-    if len(bad) > len(sizes):
-        first = f"the first is {bad[0][0]!r} ({bad[0][1]})"
-        total = len(bad) + len(sizes)
-        raise UserError(f"{len(bad)} of {total} files in {where} are not usable, {first}: clean the data folder")
-    least = 2 if mode == "folders" else 1
-    alone = tuple(label for label, paths in groups.items() if len(paths) < least)
-    kept = {label: tuple(paths) for label, paths in groups.items() if len(paths) >= least}
-    if not kept:
-        what = f"no label folder in {where} holds two usable pictures"
-        raise UserError(f"{what}: put pictures that belong together into one folder, or use the mode 'reconstruct'")
-    return replace(PairData(root, mode, groups, sizes).keep(kept), bad=tuple(bad), alone=alone)
-
-
-def digest(data: PairData) -> str:
-    """16 hex digits over the listing (relative paths and sizes), so that a resumed run can refuse other data."""
-    listing = hashlib.sha256()
-    for path in sorted(data.sizes):
-        listing.update(os.fsencode(path) + b"\0%d\0" % data.sizes[path])
-    return listing.hexdigest()[:16]
-
-
-def split(data: PairData, fraction: float, seed: int) -> tuple[PairData, PairData]:
-    """Part the data into (training, held out): whole groups, or single pictures in mode "reconstruct".
-
-    `fraction` of them, at least one, is held out; 0 holds out none.
-
-    Raises:
-        UserError: fraction outside [0, 1), or too few groups (pictures) to leave any for training.
-    """
-    if not 0 <= fraction < 1:
-        raise UserError(f"held-out fraction {fraction} is out of range: give at least 0 and less than 1")
-    whole = data.mode == "folders"
-    units = list(data.groups) if whole else [path for paths in data.groups.values() for path in paths]
-    count = max(1, round(fraction * len(units))) if fraction else 0
-    if count >= len(units):
-        what = "label folders" if whole else "pictures"
-        raise UserError(f"cannot hold out {count} of {len(units)} {what}: add {what} or hold out a fraction of 0")
-    held = {units[i] for i in generator(seed, SPLIT).permutation(len(units))[:count]}
-
-    def part(out: bool) -> PairData:
-        if whole:
-            return data.keep({label: paths for label, paths in data.groups.items() if (label in held) is out})
-        parts = {label: tuple(p for p in paths if (p in held) is out) for label, paths in data.groups.items()}
-        return data.keep({label: paths for label, paths in parts.items() if paths})
-
-    return part(False), part(True)
-
-
-def draw_pair(data: PairData, seed: int, index: int) -> Pair:
-    """The pair of global sample `index`: a pure function of its arguments.
-
-    Every picture is the target once per epoch of `len(data)` samples, in an order of that epoch's own. The condition is
-    drawn uniformly from the others of its group; in mode "reconstruct" it is the target, flipped and cropped alike.
-    """
-    epoch, position = divmod(index, len(data))
-    label, place = data.locate(int(order(len(data), seed, epoch)[position]))
-    paths = data.groups[label]
-    draw = generator(seed, PAIR, index)
-    flips, crops = draw.integers(2, size=2).astype(bool).tolist(), draw.random((2, 3)).tolist()
-    if data.mode == "reconstruct":
-        return Pair(label, paths[place], paths[place], flips[0], flips[0], tuple(crops[0]), tuple(crops[0]))
-    other = (place + 1 + int(draw.integers(len(paths) - 1))) % len(paths)
-    return Pair(label, paths[other], paths[place], flips[0], flips[1], tuple(crops[0]), tuple(crops[1]))
-
-
-@lru_cache(maxsize=4)
-def order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the targets in one epoch: a permutation of `range(count)`."""
-    return generator(seed, ORDER, epoch).permutation(count)
-
-
-@lru_cache(maxsize=4)
-def strata(global_batch: int, seed: int, batch: int) -> np.ndarray:
-    """Which noise-level stratum each sample of one global batch takes: a permutation of `range(global_batch)`."""
-    return generator(seed, LEVEL, batch).permutation(global_batch)
+    root = os.fspath(root)
+    if is_shards(root) or mode == "pages":
+        return open_shards(root, "pages" if mode == "auto" else mode, low, high)
+    if low is not None or high is not None:
+        raise UserError(f"--low and --high are for shards, and {root!r} is a folder of pictures: leave them out")
+    return scan(root, "folders" if mode == "auto" else mode)
 
 
 class Pairs(Dataset):
     """Sample `index` (any non-negative integer) of a run, as a pure function of (data, options, seed, index).
 
-    An item is a dict: `condition` uint8 `[C, C, 3]`; `target` uint8 `[S, S, 3]`; `noise` float32 `[3, S, S]`, standard
-    normal; `u` float in (0, 1), the noise level's quantile, stratified so that each global batch has one in each
-    interval `[k / global_batch, (k + 1) / global_batch)`; `drop` bool, whether the condition is dropped; `index`;
-    `bad`, a list of (path, reason) of pictures that proved broken and were replaced by the next usable ones.
+    An item is a dict: `condition` uint8 `[C, C, 3]`, or `[K, C, C, 3]` for K > 1 conditions; `target` uint8
+    `[S, S, 3]`; `noise` float32 `[3, S, S]`, standard normal; `u` float in (0, 1), the noise level's quantile,
+    stratified so that each global batch has one in each interval `[k / global_batch, (k + 1) / global_batch)`; `drop`
+    bool, whether the condition is dropped; `index`; `bad`, a list of (path, reason) of pictures that proved broken and
+    were replaced by the next usable ones.
 
     Args:
         image_size, condition_size: S and C in pixels; C defaults to S.
+        conditions: K, pictures that each target is conditioned on.
         global_batch: samples per optimizer step, over all processes and micro-batches.
         drop: probability of dropping the condition.
         flip: mirror each picture with probability 1/2.
@@ -231,11 +72,12 @@ class Pairs(Dataset):
 
     def __init__(
         self,
-        data: PairData,
+        data: PairData | ShardData,
         *,
         seed: int,
         image_size: int,
         condition_size: int | None = None,
+        conditions: int = 1,
         global_batch: int,
         drop: float = 0.1,
         flip: bool = True,
@@ -249,6 +91,7 @@ class Pairs(Dataset):
         self.seed = seed
         self.image_size = image_size
         self.condition_size = condition_size or image_size
+        self.conditions = conditions
         self.global_batch = global_batch
         self.drop = drop
         self.flip = flip
@@ -261,14 +104,15 @@ class Pairs(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises `UserError` when `PATIENCE` pictures, or all there are, prove broken before a pair is found."""
         bad: list[tuple[str, str]] = []
-        pair, condition, target = self._load_pair(index, bad)
+        pair, (target, *conditions) = self._load_pair(index, bad)
+        shown = [self._cut(image, self.condition_size, view) for image, view in zip(conditions, pair.conditions)]
         batch, position = divmod(index, self.global_batch)
         # 32 bits at the middle of their cells: never 0 or 1, and exact when the stratum is added
         within = (int(generator(self.seed, LEVEL, batch, position).integers(2**32)) + 0.5) / 2**32
         shape = (3, self.image_size, self.image_size)
         return {
-            "condition": self._cut(condition, self.condition_size, pair.crop_condition, pair.flip_condition),
-            "target": self._cut(target, self.image_size, pair.crop_target, pair.flip_target),
+            "condition": shown[0] if self.conditions == 1 else np.stack(shown),
+            "target": self._cut(target, self.image_size, pair.target),
             "noise": generator(self.seed, NOISE, index).standard_normal(shape, np.float32),
             "u": (int(strata(self.global_batch, self.seed, batch)[position]) + within) / self.global_batch,
             "drop": bool(generator(self.seed, DROP, index).random() < self.drop),
@@ -276,65 +120,74 @@ class Pairs(Dataset):
             "bad": bad,
         }
 
-    def _load_pair(self, index: int, bad: list[tuple[str, str]]) -> tuple[Pair, Image.Image, Image.Image]:
+    def _load_pair(self, index: int, bad: list[tuple[str, str]]) -> tuple[Pair, list[Image.Image]]:
+        """A pair that decodes, and its pictures: the target, then the conditions."""
         # every picture is a target at least once in that span
         for later in range(index, index + 2 * len(self.data)):
-            pair = draw_pair(self.data, self.seed, later)
-            found = self._first_usable(pair.group, pair.target, bad)
+            pair = self.data.draw(self.seed, later, self.conditions)
+            found = self._first_usable(self.data.target_candidates(pair.group, pair.target.ref), bad)
             if found is None:
                 continue
-            path, target = found
+            target, image = found
             if self.data.mode == "reconstruct":
-                return pair, target, target
-            found = self._first_usable(pair.group, pair.condition, bad, taken=path)
-            if found is not None:
-                return pair, found[1], target
+                return pair, [image] * (1 + self.conditions)
+            images = [image]
+            for view in pair.conditions:
+                candidates = self.data.condition_candidates(pair.group, target, view.ref)
+                found = self._first_usable(candidates, bad)
+                if found is None:
+                    break
+                images.append(found[1])
+            if len(images) == 1 + self.conditions:
+                return pair, images
         raise self._give_up(bad)
 
     def _first_usable(
-        self, group: str, start: str, bad: list[tuple[str, str]], taken: str | None = None
-    ) -> tuple[str, Image.Image] | None:
-        """The first picture of the group, from `start` on and around, that decodes and is not `taken`."""
-        known = {path for path, _ in bad}
-        for path in _around(self.data.groups[group], start):
-            if path == taken or path in known:
+        self, candidates: Iterable[str | int], bad: list[tuple[str, str]]
+    ) -> tuple[str | int, Image.Image] | None:
+        """The first of the pictures that decodes."""
+        known = {name for name, _ in bad}
+        for ref in candidates:
+            name = self.data.name_of(ref)
+            if name in known:
                 continue
             try:
-                return path, load_image(self.data.root / path, near=self._near)
+                return ref, self.data.load(ref, self._near)
             except BadImage as error:
-                bad.append((path, error.reason))
+                bad.append((name, error.reason))
             if len(bad) >= PATIENCE:
                 raise self._give_up(bad)
         return None
 
     def _give_up(self, bad: list[tuple[str, str]]) -> UserError:
         what = f"no readable pair after {len(bad)} broken pictures in {str(self.data.root)!r}"
-        return UserError(f"{what}, the last is {bad[-1][0]!r} ({bad[-1][1]}): check the data folder")
+        return UserError(f"{what}, the last is {bad[-1][0]!r} ({bad[-1][1]}): check the data")
 
     @property
     def _near(self) -> int:
         return math.ceil(max(self.image_size, self.condition_size) / (self.crop or 1.0))
 
-    def _cut(self, image: Image.Image, size: int, crop: tuple[float, float, float], flip: bool) -> np.ndarray:
-        mirror = flip and self.flip
+    def _cut(self, image: Image.Image, size: int, view: View) -> np.ndarray:
+        mirror = view.flip and self.flip
         if self.crop is None:
             return fit(image, size, mirror=mirror)
-        x, y, zoom = crop
+        x, y, zoom = view.crop
         return fit(image, size, x=x, y=y, zoom=1 - zoom * (1 - self.crop), mirror=mirror)
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Items of `Pairs` as one batch.
 
-    Tensors `condition [B, 3, C, C]`, `target [B, 3, S, S]` float32 in [-1, 1], `noise [B, 3, S, S]` float32, `u [B]`
-    float64, `drop [B]` bool, `index [B]` int64, and `bad`, all the items' (path, reason) in one list.
+    Tensors `condition [B, 3, C, C]` (or `[B, K, 3, C, C]`), `target [B, 3, S, S]` float32 in [-1, 1], `noise
+    [B, 3, S, S]` float32, `u [B]` float64, `drop [B]` bool, `index [B]` int64, and `bad`, all the items' (path,
+    reason) in one list.
     """
     noise = torch.empty(len(items), *items[0]["noise"].shape)
     # torch's own memory: numpy's is aligned by chance, and that can change how later sums are rounded
     for row, item in zip(noise, items, strict=True):
         row.copy_(torch.from_numpy(item["noise"]))
     return {
-        "condition": to_tensor([item["condition"] for item in items]),
+        "condition": pixels(np.stack([item["condition"] for item in items])),
         "target": to_tensor([item["target"] for item in items]),
         "noise": noise,
         "u": torch.tensor([item["u"] for item in items], dtype=torch.float64),
@@ -342,6 +195,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "index": torch.tensor([item["index"] for item in items], dtype=torch.int64),
         "bad": [entry for item in items for entry in item["bad"]],
     }
+
+
+def pixels(pictures: np.ndarray) -> Tensor:
+    """`to_tensor` for arrays with any number of leading dimensions: `[..., S, S, 3]` to `[..., 3, S, S]`."""
+    flat = to_tensor(pictures.reshape(-1, *pictures.shape[-3:]))
+    return flat.reshape(*pictures.shape[:-3], *flat.shape[1:])
 
 
 def batches(
@@ -411,58 +270,3 @@ def _start_worker(_: int) -> None:
     # the main process decides what an interrupt means, and then ends the workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def _natural(path: str) -> tuple[list[str | int], str]:
-    """Sorts img2 before img10, and nothing as equal."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)], path
-
-
-def _around(paths: tuple[str, ...], start: str) -> Iterator[str]:
-    # the search is only paid for when the first one fails
-    yield start
-    first = paths.index(start)
-    yield from paths[first + 1 :]
-    yield from paths[:first]
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=_natural)
-
-
-def _outside(root: Path, path: Path) -> bool:
-    return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
-
-
-def _list_files(root: Path, mode: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Files to check as (label, path), and what is bad by its place alone as (path, reason)."""
-    files, bad = [], []
-    for name in _names(root):
-        if not (root / name).is_dir():
-            if Path(name).suffix.lower() in SIDE_FILES:
-                continue
-            if mode == "folders":
-                bad.append((name, "not in a label folder"))
-            else:
-                files.append(("", name))
-        elif _outside(root, root / name):
-            bad.append((name, "leads outside the data folder"))
-        else:
-            for child in _names(root / name):
-                path = f"{name}/{child}"
-                if (root / path).is_dir():
-                    bad.append((path, "a folder inside a label folder"))
-                elif Path(child).suffix.lower() not in SIDE_FILES:
-                    files.append((name, path))
-    return files, bad
-
-
-def _check(root: Path, path: str) -> int | str:
-    """The picture's size in bytes, or why it is bad."""
-    if _outside(root, root / path):
-        return "leads outside the data folder"
-    try:
-        probe_image(root / path)
-    except BadImage as error:
-        return error.reason
-    return os.stat(root / path).st_size

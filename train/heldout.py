@@ -2,13 +2,20 @@
 
 import torch
 
-from semantica.train.data import PairData, Pairs, collate, draw_pair
+from semantica.train.data import Pairs, collate
+from semantica.train.folders import PairData
+from semantica.train.shards import ShardData
 
 PAIRS, BATCH = 256, 64
 
 
 def held_out_batches(
-    data: PairData, seed: int, condition_size: int, image_size: int, device: torch.device
+    data: PairData | ShardData,
+    seed: int,
+    condition_size: int,
+    image_size: int,
+    device: torch.device,
+    conditions: int = 1,
 ) -> list[dict]:
     """At most 256 pairs (one per held-out target picture) in batches of at most 64, centre crops, no flips.
 
@@ -18,19 +25,19 @@ def held_out_batches(
     count = min(PAIRS, max(2, len(data)))
     pairs = Pairs(
         data, seed=seed, image_size=image_size, condition_size=condition_size,
-        global_batch=count, drop=0.0, flip=False, crop=None,
+        conditions=conditions, global_batch=count, drop=0.0, flip=False, crop=None,
     )  # fmt: skip
     result = []
     for start in range(0, count, BATCH):
         indices = range(start, min(start + BATCH, count))
         batch = collate([pairs[i] for i in indices])
-        batch["group"] = [draw_pair(data, seed, i).group for i in indices]
+        batch["group"] = [data.draw(seed, i).group for i in indices]
         batch["other"] = partners(batch["group"], data.mode)
         result.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
     return result
 
 
-def partners(groups: list[str], mode: str) -> torch.Tensor:
+def partners(groups: list[str | int], mode: str) -> torch.Tensor:
     """For each sample the next one, going round, of another group (of any other sample, in mode "reconstruct")."""
     count = len(groups)
     places = []

@@ -1,5 +1,6 @@
 """The trainer: one function, top to bottom. The same command continues a run, bit-exactly."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -26,9 +27,11 @@ from semantica.profile import count_parameters, peak_flops, step_flops
 from semantica.train import checkpoint
 from semantica.train.build import build
 from semantica.train.config import FREE, TrainConfig
-from semantica.train.data import PairData, Pairs, bad_record, batches, collate, digest, scan, split
+from semantica.train.data import Pairs, bad_record, batches, collate, open_data
+from semantica.train.folders import PairData
 from semantica.train.heldout import held_out_batches
 from semantica.train.objective import Objective, PairHead, compile_blocks, held_out_loss
+from semantica.train.shards import ShardData
 from semantica.train.state import TrainState
 
 SAMPLE_CONDITIONS, SAMPLE_VARIATIONS, SAMPLE_STEPS = 6, 4, 20
@@ -43,11 +46,12 @@ def train(config: TrainConfig) -> Path:
     """
     config.check()
     device = pick_device(config.device)
-    data = scan(config.data, config.mode)
-    held = scan(config.val, config.mode) if config.val else None
+    data = open_data(config.data, config.mode, config.low, config.high)
+    config = dataclasses.replace(config, mode=data.mode)
+    held = open_data(config.val, config.mode, config.low, config.high) if config.val else None
     bad = [*data.bad, *(held.bad if held else ())]
     if held is None and config.held_out:
-        data, held = split(data, config.held_out, config.seed)
+        data, held = data.split(config.held_out, config.seed)
     unet, encoder, scheduler = build(config, device)
     dtype = pick_precision(config.precision, device)
     backend, reason = set_attention(torch.nn.ModuleList([unet, encoder]), config.attention, device, dtype)
@@ -59,7 +63,7 @@ def train(config: TrainConfig) -> Path:
     for name, devices in implementations().items():
         implementation, why = devices[device.type]
         run.say(f"operator {name}: {implementation} ({why})")
-    run.say(f"{len(data)} pictures in {len(data.groups)} groups, {len(held) if held else 0} held out, {len(bad)} bad")
+    run.say(f"{data.describe()}; held out: {held.describe() if held else 'nothing'}; {len(bad)} bad")
     run.say(
         f"denoiser {count_parameters(unet) / 1e6:.1f} M parameters, encoder {count_parameters(encoder) / 1e6:.1f} M"
     )
@@ -76,13 +80,17 @@ def train(config: TrainConfig) -> Path:
         compile_blocks(objective)
     averaged = Objective(state.ema["unet"], state.ema.get("encoder", encoder), config.loss, config.scales).eval()
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
-    measure = Measure(config, device, dtype, step_flops(unet, encoder, encodings=2 if head else 1))
-    fixed = held_out_batches(held, config.seed, encoder.image_size, unet.config.image_size, device) if held else []
+    flops = step_flops(unet, encoder, encodings=config.conditions + bool(head), conditions=config.conditions)
+    measure = Measure(config, device, dtype, flops)
+    fixed = []
+    if held:
+        sizes = encoder.image_size, unet.config.image_size
+        fixed = held_out_batches(held, config.seed, *sizes, device, config.conditions)
 
     part = config.batch // config.accumulate
     pairs = Pairs(
         data, seed=config.seed, image_size=unet.config.image_size, condition_size=encoder.image_size,
-        global_batch=config.batch, drop=config.drop, flip=config.flip, crop=config.crop,
+        conditions=config.conditions, global_batch=config.batch, drop=config.drop, flip=config.flip, crop=config.crop,
     )  # fmt: skip
     workers = config.workers if config.workers is not None else max(1, min(8, (os.cpu_count() or 2) // 2))
     feed = batches(pairs, first_index=state.step * config.batch, batch=part, workers=workers, device=device)
@@ -203,10 +211,10 @@ class Run:
         UserError: the folder holds a run of another configuration, or something else.
     """
 
-    def __init__(self, config: TrainConfig, data: PairData):
+    def __init__(self, config: TrainConfig, data: PairData | ShardData):
         self.out, self.config = config.out, config
         record = {"format": checkpoint.FORMAT, "semantica": semantica.__version__, "torch": torch.__version__}
-        record |= {"train": config.record(), "data_digest": digest(data)}
+        record |= {"train": config.record(), "data_digest": data.digest()}
         path = self.out / "config.json"
         if path.exists():
             self._compare(path, record)
@@ -232,12 +240,13 @@ class Run:
             raise UserError(f"{path} cannot be read: restore it or choose another --out") from error
         if version != record["format"]:
             raise UserError(f"{self.out} has format {version}: this version continues format {record['format']} only")
+        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
         for name, now in record["train"].items():
-            if name not in FREE and before.get(name) != now:
+            # a run made before an option existed had its default
+            then = before.get(name, defaults.get(name))
+            if name not in FREE and then != now:
                 option = name.replace("_", "-")
-                raise UserError(
-                    f"{self.out} was made with --{option} {before.get(name)}, not {now}: choose another --out"
-                )
+                raise UserError(f"{self.out} was made with --{option} {then}, not {now}: choose another --out")
         if seen != record["data_digest"]:
             raise UserError(
                 f"the pictures in {self.config.data} changed since {self.out} was made: choose another --out"
@@ -285,10 +294,12 @@ class Run:
                     self.board.add_scalar(name, value, row["step"])
 
     def sample(self, pipeline: SemanticaPipeline, batch: dict, step: int) -> None:
-        """A grid: each condition, its target, its variations."""
+        """A grid: each condition (or several), its target, its variations."""
         conditions, targets = (batch[name][:SAMPLE_CONDITIONS] for name in ("condition", "target"))
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.config.seed)
+        # several conditions [B, K, 3, C, C] are shown one after the other
+        columns = conditions.reshape(len(conditions), -1, *conditions.shape[-3:])
         made = pipeline(
             conditions,
             num_images_per_prompt=SAMPLE_VARIATIONS,
@@ -297,9 +308,10 @@ class Run:
             output_type="pt",
         ).images
         size = targets.shape[-1]
-        shown = torch.nn.functional.interpolate(conditions, (size, size), mode="bilinear", antialias=True)
+        shown = torch.nn.functional.interpolate(columns.flatten(0, 1), (size, size), mode="bilinear", antialias=True)
+        shown = to_uint8(shown).reshape(*columns.shape[:2], size, size, 3)
         made = to_uint8(made * 2 - 1).reshape(len(conditions), SAMPLE_VARIATIONS, size, size, 3)
-        rows = [[c, t, *m] for c, t, m in zip(to_uint8(shown), to_uint8(targets), made, strict=True)]
+        rows = [[*c, t, *m] for c, t, m in zip(shown, to_uint8(targets), made, strict=True)]
         (self.out / "samples").mkdir(exist_ok=True)
         save_png(grid(rows, apart=1), self.out / "samples" / f"step-{step:08d}.png")
 

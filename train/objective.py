@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from semantica.condition import Stream
 from semantica.diffusion import add_noise, loss_weight, multiscale_loss, noise_levels, v_target
-from semantica.encoder import EncoderBlock
+from semantica.encoder import EncoderBlock, encode_images
 from semantica.layers import ResBlock, TransformerBlock
 from semantica.uvit import UViT
 
@@ -73,9 +73,10 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Denoising loss `[B]`, and contrastive loss `[B]` where there is a head.
 
-        Images are `[B, 3, S, S]`, noise levels `[B]`; `drop` `[B]` says which samples get no condition.
+        Images are `[B, 3, S, S]`, conditions also `[B, K, 3, S, S]`, noise levels `[B]`; `drop` `[B]` says which
+        samples get no condition.
         """
-        stream = self.encoder(condition)
+        stream = encode_images(self.encoder, condition)
         names = self.unet.stream_names
         values = self.unet.condition({name: Stream(stream.tokens, stream.pooled) for name in names}, drop)
         v = self.unet(add_noise(target, noise, logsnr), logsnr, values)

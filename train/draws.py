@@ -1,0 +1,48 @@
+"""What a draw is, and where its randomness comes from: pure functions of (seed, purpose, place)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+# one stream of random numbers per purpose, so that changing one leaves the others as they were
+ORDER, PAIR, LEVEL, NOISE, DROP, SPLIT, CYCLE = range(7)
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture as one sample shows it.
+
+    ref: a path relative to the data folder, or a picture's number in the shards.
+    crop: (x, y, zoom), each uniform in [0, 1).
+    """
+
+    ref: str | int
+    flip: bool
+    crop: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One draw: a target and the pictures that it is conditioned on. group: the label, or the page's number."""
+
+    group: str | int
+    target: View
+    conditions: tuple[View, ...]
+
+
+def generator(seed: int, *key: int) -> np.random.Generator:
+    """Philox (Salmon et al., SC 2011), a fresh independent stream for each (seed, *key) of non-negative integers."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
+
+
+@lru_cache(maxsize=4)
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the targets in one epoch: a permutation of `range(count)`."""
+    return generator(seed, ORDER, epoch).permutation(count)
+
+
+@lru_cache(maxsize=4)
+def strata(global_batch: int, seed: int, batch: int) -> np.ndarray:
+    """Which noise-level stratum each sample of one global batch takes: a permutation of `range(global_batch)`."""
+    return generator(seed, LEVEL, batch).permutation(global_batch)
