@@ -38,6 +38,8 @@ class TableConfig:
     """Stored rows as Markdown; a row whose kernel has changed since is marked stale."""
 
     files: tyro.conf.Positional[tuple[Path, ...]]
+    summary: bool = False
+    """Of kernels: geometric means over the shapes instead of every row."""
 
 
 def compare(config: CompareConfig) -> int:
@@ -85,6 +87,23 @@ def table(config: TableConfig) -> int:
     if not config.files:
         raise UserError("give at least one results file")
     rows = [row for path in config.files for row in store.rows(path)]
+    if config.summary:
+        from semantica.benchmarks.summary import COLUMNS, summary
+
+        rows = [row for row in rows if row["op"] not in KINDS]
+        print(markdown(COLUMNS, summary(rows)))
+    else:
+        every(rows)
+    for device in dict.fromkeys((row["device"], row["torch"], row["triton"]) for row in rows):
+        print("\n{}, torch {}, triton {}.".format(*device))
+    return 0
+
+
+def every(rows: list[dict]) -> None:
+    """Print each row, a table for each kind."""
+    from semantica.benchmarks import store
+    from semantica.report import markdown
+
     kinds: dict = {}
     for row in rows:
         kinds.setdefault(KINDS.get(row["op"], bench_kernels), []).append(row)
@@ -97,9 +116,6 @@ def table(config: TableConfig) -> int:
             line[name_at] += " (stale)" if store.stale(row) else ""
             body.append(tuple(line[i] for i in keep))
         print(markdown(tuple(kind.COLUMNS[i] for i in keep), body))
-    for device in dict.fromkeys((row["device"], row["torch"], row["triton"]) for row in rows):
-        print("\n{}, torch {}, triton {}.".format(*device))
-    return 0
 
 
 # rows of whole runs have columns of their own

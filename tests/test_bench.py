@@ -1,9 +1,13 @@
 """`semantica bench`: what is counted, stored, compared and printed, and mistakes in one line."""
 
+import glob
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +17,12 @@ from semantica.benchmarks import store
 from semantica.benchmarks.implementations import available
 from semantica.benchmarks.problems import Problem, problems
 from semantica.benchmarks.suite_kernels import Plan, Traffic
+from semantica.benchmarks.summary import summary
 from semantica.cli import main
 from semantica.kernels.cases import CrossAttentionCase, GroupNormCase
+
+ROOT = Path(__file__).parents[1]
+GENERATED = re.compile(r"<!-- semantica bench (table .*?) -->\n(.*?)\n<!-- end -->", re.DOTALL)
 
 
 def test_bytes_and_operations_are_counted_as_by_hand():
@@ -226,3 +234,26 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         assert error.startswith("semantica: ") and word in error and "\n" not in error, error
     assert main(["bench"]) == 0 and main(["bench", "--help"]) == 0
     assert "semantica bench compare" in capsys.readouterr().out
+
+
+def test_the_readme_shows_what_is_stored(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = GENERATED.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert found
+    for command, shown in found:
+        words = [sorted(glob.glob(word)) if "*" in word else [word] for word in command.split()]
+        assert main(["bench", *itertools.chain(*words)]) == 0
+        assert capsys.readouterr().out.strip() == shown
+
+
+def test_the_summary_is_geometric_means_and_the_least():
+    place = {"op": "group_norm", "direction": "forward", "layout": "l", "dtype": "d", "device": "v", "arch": "x86_64"}
+
+    def row(shape, impl, median, kernel_hash=None):
+        return {**place, "shape": shape, "impl": impl, "median_us": median, "kernel_hash": kernel_hash}
+
+    rows = [row("a", "fused", 1.0), row("a", "eager", 2.0), row("a", "compile", 8.0)]
+    rows += [row("b", "fused", 1.0), row("b", "eager", 8.0), row("c", "fused", 1.0)]
+    (line,) = summary(rows)
+    assert line == ("group_norm", "forward", "l", "d", "3", "4.00x (2.00x)", "8.00x (8.00x)", "4.00x (2.00x)")
+    assert summary([row("a", "fused", 1.0, "0" * 16)])[0][0] == "group_norm (stale)"
