@@ -1,7 +1,7 @@
 """The gate: an artifact exists only after it agreed with the fp32 network, at every noise level and over whole runs."""
 
-
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from semantica import sampler, solvers
 from semantica.condition import Condition
-from semantica.engines import Engine
 
 GUIDANCE = 1.5
 # samples a call at the noise levels, and pictures of the sampling runs (guidance doubles them)
@@ -113,7 +112,8 @@ def at_levels(denoiser, z: Tensor, levels: Tensor, condition: Condition, batch: 
     parts = []
     for start in range(0, len(z), batch):
         part = z[start : start + batch]
-        rows = condition.map(lambda a, n=len(part): a[:n])
+        count = len(part)
+        rows = condition.map(lambda a, n=count: a[:n])
         parts.append(call(denoiser, part, levels[start : start + batch], rows))
     return torch.cat(parts)
 
@@ -135,46 +135,44 @@ def as_torch(array: Any) -> Tensor:
 
 
 @torch.no_grad()
-def compare(engine: Engine | Network, problem: Problem, arithmetic: str) -> dict[str, Any]:
+def compare(engine: Any, problem: Problem, arithmetic: str) -> dict[str, Any]:
     """Errors of an artifact against the fp32 network: a row for the manifest.
 
+    engine: `semantica.engines.Engine`, or anything with its `array`, `condition`, `null` and call.
     arithmetic: what the artifact really computes in, in words.
     """
     images = problem.images.numpy() if engine.array == "numpy" else problem.images
-    row: dict[str, Any] = {"arithmetic": arithmetic, "levels": len(problem.levels), "steps": len(problem.plan)}
-    finite, worst_condition, maximum, total, worst_psnr = True, 0.0, 0.0, 0.0, float("inf")
+    worst = {"condition_error": 0.0, "v_max_error": 0.0, "v_mean_error": 0.0, "psnr_db": 200.0}
+    finite, worst_level = True, 0
     for batch in BATCHES:
         condition = engine.condition(images[:batch])
-        for name, actual, expected in matching(condition, problem.condition.map(lambda a, n=batch: a[:n])):
-            error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        for actual, expected in matching(condition, problem.condition.map(lambda a, n=batch: a[:n])):
             finite = finite and bool(actual.isfinite().all())
-            worst_condition = max(worst_condition, float(error))
-            del name
-        # the reference's rows repeat with its own batch: picture i of each call
-        z, levels, expected = problem.z, problem.levels, problem.v
-        if batch != max(BATCHES):
-            step = max(BATCHES)
-            z, levels, expected = z[::step], levels[::step], expected[::step]
-        error = (at_levels(engine, z, levels, condition, batch) - expected).abs()
-        finite = finite and bool(error.isfinite().all())
-        maximum, total = max(maximum, float(error.max())), max(total, float(error.mean()))
+            error = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+            worst["condition_error"] = max(worst["condition_error"], error)
+        # row i of the reference has picture i modulo its batch: a single picture is compared with every other row
+        each = slice(None, None, max(BATCHES) // batch)
+        v = at_levels(engine, problem.z[each], problem.levels[each], condition, batch)
+        error = (v - problem.v[each]).abs()
+        per_level = error.flatten(1).amax(1).nan_to_num(torch.inf, posinf=torch.inf)
+        if float(per_level.max()) > worst["v_max_error"]:
+            worst["v_max_error"], worst_level = float(per_level.max()), int(per_level.argmax()) * (each.step or 1)
+        worst["v_mean_error"] = max(worst["v_mean_error"], float(error.mean()))
         made = whole_run(engine, problem.noise[:batch], condition, engine.null(batch), problem.plan)
-        finite = finite and bool(made.isfinite().all())
-        worst_psnr = min(worst_psnr, psnr(made, problem.made[:batch]))
-    return row | {
-        "batches": list(BATCHES), "finite": finite, "condition_error": worst_condition, "v_max_error": maximum,
-        "v_mean_error": total, "psnr_db": worst_psnr,
+        finite = finite and bool(v.isfinite().all()) and bool(made.isfinite().all())
+        worst["psnr_db"] = min(worst["psnr_db"], psnr(made, problem.made[:batch]))
+    return {
+        "arithmetic": arithmetic, "batches": list(BATCHES), "levels": len(problem.levels), "steps": len(problem.plan),
+        "finite": finite, **worst, "worst_logsnr": float(problem.levels[worst_level]),
     }  # fmt: skip
 
 
-def matching(a: Condition, b: Condition) -> list[tuple[str, Tensor, Tensor]]:
-    """The arrays of two conditions as fp32 tensors of one layout, `[B, M, H, D]`."""
-    rows = [("emb", as_torch(a.emb), as_torch(b.emb))]
-    for kind, left, right in (("k", a.keys, b.keys), ("v", a.values, b.values)):
-        for i, (x, y) in enumerate(zip(left, right, strict=True)):
-            x, y = (as_torch(t) for t in (x, y))
-            rows.append((f"{kind}.{i}", x.transpose(1, 2) if a.axis == 2 else x, y.transpose(1, 2) if b.axis == 2 else y))
-    return rows
+def matching(a: Condition, b: Condition) -> Iterator[tuple[Tensor, Tensor]]:
+    """The arrays of two conditions in pairs, as fp32 tensors of one layout, `[B, M, H, D]`."""
+    yield as_torch(a.emb), as_torch(b.emb)
+    for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True):
+        x, y = (as_torch(t) for t in (x, y))
+        yield (x.transpose(1, 2) if a.axis == 2 else x), (y.transpose(1, 2) if b.axis == 2 else y)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -195,9 +193,3 @@ def failures(row: dict[str, Any], bounds: Bounds) -> list[str]:
         if worse:
             said.append(f"{key} {row[key]:.3g} (bound {bound:g})")
     return said
-
-
-def bounds_record(precision: str) -> dict[str, float]:
-    return asdict(BOUNDS[precision])
-
-

@@ -102,7 +102,7 @@ def streams_of(unet: nn.Module, encoder: nn.Module, image: Tensor) -> tuple[int,
 
 
 def decompositions() -> dict:
-    """The fused operators' references, as torch's decomposition tables take them; what inference drops is left empty."""
+    """The fused operators' references as a decomposition table; results that inference drops are left empty."""
 
     def group_norm(x, groups, weight, bias, scale, shift, activation, eps):
         y = group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps)
