@@ -18,6 +18,7 @@ usage: semantica VERB [options]        semantica VERB --help for a verb's option
   pairs      find the pictures that share a web page: crawls in, training data out
   train      train a model on pairs of pictures, or continue a run
   sample     make variations of pictures
+  export     turn a run into a bundle of ONNX graphs, checked against the network
   evaluate   figures for a run, or for a folder of pictures made elsewhere
   bench      time the operators, compare two runs, inspect the compiled kernels
 """
@@ -123,6 +124,16 @@ def sample(arguments: list[str]) -> None:
     sample(config)
 
 
+def export(arguments: list[str]) -> None:
+    from semantica.export.config import ExportConfig
+
+    config = parse(ExportConfig, "export", arguments)
+
+    from semantica.export.write import export
+
+    export(config)
+
+
 def evaluate(arguments: list[str]) -> None:
     from semantica.benchmarks.evaluate import EvaluateConfig, evaluate
 
@@ -148,6 +159,7 @@ VERBS = {
     "pairs": pairs,
     "train": train,
     "sample": sample,
+    "export": export,
     "evaluate": evaluate,
     "bench": bench,
 }
