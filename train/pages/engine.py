@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 
 from semantica.errors import UserError
@@ -32,13 +32,15 @@ def run_local(work: Unit, units: Sequence[int], processes: int, done: Callable[[
             while workers and left:
                 worker = workers.pop()
                 unit = left.popleft()
-                worker.pipe.send(unit)
+                # one that is dead already is found so when it is heard
+                with suppress(OSError):
+                    worker.pipe.send(unit)
                 busy[worker.pipe] = (worker, unit)
             for pipe in wait(list(busy)):
                 worker, unit = busy.pop(pipe)
                 try:
                     error = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     worker.process.join()
                     error = f"its process ended with exit code {worker.process.exitcode}"
                     with one_thread():
