@@ -128,7 +128,8 @@ def test_every_way_of_placing_a_picture_is_known():
     assert base == "/b/"
     assert [(link.kind, link.url) for link in links] == [
         ("meta", "og.jpg"), ("meta", "l.jpg"), ("img", "1.jpg"), ("srcset", "s2.jpg"), ("lazy", "2.jpg"),
-        ("lazy", "3.jpg"), ("lazy", "4.jpg"), ("source", "7.webp"), ("img", "8.jpg"), ("a", "9.JPEG?x=1"), ("img", "10.jpg"),
+        ("lazy", "3.jpg"), ("lazy", "4.jpg"), ("source", "7.webp"), ("img", "8.jpg"), ("a", "9.JPEG?x=1"),
+        ("img", "10.jpg"),
         ("css", "11.png"), ("css", "a b.png"),
     ]  # fmt: skip
     assert links[2] == Link("1.jpg", "one two", "img", links[3].element)
@@ -310,7 +311,11 @@ def test_a_unit_that_kills_its_process_costs_itself_alone(tmp_path, monkeypatch)
     (tmp_path / "dying.py").write_text(DIE)
     monkeypatch.syspath_prepend(tmp_path)
     ended = {}
-    engine.run_local(importlib.import_module("dying").die, range(5), 2, ended.__setitem__)
+    runner = engine.Local(2)
+    try:
+        runner.run(importlib.import_module("dying").die, range(5), ended.__setitem__)
+    finally:
+        runner.close()
     assert ended == {0: "", 1: "its process ended with exit code -11", 2: "RuntimeError: two lines", 3: "", 4: ""}
 
 

@@ -384,7 +384,7 @@ class Store:
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset`; fewer at the end of the file. Raises `BadImage` where it cannot be read."""
         if (name, offset) in self.fetched:
-            return self.fetched.pop((name, offset))
+            return self.fetched[name, offset]
         try:
             if self.system:
                 return self.system.cat_file(f"{self.path}/{name}", start=offset, end=offset + size)
