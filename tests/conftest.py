@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import subprocess
 import sys
@@ -29,3 +30,13 @@ def interpreted():
         assert done.returncode == 0 and " passed" in summary and "skipped" not in summary, done.stdout + done.stderr
 
     return interpreted
+
+
+@pytest.fixture(scope="session")
+def crawl():
+    """The module `crawl.py` of this folder, which makes crawls."""
+    pytest.importorskip("warcio")
+    spec = importlib.util.spec_from_file_location("crawl", Path(__file__).parent / "crawl.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

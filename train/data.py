@@ -120,6 +120,12 @@ class Pairs(Dataset):
             "bad": bad,
         }
 
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Let the data fetch what these samples will show, all at once."""
+        if self.data.remote:
+            draws = [self.data.draw(self.seed, index, self.conditions) for index in indices]
+            self.data.prefetch({view.ref for pair in draws for view in (pair.target, *pair.conditions)})
+
     def _load_pair(self, index: int, bad: list[tuple[str, str]]) -> tuple[Pair, list[Image.Image]]:
         """A pair that decodes, and its pictures: the target, then the conditions."""
         # every picture is a target at least once in that span
@@ -253,6 +259,7 @@ class _Fetch(Dataset):
 
     def __getitems__(self, indices: Iterable[int]) -> list[dict[str, Any]] | UserError:
         try:
+            self.dataset.prefetch(indices)
             return [self.dataset[index] for index in indices]
         except UserError as error:
             return error

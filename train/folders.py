@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,7 @@ class PairData:
     """What `scan` found.
 
     root, mode: as given to `scan`.
+    remote: whether pictures are worth fetching ahead.
     groups: label -> paths relative to root, in natural order; "" holds the pictures directly in root.
     sizes: bytes of each picture, by path.
     bad: (path, reason) of each file that cannot be used.
@@ -38,6 +40,7 @@ class PairData:
     sizes: dict[str, int]
     bad: tuple[tuple[str, str], ...] = ()
     alone: tuple[str, ...] = ()
+    remote: ClassVar[bool] = False
 
     def __len__(self) -> int:
         """The number of pictures, which is the number of samples of an epoch."""

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 
 from semantica.errors import UserError
@@ -17,36 +17,39 @@ Unit = Callable[[int], None]
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def run_local(work: Unit, units: Sequence[int], processes: int, done: Callable[[int, str], None]) -> None:
-    """Call `work(unit)` for every unit in processes of their own.
+class Local:
+    """Processes of this machine, which live from phase to phase."""
 
-    `done(unit, error)` follows each, with "" where all went well; a process that dies (out of memory, a fault in a
-    decoder) costs its unit and is replaced.
-    """
-    left = deque(units)
-    with one_thread():
-        workers = [Worker(work) for _ in range(min(processes, len(left)))]
-    try:
+    def __init__(self, processes: int):
+        self.processes = processes
+        self.idle: list[Worker] = []
+
+    def run(self, work: Unit, units: Sequence[int], done: Callable[[int, str], None]) -> None:
+        """Call `work(unit)` for every unit.
+
+        `done(unit, error)` follows each, with "" where all went well; a process that dies (out of memory, a fault in a
+        decoder) costs its unit and is replaced.
+        """
+        left = deque(units)
         busy: dict[Connection, tuple[Worker, int]] = {}
-        while left or busy:
-            while workers and left:
-                worker = workers.pop()
-                unit = left.popleft()
-                worker.pipe.send(unit)
-                busy[worker.pipe] = (worker, unit)
-            for pipe in wait(list(busy)):
-                worker, unit = busy.pop(pipe)
-                try:
-                    error = pipe.recv()
-                except EOFError:
-                    worker.process.join()
-                    error = f"its process ended with exit code {worker.process.exitcode}"
-                    with one_thread():
-                        worker = Worker(work)
-                workers.append(worker)
-                done(unit, error)
-    finally:
-        for worker in [*workers, *(w for w, _ in busy.values())]:
+        try:
+            while left or busy:
+                while left and len(busy) < self.processes:
+                    worker = self.idle.pop() if self.idle else Worker()
+                    unit = left.popleft()
+                    worker.send(work, unit)
+                    busy[worker.pipe] = (worker, unit)
+                for pipe in wait(list(busy)):
+                    worker, unit = busy.pop(pipe)
+                    error = worker.answer()
+                    if worker.process.is_alive():
+                        self.idle.append(worker)
+                    done(unit, error)
+        finally:
+            self.idle += [worker for worker, _ in busy.values()]
+
+    def close(self) -> None:
+        for worker in self.idle:
             worker.process.terminate()
             worker.process.join()
 
@@ -54,24 +57,46 @@ def run_local(work: Unit, units: Sequence[int], processes: int, done: Callable[[
 class Worker:
     """A process that takes units from a pipe until it closes."""
 
-    def __init__(self, work: Unit):
+    def __init__(self):
         # not forked: threads of the parent would be lost with what they hold
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, work), daemon=True)
-        self.process.start()
+        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        with one_thread():
+            self.process.start()
         theirs.close()
+        self.work: Unit | None = None
+
+    def send(self, work: Unit, unit: int) -> None:
+        # one that is dead already is found so when it is asked
+        with suppress(OSError):
+            # what is to be done knows all inputs, so it travels once
+            if work is not self.work:
+                self.pipe.send(work)
+                self.work = work
+            self.pipe.send(unit)
+
+    def answer(self) -> str:
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            return f"its process ended with exit code {self.process.exitcode}"
 
 
-def serve(pipe: Connection, work: Unit) -> None:
+def serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with_parent, daemon=True).start()
+    work: Unit | None = None
     while True:
         try:
-            unit = pipe.recv()
+            message = pipe.recv()
         except EOFError:
             return
-        pipe.send(attempt(work, unit))
+        if isinstance(message, int):
+            pipe.send(attempt(work, message))
+        else:
+            work = message
 
 
 def attempt(work: Unit, unit: int) -> str:
@@ -107,32 +132,35 @@ def one_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def run_ray(work: Unit, units: Sequence[int], done: Callable[[int, str], None]) -> None:
-    """The same through Ray Data: one unit is one task."""
-    import ray.data
+class Ray:
+    """The cluster that RAY_ADDRESS names, or one that is started here. Raises `UserError` without Ray."""
 
-    def task(row: dict) -> dict:
-        return {"unit": row["unit"], "error": attempt(work, int(row["unit"]))}
+    def __init__(self):
+        try:
+            import ray.data
+        except ImportError as error:
+            raise UserError("--engine ray needs Ray: install semantica-diffusion[ray]") from error
+        self.ray, self.ours = ray, not ray.is_initialized()
+        if self.ours:
+            ray.init(
+                include_dashboard=False, log_to_driver=False, logging_level="warning",
+                runtime_env={"env_vars": dict.fromkeys(THREADS, "1")},
+            )  # fmt: skip
+        ray.data.DataContext.get_current().enable_progress_bars = False
 
-    rows = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
-    for row in rows.map(task, num_cpus=1).iter_rows():
-        done(int(row["unit"]), row["error"])
+    def run(self, work: Unit, units: Sequence[int], done: Callable[[int, str], None]) -> None:
+        """As `Local.run`, through Ray Data: one unit is one task."""
 
+        def task(row: dict) -> dict:
+            return {"unit": row["unit"], "error": attempt(work, int(row["unit"]))}
 
-def start_ray() -> Callable[[], None]:
-    """Connect to the cluster that RAY_ADDRESS names, or start one here; returns what ends it again."""
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--engine ray needs Ray: install semantica-diffusion[ray]") from error
-    if ray.is_initialized():
-        return lambda: None
-    ray.init(
-        include_dashboard=False, log_to_driver=False, logging_level="warning",
-        runtime_env={"env_vars": dict.fromkeys(THREADS, "1")},
-    )  # fmt: skip
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    return ray.shutdown
+        rows = self.ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
+        for row in rows.map(task, num_cpus=1).iter_rows():
+            done(int(row["unit"]), row["error"])
+
+    def close(self) -> None:
+        if self.ours:
+            self.ray.shutdown()
 
 
 def ray_encoders(make: Callable[[], Callable]) -> list:

@@ -1,6 +1,7 @@
 """HTML -> links to pictures, by every usual way of placing one on a page."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
@@ -17,8 +18,8 @@ LAZY = (
 )  # fmt: skip
 LAZY_SETS = ("data-srcset", "data-lazy-srcset", "data-original-set")
 META = {"og:image", "og:image:url", "og:image:secure_url", "twitter:image", "twitter:image:src"}
-CANDIDATE = re.compile(r"\s*,?\s*([^\s,]\S*?),?(?:\s+([0-9.]+)[wx](?:\s+[0-9.]+h)?)?\s*(?:,|$)")
-CSS_URL = re.compile(r"""url\(\s*(?:"([^"]*)"|'([^']*)'|([^)"']*))\s*\)""", re.IGNORECASE)
+# no part of it can match in two ways, so that no text takes more than linear time
+CSS_URL = re.compile(r"url\(([^()]*)\)", re.IGNORECASE)
 # a parser compares each attribute of a tag with all before it
 LONG_TAG, MANY_WORDS = 1 << 16, 8192
 
@@ -80,7 +81,7 @@ def page_links(html: bytes, charset: str) -> tuple[str, list[Link]]:
             if is_image_url(get("href") or ""):
                 found = [("a", get("href"))]
         if style := get("style"):
-            found += [("css", next(filter(None, groups), "")) for groups in CSS_URL.findall(style)[:20]]
+            found += [("css", url.strip().strip("'\"")) for url in CSS_URL.findall(style)[:20]]
             if tag != "img":
                 found += [("lazy", get(name)) for name in LAZY[-3:]]
         for kind, url in found:
@@ -106,14 +107,22 @@ def encoding(html: bytes, charset: str) -> str:
 
 def largest(srcset: str | None) -> str:
     """The candidate of a `srcset` with the largest width or density; "" if there is none."""
-    best, size = "", -1.0
-    for url, number in CANDIDATE.findall((srcset or "")[: 4 * MAX_URL]):
-        try:
-            value = float(number) if number else 1.0
-        except ValueError:
-            continue
-        if value > size:
-            best, size = url, value
+    best, size, url, value = "", -1.0, "", 1.0
+    words = [*(srcset or "")[: 8 * MAX_URL].split(), ","]
+    for word in words:
+        if not url:
+            # an address may hold commas, but not end with one
+            url = word.strip(",")
+            done = word.endswith(",")
+        else:
+            number, comma, rest = word.partition(",")
+            with suppress(ValueError):
+                value = float(number[:-1])
+            done = bool(comma)
+        if url and done:
+            best, size = (url, value) if value > size else (best, size)
+            # "1x,next.jpg 2x"
+            url, value = (rest if word.strip(",") != url and rest else ""), 1.0
     return best
 
 
@@ -137,7 +146,9 @@ def canonical(url: str, base: str = "") -> str | None:
         return None
     if port is not None and port != {"http": 80, "https": 443}.get(scheme):
         host = f"{host}:{port}"
-    path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+    # a base in which only the dots of the path are resolved
+    path = urlsplit(urljoin("http://x/", parts.path or "/")).path if "/." in parts.path else parts.path or "/"
+    path = quote(path, safe="/%:@!$&'()*+,;=~-._")
     query = quote(parts.query, safe="/%:@!$&'()*+,;=~-._?[]|")
     return urlunsplit((scheme, host, path, query, ""))
 

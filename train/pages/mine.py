@@ -89,9 +89,9 @@ def mine(config: PairsConfig) -> dict:
         raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
     with ExitStack() as stack:
         stack.enter_context(locked(out))
-        if config.engine == "ray":
-            stack.callback(engine.start_ray())
-        phase = functools.partial(run_phase, config)
+        runner = engine.Ray() if config.engine == "ray" else engine.Local(config.processes or os.cpu_count() or 1)
+        stack.callback(runner.close)
+        phase = functools.partial(run_phase, runner)
         sources = digested(sources, out / "work" / "digests", phase)
         job = Job(tuple(sources), out, config.rules(), encoder)
         claim(job)
@@ -106,8 +106,8 @@ def mine(config: PairsConfig) -> dict:
     return read_json(out / "stats.json")
 
 
-def run_phase(config: PairsConfig, name: str, work: engine.Unit, units: list[int]) -> dict[int, str]:
-    """Run units with the engine that was chosen; what went wrong, by unit."""
+def run_phase(runner: engine.Local | engine.Ray, name: str, work: engine.Unit, units: list[int]) -> dict[int, str]:
+    """Run units, with a bar; what went wrong, by unit."""
     failed: dict[int, str] = {}
     if not units:
         return failed
@@ -118,10 +118,7 @@ def run_phase(config: PairsConfig, name: str, work: engine.Unit, units: list[int
             if error:
                 failed[unit] = error
 
-        if config.engine == "ray":
-            engine.run_ray(work, units, done)
-        else:
-            engine.run_local(work, units, config.processes or os.cpu_count() or 1, done)
+        runner.run(work, units, done)
     return failed
 
 

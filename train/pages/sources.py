@@ -159,7 +159,9 @@ def from_img2dataset(path: Path, say: Say) -> Iterator[Capture | LinkedPicture]:
     try:
         with tarfile.open(path, "r|") as tar:
             for member in tar:
-                key, _, suffix = member.name.partition(".")
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                key = f"{folder}/{stem}"
                 if not member.isreg() or suffix not in ("json", "jpg", "jpeg", "png", "webp"):
                     continue
                 if member.size > (MAX_JSON if suffix == "json" else MAX_BODY):
