@@ -126,9 +126,8 @@ class Block(nn.Module):
         x = x + gate1[:, None] * self.attend_self(modulate(self.norm1(x), shift1, scale1), rope)
         if self.cross is not None:
             rows = keys.shape[0]
-            if x.shape[0] < branches.count * rows and constant is None:
-                x = torch.cat((x, x))
             if constant is None:
+                x = torch.cat((x, x)) if x.shape[0] < rows else x
                 x = x + self.attend_cross(x, keys, values, branches)
             else:
                 own, other = x[:rows], x[-rows:]
