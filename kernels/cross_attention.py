@@ -29,16 +29,18 @@ def cross_attention_ref(
     """Plain torch; what the operator means, and what an exporter decomposes it into."""
     if q_weight is not None:
         q = F.rms_norm(q, q.shape[-1:], q_weight.to(q.dtype), RMS_EPS)
+    # [B, H, length, D] before the streams part, so that an exported graph reads keys of this layout as they are
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+    whole = len(sizes) == 1
     out, lse = None, []
-    for s, (k_s, v_s) in enumerate(zip(k.split(list(sizes), 1), v.split(list(sizes), 1), strict=True)):
+    for s, (k_s, v_s) in enumerate([(k, v)] if whole else zip(k.split(list(sizes), 2), v.split(list(sizes), 2))):
         mask = None
         if lengths is not None:
             # expanded to the queries: some runtimes refuse a mask that broadcasts over them
-            mask = valid(lengths, s, sizes[s]).expand(-1, 1, q.shape[1], -1)
-        q_s, k_s, v_s = (a.transpose(1, 2) for a in (q, k_s, v_s))
-        o = F.scaled_dot_product_attention(q_s, k_s, v_s, mask)
+            mask = valid(lengths, s, sizes[s]).expand(-1, 1, q.shape[2], -1)
+        o = F.scaled_dot_product_attention(q, k_s, v_s, mask)
         if return_lse:
-            scores = widen(q_s) @ widen(k_s).transpose(2, 3) * q.shape[-1] ** -0.5
+            scores = widen(q) @ widen(k_s).transpose(2, 3) * q.shape[-1] ** -0.5
             scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
             lse.append(scores.logsumexp(-1))
         if lengths is not None:

@@ -16,6 +16,7 @@ usage: semantica VERB [options]        semantica VERB --help for a verb's option
   demo       draw a data set, train on it, make variations, write a report
   train      train a model on a folder of pictures, or continue a run
   sample     make variations of pictures
+  export     turn a run into a bundle of ONNX graphs, checked against the network
   evaluate   figures for a run, or for a folder of pictures made elsewhere
   bench      time the operators, compare two runs, inspect the compiled kernels
 """
@@ -102,6 +103,16 @@ def sample(arguments: list[str]) -> None:
     sample(config)
 
 
+def export(arguments: list[str]) -> None:
+    from semantica.export.config import ExportConfig
+
+    config = parse(ExportConfig, "export", arguments)
+
+    from semantica.export.write import export
+
+    export(config)
+
+
 def evaluate(arguments: list[str]) -> None:
     from semantica.benchmarks.evaluate import EvaluateConfig, evaluate
 
@@ -121,7 +132,10 @@ def bench(arguments: list[str]) -> int:
     return run(parse(config, f"bench {name}", rest))
 
 
-VERBS = {"doctor": doctor, "demo": demo, "train": train, "sample": sample, "evaluate": evaluate, "bench": bench}
+VERBS = {
+    "doctor": doctor, "demo": demo, "train": train, "sample": sample, "evaluate": evaluate, "export": export,
+    "bench": bench,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -123,19 +123,29 @@ def fit(
     return np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image)
 
 
-def to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> "Tensor":
+def to_planes(images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
     """uint8 `[B, S, S, 3]`, or a list of `[S, S, 3]`, to contiguous float32 `[B, 3, S, S]` in [-1, 1]."""
-    import torch
-
-    pixels = np.ascontiguousarray(images if isinstance(images, np.ndarray) else np.stack(images))
+    pixels = images if isinstance(images, np.ndarray) else np.stack(images)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
         raise ValueError(f"expected uint8 [B, S, S, 3], got {pixels.dtype} {list(pixels.shape)}")
-    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return planes.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+    planes /= 127.5
+    planes -= 1
+    return planes
 
 
-def to_uint8(images: "Tensor") -> np.ndarray:
+def to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> "Tensor":
+    """`to_planes` as a tensor."""
+    import torch
+
+    return torch.from_numpy(to_planes(images))
+
+
+def to_uint8(images: "np.ndarray | Tensor") -> np.ndarray:
     """Floats `[B, 3, S, S]` in [-1, 1] to uint8 `[B, S, S, 3]`: rounded to nearest, clamped. Inverts `to_tensor`."""
+    if isinstance(images, np.ndarray):
+        pixels = ((images + 1) * np.float32(127.5)).round().clip(0, 255)
+        return pixels.transpose(0, 2, 3, 1).astype(np.uint8)
     pixels = images.detach().float().add(1).mul(127.5).round().clamp(0, 255)
     return pixels.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,6 +22,9 @@ from semantica.runfolder import PATTERNS, check_run
 from semantica.sampling import denoise
 from semantica.scheduler import SemanticaScheduler
 from semantica.uvit import UViT
+
+if TYPE_CHECKING:
+    from semantica.engines.pipeline import BundlePipeline
 
 # one picture, or several pictures that condition one sample together
 Picture = Image.Image | Sequence[Image.Image]
@@ -74,6 +78,22 @@ class SemanticaPipeline(DiffusionPipeline):
                 # a tensor mapped from a file is not aligned as an allocated one, and matrix products round by alignment
                 parameter.data = parameter.data.clone(memory_format=torch.preserve_format)
         return pipeline
+
+    @staticmethod
+    def from_bundle(folder: str | Path, backend: str = "auto", device: str = "auto") -> "BundlePipeline":
+        """A bundle's engine behind the same call: `image`, `num_images_per_prompt`, `guidance_scale`, `latents`, ...
+
+        Args:
+            folder: made by `semantica export`.
+            backend, device: see `semantica.engines.load_engine`.
+
+        Raises:
+            UserError: as `load_engine`.
+        """
+        from semantica.engines import load_engine
+        from semantica.engines.pipeline import BundlePipeline
+
+        return BundlePipeline(load_engine(folder, backend, device))
 
     @torch.no_grad()
     def encode(self, image: Tensor | Picture | Sequence[Picture]) -> Stream:

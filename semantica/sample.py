@@ -20,7 +20,7 @@ class SampleConfig:
     """Make variations of pictures."""
 
     model: Path
-    """Run folder made by `semantica train`."""
+    """Run folder made by `semantica train`, or bundle made by `semantica export`."""
     image: tuple[Path, ...]
     """Condition pictures, one or more."""
     out: Path = Path("variations.png")
@@ -33,6 +33,8 @@ class SampleConfig:
     """Classifier-free guidance, uncond + guidance * (cond - uncond); 1 = off."""
     seed: int = 0
     solver: Literal["dpmpp_2m", "ddim", "ddpm"] = "dpmpp_2m"
+    engine: Literal["auto", "torch", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor"] = "auto"
+    """What runs a bundle; a run folder runs in torch."""
     device: str = "auto"
 
     def check(self) -> "SampleConfig":
@@ -49,6 +51,25 @@ class SampleConfig:
         if self.out.suffix == ".png" and self.out.is_dir():
             raise UserError(f"--out {self.out} is a folder: choose another name")
         return self
+
+
+def make_variations(config: SampleConfig, pictures: list) -> np.ndarray:
+    """Variations from a run folder or a bundle, which start from the same noise: uint8 `[pictures, n, S, S, 3]`."""
+    from semantica.engines.bundle import is_bundle
+
+    if not is_bundle(config.model):
+        if config.engine not in ("auto", "torch"):
+            raise UserError(f"--engine {config.engine} runs a bundle, {config.model} is none: 'semantica export' first")
+        pipeline = load_pipeline(config.model, config.device, config.solver)
+        return variations(pipeline, pictures, config.n, config.steps, config.guidance, config.seed)
+
+    from semantica.engines import load_engine
+    from semantica.engines.pipeline import BundlePipeline
+
+    pipeline = BundlePipeline(load_engine(config.model, config.engine, config.device))
+    made = pipeline(pictures, config.n, config.steps, config.guidance, config.seed, solver=config.solver).images
+    arrays = np.stack([np.asarray(image) for image in made])
+    return arrays.reshape(len(pictures), config.n, *arrays.shape[1:])
 
 
 def load_pipeline(model: Path, device_name: str, solver: str):
@@ -128,10 +149,9 @@ def sample(config: SampleConfig) -> Path:
 
     config.check()
     pictures = [load_image(path) for path in config.image]
-    pipeline = load_pipeline(config.model, config.device, config.solver)
-    made = variations(pipeline, pictures, config.n, config.steps, config.guidance, config.seed)
+    made = make_variations(config, pictures)
     record = json.dumps(dataclasses.asdict(config), indent=1, default=str)
-    size = pipeline.unet.config.image_size
+    size = made.shape[2]
     if config.out.suffix == ".png":
         config.out.parent.mkdir(parents=True, exist_ok=True)
         rows = [[fit(picture, size), *row] for picture, row in zip(pictures, made, strict=True)]

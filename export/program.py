@@ -1,0 +1,130 @@
+"""A trained pipeline as two exported programs, with the fused operators decomposed into their references."""
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from semantica.condition import Condition
+from semantica.kernels.cross_attention import cross_attention_ref
+from semantica.kernels.group_norm import group_norm_ref, statistics_like
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MAX_BATCH = 4096
+
+
+class Denoise(nn.Module):
+    """`denoise.onnx`: keys and values come as attention reads them, `[B, H, M, D]`."""
+
+    def __init__(self, unet: nn.Module, sizes: tuple[int, ...]):
+        super().__init__()
+        self.unet, self.sizes = unet, sizes
+
+    def forward(self, z: Tensor, logsnr: Tensor, keys_values: list[tuple[Tensor, Tensor]], emb: Tensor) -> Tensor:
+        keys, values = (tuple(pair[i].transpose(1, 2) for pair in keys_values) for i in (0, 1))
+        return self.unet(z, logsnr, Condition(keys, values, emb, None, self.sizes))
+
+
+class Encode(nn.Module):
+    """`condition.onnx`: pictures to keys, values and embedding, through the encoder and the denoiser's projections."""
+
+    def __init__(self, unet: nn.Module, encoder: nn.Module):
+        super().__init__()
+        self.unet, self.encoder = unet, encoder
+
+    def forward(self, image: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        stream = self.encoder(image.to(self.unet.dtype))
+        made = self.unet.condition(dict.fromkeys(self.unet.stream_names, stream))
+        pairs = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(made.keys, made.values)]
+        # without any condition there is one embedding for all
+        return pairs, made.emb.expand(image.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The programs of one precision, and what they were captured from.
+
+    unet, encoder: in that precision. denoise, encode: programs over aten operators and nothing of this package.
+    sizes: tokens of each stream.
+    """
+
+    precision: str
+    unet: nn.Module
+    encoder: nn.Module
+    denoise: ExportedProgram
+    encode: ExportedProgram
+    sizes: tuple[int, ...]
+
+
+def in_precision(module: nn.Module, precision: str) -> nn.Module:
+    """A frozen copy in evaluation mode; of fp32 modules the module itself."""
+    module = module.eval().requires_grad_(False)
+    if precision == "fp32":
+        return module
+    # not the mixin's own `to`, which warns of modules that are kept in fp32 where there are none
+    return nn.Module.to(copy.deepcopy(module), DTYPES[precision])
+
+
+@torch.no_grad()
+def capture(unet: nn.Module, encoder: nn.Module, precision: str) -> Captured:
+    """Export both halves of a pipeline whose modules are fp32 and on the CPU."""
+    unet, encoder = in_precision(unet, precision), in_precision(encoder, precision)
+    batch = {0: Dim("batch", min=1, max=MAX_BATCH)}
+    # two samples: a dimension of one would be taken for a constant
+    image = torch.zeros(2, 3, encoder.image_size, encoder.image_size)
+    half = Encode(unet, encoder)
+    pairs, emb = half(image)
+    with quiet():
+        encode = torch.export.export(half, (image,), dynamic_shapes=(batch,), strict=False)
+        sizes = streams_of(unet, encoder, image)
+        size = unet.config.image_size
+        z = torch.zeros(2, unet.config.in_channels, size, size)
+        denoise = torch.export.export(
+            Denoise(unet, sizes),
+            (z, torch.zeros(2), pairs, emb),
+            dynamic_shapes=(batch, batch, [(batch, batch)] * len(pairs), batch),
+            strict=False,
+        )
+        denoise, encode = (program.run_decompositions(decompositions()) for program in (denoise, encode))
+    return Captured(precision, unet, encoder, denoise, encode, sizes)
+
+
+def streams_of(unet: nn.Module, encoder: nn.Module, image: Tensor) -> tuple[int, ...]:
+    """Tokens of each stream along M, as the encoder gives them; empty without cross-attention."""
+    stream = encoder(image.to(unet.dtype))
+    return unet.condition(dict.fromkeys(unet.stream_names, stream)).sizes
+
+
+def decompositions() -> dict:
+    """The fused operators' references, as torch's decomposition tables take them; what inference drops is left empty."""
+
+    def group_norm(x, groups, weight, bias, scale, shift, activation, eps):
+        y = group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps)
+        return y, statistics_like(x, groups), statistics_like(x, groups)
+
+    def cross_attention(q, k, v, sizes, lengths, gates, q_weight, return_lse=False):
+        assert not return_lse, "inference keeps no attention statistics"
+        o = cross_attention_ref(q, k, v, sizes, lengths, gates, q_weight)
+        return o, q.new_empty((0,), dtype=torch.float32)
+
+    ops = torch.ops.semantica
+    return {ops.group_norm.default: group_norm, ops.cross_attention.default: cross_attention}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporter's remarks: packages that this model does not use, deprecations between its own parts."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

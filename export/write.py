@@ -1,0 +1,144 @@
+"""`semantica export`: a run folder becomes a bundle, or nothing does."""
+
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from semantica import __version__
+from semantica.engines.bundle import CONDITION, DENOISE, FILES, FORMAT, MANIFEST, NULL, VERSION, WEIGHTS, entries
+from semantica.errors import UserError
+from semantica.export.config import ExportConfig
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def export(config: ExportConfig) -> Path:
+    """Write a bundle whose graphs agreed with the fp32 network; returns where it is.
+
+    Raises:
+        UserError: impossible options, no usable run folder, or a missing package; nothing is written then.
+        ParityError: an artifact computes something else than the network; nothing is kept.
+    """
+    config.check()
+    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if absent:
+        raise UserError(f'export needs {", ".join(absent)}, not installed here: pip install "semantica-diffusion[export]"')
+
+    from semantica.export.program import capture
+    from semantica.pipeline import SemanticaPipeline
+
+    pipeline = SemanticaPipeline.from_pretrained(config.model)
+    began = time.perf_counter()
+    with aside(config.out) as folder:
+        captured = capture(pipeline.unet, pipeline.encoder, config.precision)
+        manifest = describe(config, pipeline, captured)
+        manifest |= write_graphs(captured, folder)
+        manifest["files"] = entries(folder, FILES)
+        (folder / MANIFEST).write_text(json.dumps(manifest | {"parity": {}}, indent=1))
+        manifest |= gate(config, pipeline, captured, folder)
+        manifest["seconds"] = round(time.perf_counter() - began, 1)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for name, row in manifest["parity"].items():
+        print(f"{name}: v max error {row['v_max_error']:.2g}, images {row['psnr_db']:.1f} dB, in {row['arithmetic']}")
+    print(f"{config.precision} bundle in {config.out}, {manifest['seconds']} s")
+    return config.out
+
+
+@contextmanager
+def aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name at the end, and is gone after any failure.
+
+    Raises:
+        UserError: the place cannot be written to, or was taken meanwhile.
+    """
+    folder = out.with_name(f".{out.name}.incomplete")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        # renaming would replace an empty folder
+        if out.exists():
+            raise UserError(f"{out} exists by now: choose another folder")
+        folder.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; give a place with room") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def describe(config: ExportConfig, pipeline, captured) -> dict:
+    """What the manifest says about the model."""
+    unet = pipeline.unet.config
+    heads = unet.heads if captured.sizes else 0
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "semantica": __version__,
+        "precision": config.precision,
+        "streams": dict(zip(pipeline.unet.stream_names, captured.sizes)),
+        "shapes": {
+            "image": pipeline.encoder.image_size,
+            "latent": unet.image_size,
+            "channels": unet.in_channels,
+            "blocks": unet.depth if captured.sizes else 0,
+            "heads": heads,
+            "head_dim": unet.width // unet.heads if captured.sizes else 0,
+            "emb": unet.emb_dim,
+        },
+        "model": {name: plain(getattr(pipeline, name)) for name in ("unet", "encoder", "scheduler")},
+    }
+
+
+def plain(module) -> dict:
+    """A diffusers configuration as JSON, with its class."""
+    config = {key: value for key, value in module.config.items() if not key.startswith("_")}
+    return {"class": type(module).__name__, **json.loads(json.dumps(config, default=list))}
+
+
+def write_graphs(captured, folder: Path) -> dict:
+    """The two graphs, the weights and the null condition."""
+    from safetensors.torch import save_file
+
+    from semantica.export import graph
+
+    weights = graph.write_weights({"unet": captured.unet, "encoder": captured.encoder}, folder / WEIGHTS)
+    names = [f"{kind}.{i}" for i in range(len(captured.unet.transformer_blocks)) for kind in "kv"]
+    names = names if captured.sizes else []
+    made = {}
+    for name, program, inputs, outputs in (
+        (CONDITION, captured.encode, ["image"], [*names, "emb"]),
+        (DENOISE, captured.denoise, ["z", "logsnr", *names, "emb"], ["v"]),
+    ):
+        model = graph.to_onnx(program, inputs, outputs, set(weights))
+        graph.save(model, folder / name, weights, folder / WEIGHTS)
+        made[name] = {"nodes": graph.node_counts(model), "types": graph.types(model)}
+    null = captured.unet.null_condition(1)
+    arrays = {"emb": null.emb}
+    for i, (key, value) in enumerate(zip(null.keys, null.values)):
+        arrays |= {f"k.{i}": key.transpose(1, 2), f"v.{i}": value.transpose(1, 2)}
+    save_file({name: array.detach().contiguous() for name, array in arrays.items()}, folder / NULL)
+    return {"opset": graph.OPSET, "graphs": made}
+
+
+def gate(config: ExportConfig, pipeline, captured, folder: Path) -> dict:
+    """Compare what was written with the fp32 network. Raises `ParityError`."""
+    from semantica.engines import load_engine
+    from semantica.export import parity
+
+    bounds = parity.BOUNDS[config.precision]
+    network = parity.Network(pipeline.unet, pipeline.encoder, captured.sizes)
+    schedule = pipeline.scheduler.schedule
+    problem = parity.make_problem(network, schedule, pipeline.encoder.image_size, config.levels, config.steps)
+    rows = {}
+    if config.precision != "bf16":
+        engine = load_engine(folder, "onnxruntime")
+        rows["onnxruntime"] = parity.compare(engine, problem, engine.arithmetic)
+    for name, row in rows.items():
+        said = parity.failures(row, bounds)
+        if said:
+            raise parity.ParityError(f"{name} differs from the fp32 network: {'; '.join(said)}; no bundle was written")
+    return {"parity": rows, "bounds": parity.bounds_record(config.precision)}

@@ -1,0 +1,158 @@
+"""A bundle: the folder that `semantica export` writes. Everything is checked before anything is deserialised.
+
+numpy, JSON and hashes only: no torch, so that an exported model can be sampled where torch is not installed.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from semantica.errors import UserError
+
+FORMAT, VERSION = "semantica-bundle", 1
+MANIFEST = "manifest.json"
+CONDITION, DENOISE, WEIGHTS, NULL = "condition.onnx", "denoise.onnx", "weights.safetensors", "null.safetensors"
+FILES = (CONDITION, DENOISE, WEIGHTS, NULL)
+PRECISIONS = ("fp32", "fp16", "bf16")
+# a manifest is a few kilobytes; a file of another kind under its name is not read into memory
+MANIFEST_LIMIT = 1 << 24
+REQUIRED = {
+    "precision": str, "opset": int, "streams": dict, "shapes": dict, "model": dict, "parity": dict, "files": dict,
+}  # fmt: skip
+SHAPES = ("image", "latent", "channels", "blocks", "heads", "head_dim", "emb")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose manifest was read and whose files have the hashes that it names.
+
+    folder: where it is. manifest: the parsed manifest.json.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def precision(self) -> str:
+        """What weights, keys, values and embedding are stored in: "fp32", "fp16" or "bf16"."""
+        return self.manifest["precision"]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each stream, in order; empty without cross-attention."""
+        return tuple(self.manifest["streams"].values())
+
+    @property
+    def shapes(self) -> dict[str, int]:
+        """image: side of condition pictures; latent: side of what is sampled; channels, blocks, heads, ..."""
+        return self.manifest["shapes"]
+
+    @property
+    def key_names(self) -> list[str]:
+        """Inputs of the denoiser that hold keys and values, in order: k.0, v.0, k.1, ..."""
+        return [f"{kind}.{i}" for i in range(self.shapes["blocks"]) for kind in "kv"]
+
+    def shape_of(self, name: str, batch: int) -> tuple[int, ...]:
+        """Shape of a named input or output of the two graphs."""
+        s = self.shapes
+        if name in ("z", "v"):
+            return (batch, s["channels"], s["latent"], s["latent"])
+        fixed = {"logsnr": (batch,), "emb": (batch, s["emb"]), "image": (batch, 3, s["image"], s["image"])}
+        return fixed.get(name) or (batch, s["heads"], sum(self.sizes), s["head_dim"])
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder looks like a bundle, whole or broken, and not like a run folder."""
+    return (folder / MANIFEST).is_file() or (folder / DENOISE).is_file()
+
+
+def open_bundle(folder: str | Path) -> Bundle:
+    """Read and check a bundle: the manifest, then every file that it names, by size and hash.
+
+    Raises:
+        UserError: not a bundle, half written, made by a newer version, or a file is missing, altered, a link, or
+            outside the folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give a bundle made by 'semantica export'")
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"{folder} has no {MANIFEST}: not a bundle, or half written; make it with 'semantica export'")
+    manifest = read_manifest(folder / MANIFEST, FORMAT, VERSION)
+    for key, kind in REQUIRED.items():
+        if not isinstance(manifest.get(key), kind):
+            raise UserError(f"{folder / MANIFEST} has no usable {key!r}: export the bundle again")
+    if manifest["precision"] not in PRECISIONS:
+        raise UserError(f"{folder / MANIFEST} has precision {manifest['precision']!r}: expected {', '.join(PRECISIONS)}")
+    numbers = [manifest["shapes"].get(name) for name in SHAPES] + list(manifest["streams"].values())
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise UserError(f"{folder / MANIFEST} has impossible shapes or streams: export the bundle again")
+    missing = [name for name in FILES if name not in manifest["files"]]
+    if missing:
+        raise UserError(f"{folder / MANIFEST} does not name {', '.join(missing)}: export the bundle again")
+    check_files(folder, manifest["files"])
+    return Bundle(folder, manifest)
+
+
+def read_manifest(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """A JSON object that says which format and version it is.
+
+    Raises:
+        UserError: unreadable, a link, of another format, or of a newer version than this package knows.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link: copy the file in its place")
+    try:
+        if path.stat().st_size > MANIFEST_LIMIT:
+            raise UserError(f"{path} has {path.stat().st_size} bytes: that is no manifest")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({type(error).__name__}): restore or remake it") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+        raise UserError(f"{path} is not the manifest of a {kind}: give a folder made by this package")
+    found = manifest.get("version")
+    if type(found) is not int or found < 1:
+        raise UserError(f"{path} has version {found!r}: expected a whole number; remake the folder")
+    if found > version:
+        raise UserError(f"{path} has version {found}, this semantica reads up to {version}: install a newer semantica")
+    return manifest
+
+
+def check_files(folder: Path, files: dict[str, Any]) -> None:
+    """Compare every named file with its recorded size and SHA-256.
+
+    Raises:
+        UserError: a name leads outside the folder, or a file is missing, a link, or altered.
+    """
+    for name, entry in files.items():
+        parts = PurePosixPath(name).parts
+        if not re.fullmatch(r"[A-Za-z0-9_.\-/]+", name) or not parts or ".." in parts or name.startswith("/"):
+            raise UserError(f"{folder / MANIFEST} names {name!r}, which leads outside the folder: do not use this bundle")
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+            raise UserError(f"{folder / MANIFEST} has no hash for {name}: remake the folder")
+        path = folder
+        for part in parts:
+            path = path / part
+            if path.is_symlink():
+                raise UserError(f"{path} is a symbolic link: copy the file in its place")
+        if not path.is_file():
+            raise UserError(f"{path} is missing: the folder is incomplete, copy or make it again")
+        if path.stat().st_size != entry.get("bytes") or digest(path) != entry["sha256"]:
+            raise UserError(f"{path} is not the file that was written (size or SHA-256 differs): make the folder again")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entries(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What a manifest says about files: `{name: {"sha256": ..., "bytes": ...}}`."""
+    return {name: {"sha256": digest(folder / name), "bytes": (folder / name).stat().st_size} for name in names}

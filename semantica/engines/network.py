@@ -1,0 +1,69 @@
+"""The network itself in PyTorch, built from a bundle's configuration and weights, in the bundle's precision."""
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from semantica.condition import Condition
+from semantica.device import pick_device
+from semantica.encoder import PretrainedEncoder, ViTEncoder
+from semantica.engines.bundle import WEIGHTS, Bundle
+from semantica.engines.engine import Engine
+from semantica.errors import UserError
+from semantica.uvit import UViT
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ENCODERS = {"ViTEncoder": ViTEncoder, "PretrainedEncoder": PretrainedEncoder}
+
+
+def load(bundle: Bundle, backend: str, device: str) -> "TorchEngine":
+    return TorchEngine(bundle, pick_device(device))
+
+
+def build(bundle: Bundle, device: torch.device) -> tuple[UViT, ViTEncoder | PretrainedEncoder]:
+    """The two networks of a bundle with its weights. Raises `UserError` where configuration and weights disagree."""
+    model = bundle.manifest["model"]
+    weights = load_file(bundle.folder / WEIGHTS)
+    made = []
+    for name, classes in (("unet", {"UViT": UViT}), ("encoder", ENCODERS)):
+        config = dict(model.get(name) or {})
+        kind = classes.get(config.pop("class", None))
+        if kind is None or "auto_map" in (config.get("vision") or {}):
+            raise UserError(f"{bundle.folder} asks for other code as its {name}: it is never loaded")
+        module = kind.from_config(config).eval().requires_grad_(False)
+        torch.nn.Module.to(module, DTYPES[bundle.precision])
+        part = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        try:
+            module.load_state_dict(part)
+        except RuntimeError as error:
+            raise UserError(f"{bundle.folder}: its weights do not fit its {name}: export the bundle again") from error
+        made.append(torch.nn.Module.to(module, device))
+    return tuple(made)
+
+
+class TorchEngine(Engine):
+    """Eager PyTorch: every operator of this package, on the CPU or a GPU."""
+
+    backend, array, axis = "torch", "torch", 1
+
+    def __init__(self, bundle: Bundle, device: torch.device):
+        super().__init__(bundle)
+        self.device = str(device)
+        self.arithmetic = bundle.precision
+        self.unet, self.encoder = build(bundle, device)
+        self.unet.to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Condition:
+        stream = self.encoder(images.to(self.unet.device, self.unet.dtype))
+        condition = self.unet.condition(dict.fromkeys(self.unet.stream_names, stream))
+        # without any condition there is one embedding for all
+        return condition if len(condition.emb) == len(images) else condition.repeat(len(images))
+
+    @torch.inference_mode()
+    def null(self, batch: int) -> Condition:
+        return self.unet.null_condition(batch).fill(self.bundle.sizes)
+
+    @torch.inference_mode()
+    def predict(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
+        return self.unet(z, logsnr, condition)

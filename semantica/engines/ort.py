@@ -1,0 +1,65 @@
+"""ONNX Runtime on the CPU: numpy arrays in and out, no torch."""
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
+from safetensors.numpy import load_file
+
+from semantica.condition import Condition
+from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
+from semantica.engines.engine import Engine
+from semantica.errors import UserError
+
+ARITHMETIC = {
+    "fp32": "fp32",
+    # ONNX Runtime's CPU kernels for half precision convert to fp32 and back
+    "fp16": "fp32 between fp16 values",
+}
+REFUSALS = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented, errors.RuntimeException,
+            errors.InvalidArgument, errors.NoSuchFile)  # fmt: skip
+
+
+def load(bundle: Bundle, backend: str, device: str) -> "OnnxRuntimeEngine":
+    """Raises `UserError` for a precision or device that ONNX Runtime's CPU kernels do not have."""
+    if bundle.precision not in ARITHMETIC:
+        raise UserError(
+            f"{bundle.folder} is {bundle.precision}, which ONNX Runtime cannot compute on a CPU: "
+            "use --engine torch, or export fp32 or fp16"
+        )
+    if device not in ("auto", "cpu"):
+        raise UserError(f"engine 'onnxruntime' runs on the CPU, not on {device!r}: use --device cpu or another engine")
+    return OnnxRuntimeEngine(bundle)
+
+
+class OnnxRuntimeEngine(Engine):
+    """Two sessions over a checked bundle."""
+
+    backend, array = "onnxruntime", "numpy"
+
+    def __init__(self, bundle: Bundle):
+        super().__init__(bundle)
+        self.arithmetic = ARITHMETIC[bundle.precision]
+        self.denoiser, self.encoder = (session(bundle, name) for name in (DENOISE, CONDITION))
+        self.outputs = [output.name for output in self.encoder.get_outputs()]
+        self.blank = load_file(bundle.folder / NULL)
+
+    def encode(self, images: np.ndarray) -> Condition:
+        made = self.encoder.run(self.outputs, {"image": images.astype(np.float32, copy=False)})
+        return self.as_condition(dict(zip(self.outputs, made, strict=True)), self.bundle.sizes)
+
+    def null(self, batch: int) -> Condition:
+        return self.null_from(self.blank, batch)
+
+    def predict(self, z: np.ndarray, logsnr: np.ndarray, condition: Condition) -> np.ndarray:
+        return self.denoiser.run(["v"], self.feeds(z, logsnr, condition))[0]
+
+
+def session(bundle: Bundle, name: str) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    # warnings about graphs that run are not for the user; what fails is raised
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(bundle.folder / name, options, providers=["CPUExecutionProvider"])
+    except REFUSALS as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"ONNX Runtime cannot load {bundle.folder / name}: {reason}") from error
