@@ -108,17 +108,17 @@ def contenders(config: SampleConfig, device: str) -> tuple[tuple[str, ...], dict
     Raises:
         UserError: a name of --only that is unknown or absent, or an own function that cannot be imported.
     """
-    from semantica.benchmarks.samplers import IMPLEMENTATIONS, PACKAGES, RACED, builder_of, ladder_names
+    from semantica.benchmarks.samplers import CPU_ONLY, IMPLEMENTATIONS, PACKAGES, RACED, builder_of, ladder_names
 
     for target in config.impl:
         builder_of(target)
     if config.ladder:
         return (*ladder_names(device), *config.impl), {}
-    absent = {
-        name: f"{package} is not installed"
-        for name, package in PACKAGES.items()
-        if importlib.util.find_spec(package) is None
-    }
+    absent = {name: "runs on the CPU only" for name in CPU_ONLY if device != "cpu"}
+    for name, packages in PACKAGES.items():
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        if missing and name not in absent:
+            absent[name] = f"not installed: {', '.join(missing)}"
     asked = tuple(filter(None, config.only.split(",")))
     for name in asked:
         if name not in IMPLEMENTATIONS:

@@ -195,7 +195,10 @@ class FastDenoiser(nn.Module):
         self.requires_grad_(False)
 
     def prepare(self, condition: Condition, null: Condition | None) -> Branches:
-        """What the steps need of a condition, with the unconditional branch beside it unless `null` is None."""
+        """What the steps need of a condition, with the unconditional branch beside it unless `null` is None.
+
+        Both come from a `UViT`: tokens along axis 1.
+        """
 
         def cast(arrays):
             return tuple(a.to(self.dtype) for a in arrays)
