@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from semantica.benchmarks import bench_kernels, bench_sample, bench_tune
+from semantica.benchmarks import bench_kernels, bench_sample, bench_train, bench_tune
 from semantica.benchmarks.suites import show
 from semantica.errors import UserError
 
@@ -14,6 +14,7 @@ USAGE = """usage: semantica bench kernels [options]           time the operators
        semantica bench kernels --compile-only      compile every Triton kernel without a GPU: registers, spills, ...
        semantica bench sample [options]            time whole sampling runs: latency, throughput, accuracy
        semantica bench sample --ladder             the plain pipeline, then each optimisation added in turn
+       semantica bench train [options]             time training steps: ladder, MFU, each operator's share
        semantica bench compare A.json B.json       ratios of time, with the band of noise
        semantica bench table FILE.json ...         the rows as Markdown, stale ones marked
        semantica bench tune --op group_norm        tune an operator's launch table on the GPU at hand
@@ -119,10 +120,11 @@ def every(rows: list[dict]) -> None:
 
 
 # rows of whole runs have columns of their own
-KINDS = {"sample": bench_sample, "sample_ladder": bench_sample}
+KINDS = {"sample": bench_sample, "sample_ladder": bench_sample, "train": bench_train}
 VERBS = {
     "kernels": (bench_kernels.KernelsConfig, bench_kernels.kernels),
     "sample": (bench_sample.SampleConfig, bench_sample.sample),
+    "train": (bench_train.TrainConfig, bench_train.train),
     "compare": (CompareConfig, compare),
     "table": (TableConfig, table),
     "tune": (bench_tune.TuneConfig, bench_tune.tune),

@@ -19,6 +19,9 @@ COLUMNS = (
 DETAILS = ("operator", "runs", "nominal TFLOP/s")
 
 
+MODELS = ("tiny", "small", "64px-16M")
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Time whole sampling runs: latency one image at a time (SingleStream), throughput in batches (Offline).
@@ -27,8 +30,9 @@ class SampleConfig:
     One whose images are not those of the fp32 pipeline is listed and not timed.
     """
 
-    models: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "tiny,small,64px-16M"
-    """Presets (with drawn weights), "64px-16M", or run folders, separated by commas."""
+    models: Annotated[str, tyro.conf.arg(metavar="NAMES")] = ""
+    """Presets (with drawn weights), "64px-16M", or run folders, separated by commas; by default tiny, small and
+    64px-16M, of which --quick takes the first."""
     batch: tuple[int, ...] = (1, 8)
     """Images at a time: 1 is SingleStream, more is Offline."""
     steps: tuple[int, ...] = (10, 20)
@@ -44,7 +48,7 @@ class SampleConfig:
     rounds: int = 5
     """The least number of rounds."""
     quick: bool = False
-    """Two rounds of `tiny`, no search for the fastest kernels: to try things out, not to be quoted."""
+    """Few rounds, and no search for the fastest kernels: to try things out, not to be quoted."""
     json: Path | None = None
     """Store the rows."""
     html: Path | None = None
@@ -72,7 +76,7 @@ def sample(config: SampleConfig) -> int:
     from semantica.device import pick_device
 
     device = pick_device(config.device).type
-    models = tuple(filter(None, ("tiny" if config.quick else config.models).split(",")))
+    models = tuple(filter(None, config.models.split(","))) or (("tiny",) if config.quick else MODELS)
     # a misspelt name must not cost the races before it
     for model in models:
         check(model)
@@ -104,17 +108,17 @@ def contenders(config: SampleConfig, device: str) -> tuple[tuple[str, ...], dict
     Raises:
         UserError: a name of --only that is unknown or absent, or an own function that cannot be imported.
     """
-    from semantica.benchmarks.samplers import IMPLEMENTATIONS, PACKAGES, RACED, builder_of, ladder_names
+    from semantica.benchmarks.samplers import CPU_ONLY, IMPLEMENTATIONS, PACKAGES, RACED, builder_of, ladder_names
 
     for target in config.impl:
         builder_of(target)
     if config.ladder:
         return (*ladder_names(device), *config.impl), {}
-    absent = {
-        name: f"{package} is not installed"
-        for name, package in PACKAGES.items()
-        if importlib.util.find_spec(package) is None
-    }
+    absent = {name: "runs on the CPU only" for name in CPU_ONLY if device != "cpu"}
+    for name, packages in PACKAGES.items():
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        if missing and name not in absent:
+            absent[name] = f"not installed: {', '.join(missing)}"
     asked = tuple(filter(None, config.only.split(",")))
     for name in asked:
         if name not in IMPLEMENTATIONS:

@@ -2,18 +2,16 @@
 
 Accuracy first. Every call, timed or not, gets condition images and noise that no call had before, so that nothing kept
 from an earlier one can be right. An implementation is refused when its images are further from the fp32 pipeline's than
-the bound allows: in the first call, in one timed round that is chosen when the race is over, or, in any timed round,
-from the images of the most accurate contender. Before that, the model itself is tested: its images must depend on the
+the bound allows: in the first call, in one timed round that is chosen when the race is over, or in any round in which
+contenders differ. Before that, the model itself is tested: its images must depend on the
 condition by more than the bound, or ignoring it would go unnoticed.
 """
 
 import itertools
 import json
 import random
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from semantica.benchmarks import timing
+from semantica.benchmarks.processes import Ceilings, Process, Wrong
 from semantica.benchmarks.sample_models import contents
-from semantica.benchmarks.verify import Wrong
 
 # dB to the fp32 images
 BOUND = 35.0
@@ -51,58 +49,23 @@ def judge(actual: np.ndarray, expected: np.ndarray, what: str) -> float:
     return found
 
 
-class Worker:
-    """An implementation in its own process. Whatever fails there is `Wrong` here."""
+class Sampler(Process):
+    """An implementation of sampling."""
 
-    def __init__(self, name: str, folder: Path):
-        self.name, self.folder = name, folder / name.replace(":", "-").replace(" ", "-").replace("+", "rung")
-        self.folder.mkdir(parents=True)
-        self.log = (self.folder / "log.txt").open("w")
-        # -P: the root of a checkout must not be on sys.path
-        command = [sys.executable, "-P", "-m", "semantica.benchmarks.sample_worker", str(self.folder)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
-
-    def ask(self, **request) -> dict:
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise Wrong(f"its process ended with code {self.process.wait()}: {last_line(self.log.name)}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise Wrong(answer["error"])
-        return answer
+    def __init__(self, name: str, place: Path):
+        super().__init__("semantica.benchmarks.sample_worker", name, place)
+        self.name = name
 
     def build(self, model: Path, device: str, quick: bool, bundle: Path | None) -> dict:
         bundle = None if bundle is None else str(bundle)
-        return self.ask(do="build", name=self.name, model=str(model), device=device, quick=quick, bundle=bundle)
+        return self.ask("build", name=self.name, model=str(model), device=device, quick=quick, bundle=bundle)
 
     def sample(self, content: tuple[np.ndarray, np.ndarray], steps: int) -> tuple[dict, np.ndarray]:
         """The worker's answer, and the images."""
         for name, array in zip(("images", "noise"), content):
             np.save(self.folder / f"{name}.npy", array)
-        answer = self.ask(do="sample", steps=steps, guidance=GUIDANCE)
+        answer = self.ask("sample", steps=steps, guidance=GUIDANCE)
         return answer, np.load(self.folder / "made.npy")
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-        self.log.close()
-
-
-def last_line(path: str) -> str:
-    lines = Path(path).read_text(errors="replace").strip().splitlines()
-    return lines[-1][:200] if lines else "it said nothing"
 
 
 @dataclass
@@ -121,13 +84,22 @@ class Result:
 class Field:
     """The implementations of one model, built once and raced in several shapes."""
 
-    def __init__(self, model: Path, names: list[str], place: Path, device: str, quick: bool, bundles: dict[str, Path]):
-        self.place, self.device = place, device
+    def __init__(
+        self,
+        model: Path,
+        names: list[str],
+        place: Path,
+        device: str,
+        quick: bool,
+        bundles: dict[str, Path],
+        make: Callable[[str, Path], Sampler] = Sampler,
+    ):
+        self.device = device
         self.image_size, self.condition_size = sizes(model)
         self.seeds = itertools.count()
         self.workers, self.built, self.failed = {}, {}, {}
         for name in ("reference", *names):
-            worker = self.workers[name] = Worker(name, place)
+            worker = self.workers[name] = make(name, place)
             try:
                 self.built[name] = worker.build(model, device, quick, bundles.get(name))
             except Wrong as error:
@@ -172,7 +144,7 @@ class Field:
                 result.first_seconds = answer["seconds"]
                 result.psnr = judge(made, expected, "first call")
         entered = [name for name in self.names if not results[name].reason]
-        # every other result is held against the most accurate one
+        # every result is held against that of the most accurate contender
         anchor = max(entered, key=lambda name: results[name].psnr, default=None)
         ceilings = Ceilings(self.device)
         rng, kept = random.Random(), {}
@@ -191,10 +163,12 @@ class Field:
                     results[name].peak_bytes = answer["peak_bytes"]
                     if timed:
                         results[name].times.device.append(answer["seconds"])
-            for name in made:
-                if anchor in made:
+            if any(psnr(images, made[anchor]) < BOUND for images in made.values() if anchor in made):
+                # somebody is wrong: the pipeline says who
+                expected = self.truth(content, steps)
+                for name in made:
                     with refusing(results[name]):
-                        judge(made[name], made[anchor], f"timed call, against {anchor}")
+                        judge(made[name], expected, "timed call" if timed else "second call")
             entered = [name for name in entered if not results[name].reason]
             number += 1
             if not timed:
@@ -225,34 +199,6 @@ def refusing(result: Result) -> Iterator[None]:
         yield
     except Wrong as error:
         result.reason = result.reason or str(error)
-
-
-class Ceilings:
-    """Rates of a copy and of matrix products, between the rounds."""
-
-    def __init__(self, device: str):
-        import torch
-
-        self.clock = timing.clock(device)
-        self.runners = {"copy": timing.copy_contender(device)}
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            self.runners[name] = timing.matrix_contender(device, dtype)
-        self.times: dict[str, list[float]] = {name: [] for name in self.runners}
-
-    def measure(self) -> None:
-        for name, (contender, _) in self.runners.items():
-            call = contender(0)
-            self.times[name] += [self.clock.time(call, 0)[0] for _ in range(3)]
-
-    def rates(self) -> dict[str, float]:
-        if not self.times["copy"]:
-            return {}
-        rate = {name: amount / timing.quantile(self.times[name], 0.5) for name, (_, amount) in self.runners.items()}
-        return {
-            "copy_gbps": rate["copy"] / 1e9,
-            "matrix_tflops": rate["bf16"] / 1e12,
-            "matrix_tflops_fp32": rate["fp32"] / 1e12,
-        }
 
 
 def sizes(model: Path) -> tuple[int, int]:

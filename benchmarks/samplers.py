@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file
 
-from semantica.benchmarks.compile_only import resolve
+from semantica.solvers import Plan, Schedule, make_plan
 
 Call = Callable[[np.ndarray, np.ndarray, int, float], np.ndarray]
 
@@ -99,6 +100,83 @@ def fast(compile: str, graphs: bool = False, half: bool = True) -> Callable[[Bui
     return builder
 
 
+def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
+    """Ours: the bundle in one of its backends."""
+
+    def builder(build: Build) -> tuple[Call, str]:
+        from semantica.engines import load_engine
+        from semantica.sampler import sample
+
+        engine = load_engine(build.bundle, backend, build.device)
+        plans = plans_of(build.bundle)
+
+        def run(images, noise, steps, guidance):
+            if engine.array == "torch":
+                import torch
+
+                images, noise = (torch.from_numpy(a).to(engine.device) for a in (images, noise))
+            made = sample(engine, noise, engine.condition(images), engine.null(len(noise)), plans(steps), guidance)
+            return np.asarray(made) if engine.array == "numpy" else made.cpu().numpy()
+
+        return run, engine.arithmetic
+
+    return builder
+
+
+def openvino(hint: str) -> Callable[[Build], tuple[Call, str]]:
+    """A peer: OpenVINO on the same graphs, its shapes fixed to the batch, both branches in one batch."""
+
+    def builder(build: Build) -> tuple[Call, str]:
+        import openvino
+
+        from semantica.condition import Condition
+        from semantica.engines import open_bundle
+        from semantica.engines.bundle import CONDITION, DENOISE, NULL
+        from semantica.sampler import sample
+
+        bundle, plans, core = open_bundle(build.bundle), plans_of(build.bundle), openvino.Core()
+        settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+        blank, requests = load_file(bundle.folder / NULL), {}
+
+        def request(name: str, batch: int):
+            if (name, batch) not in requests:
+                model = core.read_model(bundle.folder / name)
+                shapes = {p.any_name: list(bundle.shape_of(p.any_name, batch)) for p in model.inputs}
+                model.reshape(shapes)
+                requests[name, batch] = core.compile_model(model, "CPU", settings).create_infer_request()
+            return requests[name, batch]
+
+        def condition_of(arrays: dict, sizes: tuple[int, ...]) -> Condition:
+            keys, values = ([arrays[f"{kind}.{i}"] for i in range(bundle.shapes["blocks"])] for kind in "kv")
+            return Condition(tuple(keys), tuple(values), arrays["emb"], None, sizes, axis=2)
+
+        def denoise(z, logsnr, condition):
+            feeds = {"z": z, "logsnr": logsnr, "emb": condition.emb}
+            for i, pair in enumerate(zip(condition.keys, condition.values)):
+                feeds[f"k.{i}"], feeds[f"v.{i}"] = pair
+            return request(DENOISE, len(z)).infer(feeds, share_inputs=True)["v"].copy()
+
+        def run(images, noise, steps, guidance):
+            encoded = request(CONDITION, len(images)).infer({"image": images})
+            named = {output.any_name: array.copy() for output, array in encoded.items()}
+            null = condition_of(blank, (1,) * len(bundle.sizes)).fill(bundle.sizes).repeat(len(images))
+            return sample(denoise, noise, condition_of(named, bundle.sizes), null, plans(steps), guidance)
+
+        return run, {"f32": "fp32"}.get(hint, hint)
+
+    return builder
+
+
+def plans_of(bundle: Path) -> Callable[[int], Plan]:
+    """Plans by number of steps, of the schedule and solver in a bundle."""
+    from semantica.engines import open_bundle
+
+    config = open_bundle(bundle).manifest["model"]["scheduler"]
+    names = ("image_size", "reference", "logsnr_min", "logsnr_max")
+    schedule = Schedule(**{name: config[name] for name in names if name in config})
+    return lambda steps: make_plan(config["solver"], schedule.grid(steps)[1])
+
+
 OURS = "+ rearranged"
 IMPLEMENTATIONS: dict[str, Callable[[Build], tuple[Call, str]]] = {
     "reference": reference,
@@ -107,10 +185,18 @@ IMPLEMENTATIONS: dict[str, Callable[[Build], tuple[Call, str]]] = {
     "torch": fast("network", graphs=True),
     "torch-blocks": fast("blocks", graphs=True),
     "torch-eager": fast("none"),
+    "onnxruntime": through_engine("onnxruntime"),
+    "openvino": openvino("f32"),
+    "openvino-bf16": openvino("bf16"),
 }
-RACED = ("plain", "strong", "torch")
+RACED = ("plain", "strong", "torch", "onnxruntime", "openvino", "openvino-bf16")
 # what implementations need that may not be installed
-PACKAGES: dict[str, str] = {}
+PACKAGES = {
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "openvino-bf16": ("onnx", "onnxscript", "openvino"),
+}
+CPU_ONLY = ("onnxruntime", "openvino", "openvino-bf16")
 
 
 def ladder_names(device: str) -> list[str]:
@@ -131,4 +217,9 @@ def builder_of(name: str) -> Callable[[Build], tuple[Call, str]]:
         return fast("network")
     if name == "+ graph":
         return fast("network", graphs=True)
-    return ladder(name) if name.startswith("+") else resolve(name)
+    if name.startswith("+"):
+        return ladder(name)
+    # imports torch, which an engine's process must not
+    from semantica.benchmarks.compile_only import resolve
+
+    return resolve(name)

@@ -98,16 +98,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v))).transpose(1, 2)
 
 
-def rebuild(unet: UViT, switches: Switches) -> UViT:
-    """A copy that computes with PyTorch's operators where ours are not switched on."""
+def rebuild(unet: UViT, norm: bool = True, cross: bool = True, as_products: bool = False) -> UViT:
+    """A copy that computes with PyTorch's operators.
+
+    norm, cross: whether group norms and cross-attention do. as_products: whether attention is two products, not SDPA.
+    """
     unet = copy.deepcopy(unet)
     for owner in list(unet.modules()):
         for name, module in list(owner.named_children()):
-            if isinstance(module, GroupNormAct) and not switches.fused_group_norm:
+            if isinstance(module, GroupNormAct) and norm:
                 setattr(owner, name, StockNorm(module))
-            elif isinstance(module, CrossAttention):
-                setattr(owner, name, StockCross(module, switches.attention_as_products))
-            elif isinstance(module, SelfAttention) and switches.attention_as_products:
+            elif isinstance(module, CrossAttention) and cross:
+                setattr(owner, name, StockCross(module, as_products))
+            elif isinstance(module, SelfAttention) and as_products:
                 setattr(owner, name, ProductAttention(module))
     return unet
 
@@ -139,7 +142,7 @@ def compiled(unet: UViT, switches: Switches) -> Callable:
 def stock_sampler(pipeline: SemanticaPipeline, switches: Switches) -> Callable:
     """`(images, noise, steps, guidance) -> images`, numpy in and out, with guidance in every step."""
     encoder, scheduler, device = pipeline.encoder, pipeline.scheduler, pipeline.device
-    unet = rebuild(pipeline.unet, switches)
+    unet = rebuild(pipeline.unet, not switches.fused_group_norm, True, switches.attention_as_products)
     if switches.channels_last:
         unet.to(memory_format=torch.channels_last)
     if switches.bf16:

@@ -4,6 +4,7 @@ Run by `semantica bench sample`. As in `suite_kernels`, a race is run once, by t
 that pytest-benchmark reads replays its samples.
 """
 
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import pytest
 from semantica.benchmarks import timing
 from semantica.benchmarks.sample_models import folder_of
 from semantica.benchmarks.sample_race import GUIDANCE, Field, Result
+from semantica.benchmarks.samplers import PACKAGES
 from semantica.benchmarks.store import Replay, environment, source_hash
 
 PLUGIN = "semantica-bench-sample"
@@ -37,7 +39,6 @@ class Plan:
     op: str = "sample"
     quick: bool = False
     protocol: timing.Protocol = QUICK
-    bundles: dict[str, dict[str, Path]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     wrong: list[dict] = field(default_factory=list)
 
@@ -117,12 +118,26 @@ class Races:
             self.model, self.done = model, {}
             self.folder = folder_of(model, self.place / "models")
             where = self.place / f"field-{Path(model).name}"
-            bundles = self.plan.bundles.get(model, {})
+            bundles = self.export(where)
             self.field = Field(self.folder, list(self.plan.names), where, self.plan.device, self.plan.quick, bundles)
         if (batch, steps) not in self.done:
             found = self.field.race(batch, steps, self.plan.protocol)
             self.done[batch, steps] = *found, operations(self.folder, batch, steps)
         return self.done[batch, steps]
+
+    def export(self, where: Path) -> dict[str, Path]:
+        """The model's fp32 bundle for those that run one."""
+        names = [name for name in self.plan.names if name in PACKAGES]
+        if not names:
+            return {}
+        # in a process of its own: what it imports and keeps is nobody's here
+        options = ["--model", str(self.folder), "--out", str(where / "bundle"), "--levels", "4", "--steps", "2"]
+        command = [sys.executable, "-P", "-m", "semantica.cli", "export", *options]
+        where.mkdir(parents=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the export failed: {done.stderr.strip()[-500:]}")
+        return dict.fromkeys(names, where / "bundle")
 
     def close(self) -> None:
         if self.field is not None:

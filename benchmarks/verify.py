@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from semantica.benchmarks.problems import Problem, reference
+from semantica.benchmarks.processes import Wrong
 
 # two contents, so that no result can be right twice
 CONTENTS = 2
@@ -23,10 +24,6 @@ CONTENTS = 2
 SLEEP_CYCLES = 20_000_000
 # seconds: more than the work of another stream may go on, and what another thread is given
 LATE, PATIENCE = 50e-6, 0.02
-
-
-class Wrong(Exception):
-    """An implementation that must not be timed; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,8 @@ class Block(nn.Module):
         x = x + gate1[:, None] * self.attend_self(modulate(self.norm1(x), shift1, scale1), rope)
         if self.cross is not None:
             rows = keys.shape[0]
-            if x.shape[0] < branches.count * rows and constant is None:
-                x = torch.cat((x, x))
             if constant is None:
+                x = torch.cat((x, x)) if x.shape[0] < rows else x
                 x = x + self.attend_cross(x, keys, values, branches)
             else:
                 own, other = x[:rows], x[-rows:]
@@ -196,7 +195,10 @@ class FastDenoiser(nn.Module):
         self.requires_grad_(False)
 
     def prepare(self, condition: Condition, null: Condition | None) -> Branches:
-        """What the steps need of a condition, with the unconditional branch beside it unless `null` is None."""
+        """What the steps need of a condition, with the unconditional branch beside it unless `null` is None.
+
+        Both come from a `UViT`: tokens along axis 1.
+        """
 
         def cast(arrays):
             return tuple(a.to(self.dtype) for a in arrays)

@@ -26,7 +26,7 @@ class FastSampler:
     Args:
         unet: on the device where sampling happens; it is copied.
         dtype: of weights and activations; by default bf16 where the processor has instructions for it, else fp32.
-        compile: "none", "blocks" (each block on its own: compiles faster) or "network".
+        compile: "none", "blocks" (each block on its own: compiles sooner) or "network" (runs fastest).
         graphs: on CUDA, record the whole loop as a graph for every kind of call, and use it where it is faster.
     """
 

@@ -1,0 +1,243 @@
+"""The network rearranged for sampling computes what the network does; graphs keep their promises on any device."""
+
+import pytest
+import torch
+
+from semantica import Stream, UserError, UViT
+from semantica.fast import FastDenoiser
+from semantica.fast_sampler import BUCKETS, FastSampler, Graphs
+from semantica.sampler import sample
+from semantica.solvers import Schedule, make_plan
+
+STREAMS = {"image": 24, "text": 12}
+
+
+def network(conditioning="tokens", streams=STREAMS, **changes):
+    torch.manual_seed(0)
+    settings = dict(image_size=16, channels=(32, 64), depths=(1, 2), width=64, depth=2, heads=2, emb_dim=32)
+    unet = UViT(**{**settings, **changes}, streams=streams, conditioning=conditioning).eval()
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return unet
+
+
+def conditions(unet, batch=3, lengths=(None, None)):
+    g = torch.Generator().manual_seed(1)
+    streams = {}
+    for (name, width), tokens, length in zip(STREAMS.items(), (5, 3), lengths):
+        pooled = torch.randn(batch, width, generator=g)
+        streams[name] = Stream(torch.randn(batch, tokens, width, generator=g), pooled, length)
+    streams = {name: streams[name] for name in unet.stream_names}
+    with torch.no_grad():
+        return unet.condition(streams), unet.null_condition(batch)
+
+
+def noise(seed=7, batch=3):
+    return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def plan_of(steps=5):
+    return make_plan("dpmpp_2m", Schedule(16).grid(steps)[1])
+
+
+LENGTHS = (torch.tensor([5, 2, 0]), torch.tensor([3, 1, 3]))
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.7)], ids=["all", "interval"])
+@pytest.mark.parametrize(
+    ("conditioning", "lengths"),
+    [("tokens", (None, None)), ("tokens", LENGTHS), ("both", (None, None)), ("global", (None, None))],
+    ids=["tokens", "lengths", "both", "global"],
+)
+def test_images_are_those_of_the_network(conditioning, lengths, interval):
+    unet = network(conditioning)
+    condition, null = conditions(unet, lengths=lengths)
+    arguments = (noise(), condition, null, plan_of(), 2.5, interval)
+    with torch.no_grad():
+        expected = sample(unet, *arguments)
+        other = sample(unet, *arguments[:2], null, plan_of(), 1.0)
+    actual = FastSampler(unet, torch.float32, "none")(*arguments)
+    assert (expected - other).abs().max() > 1e-2, "guidance must matter for this test to mean anything"
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_a_null_condition_that_is_no_single_token_attends():
+    unet = network()
+    condition, null = conditions(unet)
+    with torch.no_grad():
+        negative = unet.condition({n: Stream(torch.randn(3, 4, w) * 2) for n, w in STREAMS.items()})
+        condition = unet.condition({n: Stream(torch.randn(3, 4, w)) for n, w in STREAMS.items()})
+        expected = sample(unet, noise(), condition, negative, plan_of(), 2.0)
+    actual = FastSampler(unet, torch.float32, "none")(noise(), condition, negative, plan_of(), 2.0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_no_condition_at_all_and_no_guidance():
+    unet = network("none", {})
+    null = unet.null_condition(3)
+    with torch.no_grad():
+        expected = sample(unet, noise(), null, None, plan_of())
+    actual = FastSampler(unet, torch.float32, "none")(noise(), null, None, plan_of())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_half_precision_is_close_and_the_network_stays_as_it_was():
+    unet = network()
+    before = {name: p.clone() for name, p in unet.state_dict().items()}
+    condition, null = conditions(unet)
+    with torch.no_grad():
+        expected = sample(unet, noise(), condition, null, plan_of(), 1.5)
+    actual = FastSampler(unet, torch.bfloat16, "none")(noise(), condition, null, plan_of(), 1.5)
+    assert actual.dtype == torch.float32
+    assert 0 < (actual - expected).square().mean().sqrt() < 0.02
+    assert all(torch.equal(p, before[name]) for name, p in unet.state_dict().items())
+
+
+def test_both_branches_share_what_they_can():
+    """With one embedding, the branches part at the first cross-attention; the null branch never attends."""
+    unet = network()
+    condition, null = conditions(unet)
+    fast = FastDenoiser(unet, torch.float32)
+    branches = fast.prepare(condition, null)
+    assert branches.shared and len(branches.constants) == 2 and branches.keys[0].shape[0] == 3
+    rows = {}
+
+    def watch(name):
+        return lambda module, inputs: rows.setdefault(name, []).append(inputs[0].shape[0])
+
+    for name in ("downs.0.conv1", "blocks.0.attn.to_qkv", "blocks.1.attn.to_qkv", "ups.0.conv1", "ups.0.conv_skip"):
+        fast.get_submodule(name).register_forward_pre_hook(watch(name))
+    for block in fast.blocks:
+        block.cross.to_q.register_forward_pre_hook(watch("to_q"))
+    with torch.no_grad():
+        fast(noise(), fast.modulations(torch.zeros(1), condition, null)[0], torch.ones(3), branches)
+    assert rows == {
+        "downs.0.conv1": [3], "blocks.0.attn.to_qkv": [3], "to_q": [3, 3], "blocks.1.attn.to_qkv": [6],
+        "ups.0.conv1": [6], "ups.0.conv_skip": [3],
+    }  # fmt: skip
+    # a pooled vector differs between the branches from the first block on
+    unet = network("both")
+    assert not FastDenoiser(unet, torch.float32).prepare(*conditions(unet)).shared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["blocks", "network"])
+def test_compiled_equals_eager(compile):
+    unet = network(depths=(1, 1), depth=1)
+    condition, null = conditions(unet)
+    arguments = (noise(), condition, null, plan_of(3), 2.0)
+    sampler = FastSampler(unet, torch.float32, compile)
+    expected = FastSampler(unet, torch.float32, "none")(*arguments)
+    torch.testing.assert_close(sampler(*arguments), expected, rtol=0, atol=1e-4)
+    # another condition, another batch
+    condition, null = conditions(unet, 2, (torch.tensor([5, 1]), None))
+    arguments = (noise(8, 2), condition, null, plan_of(3), 2.0)
+    expected = FastSampler(unet, torch.float32, "none")(*arguments)
+    torch.testing.assert_close(sampler(*arguments), expected, rtol=0, atol=1e-4)
+
+
+def test_impossible_intervals_are_refused():
+    unet = network()
+    with pytest.raises(UserError, match="interval"):
+        FastSampler(unet, torch.float32, "none")(noise(), *conditions(unet), plan_of(), 2.0, (0.5, 0.2))
+
+
+class Recorded:
+    """A graph for the CPU: it replays on buffers of its own and overwrites its output, as CUDA graphs do."""
+
+    def __init__(self, function, inputs):
+        self.function, self.inputs = function, [t.clone() for t in inputs]
+        self.output, self.replays = function(*self.inputs), 0
+
+    def __call__(self, *inputs):
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.output.copy_(self.function(*self.inputs))
+        self.replays += 1
+        return self.output.clone()
+
+
+def graphs(faster=True):
+    made, times = [], iter(range(1000))
+
+    def record(*arguments):
+        made.append(Recorded(*arguments))
+        return made[-1]
+
+    # the call is measured first, the replay second
+    return Graphs(record, lambda call: -next(times) if faster else next(times)), made
+
+
+def test_a_graph_is_recorded_once_for_each_kind_of_call():
+    found, made = graphs()
+    x, y = torch.ones(2), torch.full((2,), 3.0)
+    first = found(("a",), lambda t: t * 2, x)
+    second = found(("a",), lambda t: t * 2, y)
+    assert first.tolist() == [2, 2] and second.tolist() == [6, 6], "results are copied out"
+    assert len(made) == 1
+    found(("b",), lambda t: t * 3, x)
+    found(("a",), lambda t: t * 2, torch.ones(3))
+    found(("a",), lambda t: t * 2, x.double())
+    assert len(made) == 4
+
+
+def test_a_graph_that_is_no_faster_is_not_used():
+    found, made = graphs(faster=False)
+    for value in (1.0, 2.0):
+        assert found(("a",), lambda t: t + 1, torch.tensor([value])).tolist() == [value + 1]
+    assert len(made) == 1 and made[0].replays == 0 and list(found.kept.values()) == [None]
+
+
+def test_old_graphs_make_room():
+    found, made = graphs()
+    for i in range(BUCKETS + 2):
+        found((i,), torch.neg, torch.ones(1))
+    assert len(found.kept) == len(found.times) == BUCKETS and len(made) == BUCKETS + 2
+    found((0,), torch.neg, torch.ones(1))
+    assert len(made) == BUCKETS + 3
+
+
+def test_runs_that_differ_in_what_a_graph_bakes_in_have_graphs_of_their_own():
+    unet = network()
+    sampler = FastSampler(unet, torch.float32, "none")
+    sampler.graphs, made = graphs()
+    condition, null = conditions(unet)
+    runs = {
+        "first": (noise(), condition, null, plan_of(3), 2.0),
+        "same kind, other values": (noise(8), condition.map(lambda t: t * 0.9), null, plan_of(3), 2.0),
+        "guidance": (noise(), condition, null, plan_of(3), 3.0),
+        "steps": (noise(), condition, null, plan_of(4), 2.0),
+        "interval": (noise(), condition, null, plan_of(3), 2.0, (0.0, 0.5)),
+        "batch": (noise(7, 2), *(c.map(lambda t: t[:2]) for c in (condition, null)), plan_of(3), 2.0),
+    }
+    for name, arguments in runs.items():
+        expected = FastSampler(unet, torch.float32, "none")(*arguments)
+        torch.testing.assert_close(sampler(*arguments), expected, rtol=0, atol=1e-6, msg=name)
+    assert len(made) == len(runs) - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("compile", ["none", "network"])
+def test_on_a_gpu_nothing_waits_and_replay_equals_eager(compile):
+    unet = network().cuda()
+    condition, null = (c.map(lambda t: t.cuda()) for c in conditions(network()))
+    arguments = (condition, null, plan_of(), 2.0)
+    eager = FastSampler(unet, torch.bfloat16, compile, graphs=False)
+    graphed = FastSampler(unet, torch.bfloat16, compile)
+    # the graph is to be used here whatever the clock says
+    times = iter((2.0, 1.0))
+    graphed.graphs.measure = lambda call: next(times)
+    for seed in (7, 8):
+        z = noise(seed).cuda()
+        expected = eager(z, *arguments)
+        actual = graphed(z, *arguments)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        eager(z, *arguments)
+        graphed(z, *arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
