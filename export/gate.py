@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from semantica.engines import load_engine
-from semantica.engines.bundle import CONDITION, DENOISE, FILES, MANIFEST, NULL, WEIGHTS, entries
+from semantica.engines.bundle import CONDITION, DENOISE, FILES, MANIFEST, NULL, REFERENCE, WEIGHTS, entries
+from semantica.errors import ArtifactError
 from semantica.export import graph, locate, parity
 from semantica.export.program import DTYPES, Captured, Denoise, Encode
 from semantica.export.reduced import Reduced, ReducedNetwork
@@ -31,10 +32,11 @@ def gate(unet, encoder, schedule, captured: Captured, folder: Path, levels: int,
         `parity`, `bounds` and, in half precision, `headroom`, for the manifest.
 
     Raises:
-        ParityError: something is over its bound or not finite; the line names the layer.
+        ArtifactError: something is over its bound or not finite; the line names the layer.
     """
     network = parity.Network(unet, encoder, captured.sizes)
     problem = parity.make_problem(network, schedule, encoder.image_size, levels, steps)
+    parity.save_problem(problem, folder / REFERENCE)
     rows, record = {}, {}
     if captured.precision != "fp32":
         reduced = ReducedNetwork(captured)
@@ -56,14 +58,14 @@ def gate(unet, encoder, schedule, captured: Captured, folder: Path, levels: int,
 
 
 def check(row: dict, name: str, network: parity.Network, problem: parity.Problem, captured: Captured, folder: Path):
-    """Raise `ParityError` where a row is over its bound, with the layer that is to blame."""
+    """Raise `ArtifactError` where a row is over its bound, with the layer that is to blame."""
     bounds = parity.BOUNDS[captured.precision]
     said = parity.failures(row, bounds)
     if not said:
         return
     on_condition = not row["condition_error"] <= bounds.condition
     layer = blame(name, on_condition, row["worst_logsnr"], network, problem, captured, folder)
-    raise parity.ParityError(
+    raise ArtifactError(
         f"{name} ({row['arithmetic']}) differs from the fp32 network: {'; '.join(said)}; worst layer: {layer}; "
         "nothing was written"
     )
@@ -103,10 +105,10 @@ def blame(
 
 
 def check_headroom(record: dict[str, Any], precision: str) -> None:
-    """Raises `ParityError` where an activation comes too close to the largest number of its type."""
+    """Raises `ArtifactError` where an activation comes too close to the largest number of its type."""
     if record["headroom"] < LEAST_HEADROOM:
         top = record["largest"][0]
-        raise parity.ParityError(
+        raise ArtifactError(
             f"{top['module']} ({top['node']}) reaches {top['value']:.3g} of at most {record['type_max']:.3g} in "
             f"{precision}: less than a factor {LEAST_HEADROOM:g} away from overflow; nothing was written: "
             "export bf16 or fp32"

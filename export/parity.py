@@ -2,23 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from semantica import sampler, solvers
 from semantica.condition import Condition
+from semantica.engines.bundle import REFERENCE, Bundle
 
 GUIDANCE = 1.5
 # samples a call at the noise levels, and pictures of the sampling runs (guidance doubles them)
 BATCHES = (1, 2)
-
-
-class ParityError(FloatingPointError):
-    """An artifact that does not compute what the network computes; nothing of it is kept."""
 
 
 @dataclass(frozen=True)
@@ -87,24 +86,51 @@ def pictures(count: int, size: int, seed: int) -> Tensor:
     return F.interpolate(coarse, (size, size), mode="bicubic").clamp(-1, 1)
 
 
-@torch.no_grad()
-def make_problem(network: Network, schedule: solvers.Schedule, image: int, levels: int, steps: int) -> Problem:
-    """Inputs that are a function of the sizes alone, and the network's answers to them.
+def inputs(schedule: solvers.Schedule, image: int, levels: int, steps: int) -> dict[str, Any]:
+    """The fields of a `Problem` that are a function of the sizes alone.
 
     image: side of condition pictures. levels: noise levels, those that a run of so many steps visits.
     """
     count, size = max(BATCHES), schedule.image_size
-    images = pictures(count, image, 0)
     logsnr = schedule.grid(levels)[1][:-1]
     alpha, sigma = (torch.from_numpy(a).float()[:, None, None, None] for a in solvers.alpha_sigma(logsnr))
-    z = alpha * pictures(levels, size, 1) + sigma * torch.from_numpy(solvers.noise(2, (levels, 3, size, size)))
-    noise = torch.from_numpy(solvers.noise(3, (count, 3, size, size)))
-    plan = solvers.make_plan("dpmpp_2m", schedule.grid(steps)[1])
-    condition = network.condition(images)
-    levels_at = torch.from_numpy(logsnr.astype(np.float32))
-    v = at_levels(network, z, levels_at, condition, count)
-    made = whole_run(network, noise, condition, network.null(count), plan)
-    return Problem(images, levels_at, z, noise, plan, condition, v, made)
+    return {
+        "images": pictures(count, image, 0),
+        "levels": torch.from_numpy(logsnr.astype(np.float32)),
+        "z": alpha * pictures(levels, size, 1) + sigma * torch.from_numpy(solvers.noise(2, (levels, 3, size, size))),
+        "noise": torch.from_numpy(solvers.noise(3, (count, 3, size, size))),
+        "plan": solvers.make_plan("dpmpp_2m", schedule.grid(steps)[1]),
+    }
+
+
+@torch.no_grad()
+def make_problem(network: "Network", schedule: solvers.Schedule, image: int, levels: int, steps: int) -> Problem:
+    """The inputs, see `inputs`, and what the network makes of them."""
+    given = inputs(schedule, image, levels, steps)
+    count = max(BATCHES)
+    condition = network.condition(given["images"])
+    v = at_levels(network, given["z"], given["levels"], condition, count)
+    made = whole_run(network, given["noise"], condition, network.null(count), given["plan"])
+    return Problem(**given, condition=condition, v=v, made=made)
+
+
+def save_problem(problem: Problem, path: Path) -> None:
+    """Keep the network's answers, so that engines built later are compared with the same fp32 network."""
+    condition = problem.condition
+    arrays = {"v": problem.v, "made": problem.made, "emb": condition.emb}
+    for kind, kept in (("k", condition.keys), ("v", condition.values)):
+        arrays |= {f"{kind}.{i}": array for i, array in enumerate(kept)}
+    save_file({name: array.detach().contiguous() for name, array in arrays.items()}, path)
+
+
+def load_problem(bundle: Bundle, schedule: solvers.Schedule) -> Problem:
+    """What `save_problem` kept beside a bundle's graphs, with the inputs that it belongs to."""
+    arrays, row = load_file(bundle.folder / REFERENCE), bundle.manifest["parity"]["onnxruntime"]
+    given = inputs(schedule, bundle.shapes["image"], row["levels"], row["steps"])
+    blocks = range(bundle.shapes["blocks"])
+    keys, values = (tuple(arrays[f"{kind}.{i}"] for i in blocks) for kind in "kv")
+    condition = Condition(keys, values, arrays["emb"], None, bundle.sizes)
+    return Problem(**given, condition=condition, v=arrays["v"], made=arrays["made"])
 
 
 def at_levels(denoiser, z: Tensor, levels: Tensor, condition: Condition, batch: int) -> Tensor:

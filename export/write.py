@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from semantica import __version__
-from semantica.engines.bundle import CONDITION, DENOISE, FILES, FORMAT, MANIFEST, NULL, VERSION, WEIGHTS, entries
+from semantica.engines import bundle
+from semantica.engines.bundle import CONDITION, DENOISE, FILES, MANIFEST, NULL, REFERENCE, WEIGHTS, entries
 from semantica.errors import UserError
 from semantica.export.config import ExportConfig
 
@@ -21,7 +22,7 @@ def export(config: ExportConfig) -> Path:
 
     Raises:
         UserError: impossible options, no usable run folder, or a missing package; nothing is written then.
-        ParityError: an artifact computes something else than the network; nothing is kept.
+        ArtifactError: an artifact computes something else than the network; nothing is kept.
     """
     config.check()
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -42,9 +43,8 @@ def export(config: ExportConfig) -> Path:
         manifest["files"] = entries(folder, FILES)
         (folder / MANIFEST).write_text(json.dumps(manifest | {"parity": {}}, indent=1))
         schedule = pipeline.scheduler.schedule
-        manifest |= gate(
-            pipeline.unet, pipeline.encoder, schedule, captured, folder, config.levels, config.steps
-        )
+        manifest |= gate(pipeline.unet, pipeline.encoder, schedule, captured, folder, config.levels, config.steps)
+        manifest["files"] |= entries(folder, [REFERENCE])
         manifest["seconds"] = round(time.perf_counter() - began, 1)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for name, row in manifest["parity"].items():
@@ -80,8 +80,8 @@ def describe(config: ExportConfig, pipeline, captured) -> dict:
     unet = pipeline.unet.config
     heads = unet.heads if captured.sizes else 0
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": bundle.FORMAT,
+        "version": bundle.VERSION,
         "semantica": __version__,
         "precision": config.precision,
         "streams": dict(zip(pipeline.unet.stream_names, captured.sizes)),

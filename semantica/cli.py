@@ -6,7 +6,7 @@ import os
 import sys
 
 from semantica import __version__
-from semantica.errors import UserError
+from semantica.errors import ArtifactError, UserError
 
 BOX = "│╭╮╰╯─"
 USAGE = f"""semantica {__version__}: image variations with a fast conditioned diffusion model
@@ -19,6 +19,7 @@ usage: semantica VERB [options]        semantica VERB --help for a verb's option
   train      train a model on pairs of pictures, or continue a run
   sample     make variations of pictures
   export     turn a run into a bundle of ONNX graphs, checked against the network
+  build      build TensorRT or AOTInductor engines from a bundle
   evaluate   figures for a run, or for a folder of pictures made elsewhere
   bench      time the operators, compare two runs, inspect the compiled kernels
 """
@@ -42,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except UserError as error:
         return fail(str(error))
-    except FloatingPointError as error:
-        print(f"semantica: {error}", file=sys.stderr)
+    except (ArtifactError, FloatingPointError) as error:
+        print(f"semantica: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # who read the output has left, and whatever is still buffered must not fail again
@@ -134,6 +135,16 @@ def export(arguments: list[str]) -> None:
     export(config)
 
 
+def build(arguments: list[str]) -> None:
+    from semantica.export.config import BuildConfig
+
+    config = parse(BuildConfig, "build", arguments)
+
+    from semantica.export.build import build
+
+    build(config)
+
+
 def evaluate(arguments: list[str]) -> None:
     from semantica.benchmarks.evaluate import EvaluateConfig, evaluate
 
@@ -160,6 +171,7 @@ VERBS = {
     "train": train,
     "sample": sample,
     "export": export,
+    "build": build,
     "evaluate": evaluate,
     "bench": bench,
 }

@@ -17,6 +17,8 @@ FORMAT, VERSION = "semantica-bundle", 1
 MANIFEST = "manifest.json"
 CONDITION, DENOISE, WEIGHTS, NULL = "condition.onnx", "denoise.onnx", "weights.safetensors", "null.safetensors"
 FILES = (CONDITION, DENOISE, WEIGHTS, NULL)
+# what the fp32 network answered to the inputs that engines are compared on; sampling does not read it
+REFERENCE = "reference.safetensors"
 PRECISIONS = ("fp32", "fp16", "bf16")
 # a manifest is a few kilobytes; a file of another kind under its name is not read into memory
 MANIFEST_LIMIT = 1 << 24
