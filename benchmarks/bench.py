@@ -83,21 +83,27 @@ def table(config: TableConfig) -> int:
         UserError: no file, or one that is not ours.
     """
     from semantica.benchmarks import store
+    from semantica.benchmarks.summary import COLUMNS, summary
     from semantica.report import markdown
 
     if not config.files:
         raise UserError("give at least one results file")
     rows = [row for path in config.files for row in store.rows(path)]
     if config.summary:
-        from semantica.benchmarks.summary import COLUMNS, summary
-
         rows = [row for row in rows if row["op"] not in KINDS]
-        print(markdown(COLUMNS, summary(rows)))
-    else:
-        every(rows)
-    for device in dict.fromkeys((row["device"], row["torch"], row["triton"]) for row in rows):
-        print("\n{}, torch {}, triton {}.".format(*device))
+    # a table for each machine and version: what they measured is not one figure
+    for machine in dict.fromkeys(map(machine_of, rows)):
+        own = [row for row in rows if machine_of(row) == machine]
+        if config.summary:
+            print(markdown(COLUMNS, summary(own)))
+        else:
+            every(own)
+        print("\n{}, torch {}, triton {}.\n".format(*machine))
     return 0
+
+
+def machine_of(row: dict) -> tuple:
+    return row["device"], row["torch"], row["triton"]
 
 
 def every(rows: list[dict]) -> None:

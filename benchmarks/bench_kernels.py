@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from semantica.benchmarks.suites import need, run_suite, show, writable, write
+from semantica.benchmarks.suites import device_kind, need, run_suite, show, writable, write
 from semantica.errors import UserError
 
 
@@ -63,7 +63,6 @@ def kernels(config: KernelsConfig) -> int:
 
     from semantica.benchmarks import suite_kernels
     from semantica.benchmarks.problems import OPS
-    from semantica.device import pick_device
 
     part = re.fullmatch(r"(\d+)/(\d+)", config.part)
     if not part or not 1 <= int(part[1]) <= int(part[2]):
@@ -71,7 +70,7 @@ def kernels(config: KernelsConfig) -> int:
     plan = suite_kernels.Plan(
         ops=list(OPS) if config.op == "all" else [config.op],
         words=config.filter.split(),
-        device=pick_device(config.device).type,
+        device=device_kind(config.device),
         directions=config.direction,
         own=config.impl,
         quick=config.quick,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from semantica.benchmarks.suites import need, run_suite, show, writable, write
+from semantica.benchmarks.suites import device_kind, need, run_suite, show, writable, write
 from semantica.errors import UserError
 
 COLUMNS = (
@@ -73,9 +73,8 @@ def sample(config: SampleConfig) -> int:
 
     from semantica.benchmarks import suite_sample
     from semantica.benchmarks.sample_models import check
-    from semantica.device import pick_device
 
-    device = pick_device(config.device).type
+    device = device_kind(config.device)
     models = tuple(filter(None, config.models.split(","))) or (("tiny",) if config.quick else MODELS)
     # a misspelt name must not cost the races before it
     for model in models:

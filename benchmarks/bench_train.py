@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from semantica.benchmarks.suites import need, run_suite, show, writable, write
+from semantica.benchmarks.suites import device_kind, need, run_suite, show, writable, write
 from semantica.errors import UserError
 
 COLUMNS = (
@@ -58,9 +58,8 @@ def train(config: TrainConfig) -> int:
 
     from semantica.benchmarks import suite_train
     from semantica.benchmarks.train_worker import rungs
-    from semantica.device import pick_device
 
-    device = pick_device(config.device).type
+    device = device_kind(config.device)
     plan = suite_train.Plan(config.preset, config.batch, config.steps, device, config.workers, tuple(rungs()))
     content = run_suite(plan, suite_train)
     rows = [benchmark["extra_info"] for benchmark in content["benchmarks"]]

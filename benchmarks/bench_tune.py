@@ -10,14 +10,14 @@ class TuneConfig:
     """Tune the launch table of an operator on this machine's GPU."""
 
     op: Literal["group_norm", "cross_attention"]
-    kernel: str = ""
-    """Only the ladder of this name, such as "apply"."""
+    kernel: tuple[str, ...] = ()
+    """Only these ladders, such as "apply"; by default all."""
     seconds: float = 360.0
     """Stop looking after this time; what was found by then is kept."""
     margin: float = 0.02
     """A row is replaced by one that is faster by this share at least, in the geometric mean."""
     out: Path | None = None
-    """Where the table is written: by default over the package's own."""
+    """Where the table is written, by default over the package's own; a file that exists is gone on from."""
 
 
 def tune(config: TuneConfig) -> int:

@@ -9,6 +9,7 @@ import importlib
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 from semantica.errors import UserError
-from semantica.kernels.launch import AVAILABLE, INTERPRETED, Launch
+from semantica.kernels.launch import AVAILABLE, INTERPRETED, Launch, table, target
 
 SHIPPED = "semantica.kernels:specimens"
 
@@ -195,38 +196,50 @@ def architectures(text: str) -> list[str]:
 
 
 def resolve(target: str) -> Callable:
-    """ "module:function" as the function.
+    """ "module:function" as the function, from what is installed or from the working folder.
 
     Raises:
         UserError: no such module or function.
     """
     module, _, name = target.partition(":")
+    # last, so that nothing in the user's folder stands in for an installed package
+    sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{target!r} cannot be imported as module:function ({error})") from error
+    finally:
+        sys.path.remove(os.getcwd())
     if not callable(function):
         raise UserError(f"{target!r} is not a function")
     return function
 
 
 @functools.cache
-def specimens(sources: tuple[str, ...]) -> list[tuple[str, Launch]]:
-    """Every different launch that the given "module:function"s plan, named after the first specimen that has it.
+def specimens(sources: tuple[str, ...], arch: str) -> list[tuple[str, Launch]]:
+    """Every different launch that the given "module:function"s plan for an architecture, with its own launch settings;
+    named after the first specimen that has it.
 
     Called again in each worker, since kernels do not pickle.
     """
     found: dict[tuple, tuple[list[str], Launch]] = {}
-    for source in sources:
-        for name, launches in resolve(source)():
-            for launch in launches:
-                names, _ = found.setdefault(variant(launch), ([], launch))
-                names.append(name)
+    with target(arch):
+        for source in sources:
+            for name, launches in resolve(source)():
+                for launch in launches:
+                    names, _ = found.setdefault(variant(launch), ([], launch))
+                    names.append(name)
     return [(names[0] + f" +{len(names) - 1}" * (len(names) > 1), launch) for names, launch in found.values()]
 
 
+def ladders_of(arch: str) -> str:
+    """The architecture where it has ladders of its own, else "default", which is planned once for all others."""
+    tables = (table(op) for op in ("group_norm", "cross_attention"))
+    return arch if any(arch in ladders for content in tables for ladders in content.values()) else "default"
+
+
 def job(sources: tuple[str, ...], index: int, arch: str) -> dict:
-    return inspect(*specimens(sources)[index], arch)
+    return inspect(*specimens(sources, ladders_of(arch))[index], arch)
 
 
 def jobs(sources: tuple[str, ...], archs: list[str], words: list[str]) -> list[tuple[tuple[str, ...], int, str]]:
@@ -240,13 +253,17 @@ def jobs(sources: tuple[str, ...], archs: list[str], words: list[str]) -> list[t
     if INTERPRETED:
         raise UserError("--compile-only cannot work under TRITON_INTERPRET=1, which replaces the compiler: unset it")
     try:
-        names = [f"{name} {launch.kernel.__name__}" for name, launch in specimens(sources)]
+        names = [
+            (i, arch, f"{name} {launch.kernel.__name__}")
+            for arch in archs
+            for i, (name, launch) in enumerate(specimens(sources, ladders_of(arch)))
+        ]
     except ImportError as error:
         raise UserError(f"the kernels to compile cannot be imported: {error}") from error
-    chosen = [i for i, name in enumerate(names) if all(word in name for word in words)]
+    chosen = [(sources, i, arch) for i, arch, name in names if all(word in name for word in words)]
     if not chosen:
         raise UserError(f"no kernel has {' '.join(words)!r} in its name")
-    return [(sources, i, arch) for i in chosen for arch in archs]
+    return chosen
 
 
 def run(todo: list[tuple[tuple[str, ...], int, str]], workers: int) -> Iterator[dict]:

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-SLICES=(doctor tests sanitize compiled tune-norm tune-attention norm-1 norm-2 norm-3 norm-4 attention-1 attention-2 train-small train-base)
+SLICES=(doctor tests sanitize compiled tune-norm-1 tune-norm-2 tune-norm-3 tune-attention norm-1 norm-2 norm-3 norm-4 attention-1 attention-2 train-small train-base)
 
 usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
 
@@ -49,6 +49,12 @@ kernels() {
     --json "$name.json" --html "$name.html" --png "$name.png" | tee "$name.txt"
 }
 
+# ladders of one operator's launch table: $1 operator, then ladders; each slice goes on from what the one before wrote
+tuning() {
+  local op=$1; shift
+  semantica bench tune --op "$op" --kernel "$@" --out "$OUT/tuned/$op.json" | tee -a "$OUT/tune-$op.txt"
+}
+
 # throughput of training steps: $1 preset, $2 batch, then further options of semantica train
 training() {
   local preset=$1 batch=$2 work; shift 2
@@ -75,8 +81,14 @@ sanitize() {
 import torch
 from semantica.benchmarks.verify import evaluate
 from semantica.kernels import cross_attention, group_norm
-from semantica.kernels.cases import CROSS_ATTENTION, GROUP_NORM
-for function, table in ((group_norm, GROUP_NORM), (cross_attention, CROSS_ATTENTION)):
+from semantica.kernels.cases import CROSS_ATTENTION, GROUP_NORM, GroupNormCase
+# beyond one tile: statistics in chunks, merged by the apply pass, and by a launch of their own
+split = {
+    f"{shape} {last}": GroupNormCase(shape, groups, channels_last=last)
+    for shape, groups in (((1, 64, 128, 128), 8), ((2, 30, 67, 129), 3), ((1, 8, 256, 256), 1))
+    for last in (False, True)
+}
+for function, table in ((group_norm, GROUP_NORM | split), (cross_attention, CROSS_ATTENTION)):
     for name, case in table.items():
         inputs = case.inputs(torch.bfloat16, "cuda")
         evaluate(function, inputs, torch.ones_like(inputs["x" if function is group_norm else "q"]))
@@ -99,9 +111,10 @@ run() {
       semantica bench kernels --compile-only --arch "$arch" --workers "$(nproc)" \
         --json "$OUT/compiled.json" --html "$OUT/compiled.html" | tee "$OUT/compiled.txt" ;;
     # launch tables for this device, beside the results: copy them over kernels/*.json to ship them
-    tune-norm) semantica bench tune --op group_norm --out "$OUT/tuned/group_norm.json" | tee "$OUT/tune-norm.txt" ;;
-    tune-attention)
-      semantica bench tune --op cross_attention --out "$OUT/tuned/cross_attention.json" | tee "$OUT/tune-attention.txt" ;;
+    tune-norm-1) tuning group_norm resident resident_backward merge merge_backward ;;
+    tune-norm-2) tuning group_norm partial apply ;;
+    tune-norm-3) tuning group_norm partial_backward apply_backward ;;
+    tune-attention) tuning cross_attention forward dq dkv ;;
     norm-*) kernels group_norm "${1#norm-}/4" ;;
     attention-*) kernels cross_attention "${1#attention-}/2" ;;
     train-small) training small 64 ;;

@@ -27,6 +27,20 @@ def need(*packages: str) -> None:
             raise UserError(f'{package} is missing: pip install "semantica-diffusion[bench]"')
 
 
+def device_kind(name: str) -> str:
+    """ "cpu" or "cuda".
+
+    Raises:
+        UserError: no such device, or one of several GPUs: what is measured is the first that is visible.
+    """
+    from semantica.device import pick_device
+
+    device = pick_device(name)
+    if device.index:
+        raise UserError(f"--device {name}: benchmarks run on the first GPU; choose it with CUDA_VISIBLE_DEVICES")
+    return device.type
+
+
 def run_suite(plan, module: ModuleType) -> dict:
     """The results file of pytest-benchmark, as a value.
 

@@ -8,14 +8,15 @@ the work of the next. Nothing is tuned at run time: what is found here is shippe
 import copy
 import json
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from semantica.benchmarks.bench_tune import TuneConfig
-from semantica.benchmarks.suites import show
-from semantica.errors import UserError
+from semantica.benchmarks.suites import show, write
+from semantica.errors import ArtifactError, UserError
 from semantica.kernels import launch
 from semantica.kernels.launch import Launch
 
@@ -102,14 +103,14 @@ def rate(op: str, plans: list[Plan], now: dict, then: dict, timer: Timer) -> tup
 
 
 def search(
-    op: str, arch: str, plans: list[Plan], timer: Timer, kernel: str, margin: float, deadline: float
+    op: str, arch: str, plans: list[Plan], timer: Timer, kernels: Sequence[str], margin: float, deadline: float
 ) -> tuple[dict, list[Change]]:
     """The table with every row of the architecture's ladders improved until no neighbour is faster, and the changes.
 
-    kernel: only this ladder, or "" for all. deadline: on `time.monotonic`'s clock.
+    kernels: only these ladders; none = all. deadline: on `time.monotonic`'s clock.
     """
     table, changes = copy.deepcopy(launch.table(op)), []
-    for name in [kernel] if kernel else list(table):
+    for name in kernels or list(table):
         for index in range(len(table[name].get(arch, table[name]["default"]))):
             with launch.trial(op, table):
                 row = table[name].get(arch, table[name]["default"])[index]
@@ -210,23 +211,23 @@ def tune(config: TuneConfig) -> int:
     """
     import torch
 
-    if config.kernel and config.kernel not in launch.table(config.op):
-        raise UserError(f"--kernel {config.kernel!r}: {config.op} has {', '.join(launch.table(config.op))}")
+    if unknown := [name for name in config.kernel if name not in launch.table(config.op)]:
+        raise UserError(f"--kernel {unknown[0]!r}: {config.op} has {', '.join(launch.table(config.op))}")
     if not 0 <= config.margin < 1 or not config.seconds > 0:
         raise UserError(f"--margin {config.margin} and --seconds {config.seconds}: give a share below 1, and a time")
     if not torch.cuda.is_available() or launch.DEVICE != "cuda":
         raise UserError("bench tune needs an NVIDIA GPU and Triton: the table is made of times measured there")
+    path = config.out or Path(launch.__file__).parent / f"{config.op}.json"
+    begun = begun_table(path, config.op)
     arch = launch.architecture(torch.device("cuda"))
     deadline = time.monotonic() + config.seconds
-    table, changes = search(
-        config.op, arch, plans_of(config.op), device_timer(), config.kernel, config.margin, deadline
-    )
+    with launch.trial(config.op, begun):
+        table, changes = search(
+            config.op, arch, plans_of(config.op), device_timer(), config.kernel, config.margin, deadline
+        )
     with launch.trial(config.op, table):
         check(config.op)
-    # the cached table is the file's
-    path = config.out or Path(launch.__file__).parent / f"{config.op}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump(table), encoding="utf-8")
+    write(path, dump(table))
     columns = ("kernel", "width", "before", "after", "time", "problems")
     body = [
         (c.kernel, str(c.before["width"]), *map(json.dumps, (c.before, c.after)), f"{c.ratio:.3f}x", str(c.problems))
@@ -238,13 +239,37 @@ def tune(config: TuneConfig) -> int:
     return 0
 
 
+def begun_table(path: Path, op: str) -> dict:
+    """The table to go on from: the file to be written where it exists, so that ladders can be tuned one run at a time.
+
+    Raises:
+        UserError: the file cannot be written, or is not a table of this operator.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # minutes of tuning must not end at a folder that is read-only
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else launch.table(op)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written ({error.strerror}): choose another file") from error
+    except ValueError as error:
+        raise UserError(f"--out {path} is no launch table ({error}): choose another file") from error
+    if not isinstance(table, dict) or list(table) != list(launch.table(op)):
+        raise UserError(f"--out {path} is not a launch table of {op}: choose another file")
+    return copy.deepcopy(table)
+
+
 def check(op: str) -> None:
-    """Raises `Wrong` where the operator, as it is planned now, is not accurate on one of the problems."""
+    """Raises `ArtifactError` where the operator, as it is planned now, is not accurate on one of the problems."""
     from semantica.benchmarks.implementations import IMPLEMENTATIONS
     from semantica.benchmarks.problems import problems
-    from semantica.benchmarks.verify import Answers, verify
+    from semantica.benchmarks.verify import Answers, Wrong, verify
 
     fused = next(i for i in IMPLEMENTATIONS if i.op == op and i.name == "fused")
     for problem in problems("cuda", quick=False):
         if problem.op == op:
-            verify(fused.load(), Answers.of(problem, gradients=True), gradients=True, leeway=fused.leeway)
+            try:
+                verify(fused.load(), Answers.of(problem, gradients=True), gradients=True, leeway=fused.leeway)
+            except Wrong as wrong:
+                raise ArtifactError(f"with the table found, {problem.name} is wrong: {wrong}; nothing kept") from wrong

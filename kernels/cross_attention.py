@@ -250,8 +250,10 @@ def check(q, k, v, sizes, lengths, gates, q_weight):
     batch, _, heads, dim = q.shape
     if dim not in HEAD_DIMS:
         raise ValueError(f"q {tuple(q.shape)} has head dim {dim}: expected one of {', '.join(map(str, HEAD_DIMS))}")
-    if not q.is_floating_point():
-        raise ValueError(f"q has dtype {q.dtype}: expected a floating-point type")
+    if q.dtype not in backends.DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}: expected {backends.DTYPES_NAMED}")
+    if not isinstance(sizes, Sequence) or not all(isinstance(size, int | torch.SymInt) for size in sizes):
+        raise ValueError(f"sizes={sizes!r}: expected a whole number for each stream")
     if not sizes or any(size < 1 for size in sizes) or k.ndim != 4 or sum(sizes) != k.shape[1]:
         raise ValueError(f"sizes={list(sizes)} must be positive and sum to M of k {tuple(k.shape)} = [B, M, H, D]")
     streams = len(sizes)

@@ -2,8 +2,9 @@
 
 Tiles. A head dim that is no power of two is split into two blocks (48 = 32 + 16, 80 = 64 + 16, 96 = 64 + 32) and every
 product into two: exactly the multiplications that are needed, where padding would cost 33, 60 and 33 % more. The keys
-of a stream are walked in tiles of `block_m`, the rest in at most two narrower ones: 257 keys are 2 x 128 + 16, not
-3 x 128; 77 are 64 + 16. Stream sizes are compile-time constants, so tiles that are always full carry no mask.
+of a stream are walked in tiles of `block_m`, the rest in at most two narrower ones: with tiles of 64, 257 keys
+are 4 x 64 + 16, not 3 x 128, and 77 are 64 + 16. Stream sizes are compile-time constants, so tiles that are always full
+carry no mask.
 
 Softmax. In fp32 and base 2; the factor log2(e) / sqrt(D) is not folded into q, where rounding to 16 bits would cost the
 logits their last digits, but into the subtraction of the maximum: one fused multiply-add per score either way. A stream
@@ -23,6 +24,8 @@ from semantica.kernels.launch import Launch
 LOG2E = tl.constexpr(1.4426950408889634)
 # below this many programs a data-centre GPU has idle processors: smaller query tiles, or split loops, are faster
 PROCESSORS = 132
+# of CUDA, along the second and third axis of a grid
+GRID_LIMIT = 65535
 
 
 @triton.jit
@@ -319,6 +322,8 @@ def plan_forward(
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
     """Launches, and what they write: `o [B, N, H, D]` and `lse [B, H, S, N]`. Works on meta tensors."""
     batch, queries, heads, dim = q.shape
+    if max(batch, heads) > GRID_LIMIT:
+        raise ValueError(f"q {tuple(q.shape)} = [B, N, H, D]: at most {GRID_LIMIT} samples or heads fit one launch")
     q, k, v = dense(q), dense(k), dense(v)
     lengths, gates, q_weight = contiguous(lengths, gates, q_weight)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)

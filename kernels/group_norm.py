@@ -198,8 +198,10 @@ def group_norm(
 def check(x, groups, weight, bias, scale, shift, activation):
     if not 3 <= x.ndim <= 5:
         raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, C, *spatial] with 1 to 3 spatial dimensions")
-    if not x.is_floating_point():
-        raise ValueError(f"x has dtype {x.dtype}: expected a floating-point type")
+    if x.dtype not in backends.DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}: expected {backends.DTYPES_NAMED}")
+    if not isinstance(groups, int):
+        raise ValueError(f"groups={groups!r}: expected a whole number")
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups={groups} does not divide the {x.shape[1]} channels of x {tuple(x.shape)}")
     if activation not in ACTIVATIONS:
@@ -207,8 +209,10 @@ def check(x, groups, weight, bias, scale, shift, activation):
     channels, film = (x.shape[1],), (x.shape[0], x.shape[1])
     expected = {"weight": (weight, channels), "bias": (bias, channels), "scale": (scale, film), "shift": (shift, film)}
     for name, (tensor, shape) in expected.items():
-        if tensor is None:
+        if tensor is None and name in ("scale", "shift"):
             continue
+        if tensor is None:
+            raise ValueError(f"{name} is None: expected {list(shape)} for x {tuple(x.shape)}")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {list(shape)} for x {tuple(x.shape)}")
         if tensor.device != x.device:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Triton's own switch, read where Triton reads it: when it is first imported
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 AVAILABLE = util.find_spec("triton") is not None
 # where the Triton kernels are registered: nowhere without Triton
 DEVICE = None if not AVAILABLE else "cpu" if INTERPRETED else "cuda"
@@ -96,6 +96,27 @@ def trial(operator: str, content: dict) -> Iterator[None]:
         use(shipped)
 
 
+# the architecture that is planned for without a GPU
+_target: str | None = None
+
+
+@contextmanager
+def target(arch: str) -> Iterator[None]:
+    """Plan with an architecture's own ladders where there is no such GPU, as to compile for it. For one thread."""
+    def use(name: str | None) -> None:
+        global _target
+        _target = name
+        for cached in _planned:
+            cached.cache_clear()
+
+    before = _target
+    use(arch)
+    try:
+        yield
+    finally:
+        use(before)
+
+
 def settings(operator: str, kernel: str, width: int, device: torch.device) -> dict:
     """The first row of the kernel's ladder whose `width` is at least the given one, else the last row."""
     ladders = table(operator)[kernel]
@@ -103,10 +124,13 @@ def settings(operator: str, kernel: str, width: int, device: torch.device) -> di
     return next((row for row in ladder if width <= row["width"]), ladder[-1])
 
 
-@functools.cache
 def architecture(device: torch.device) -> str:
-    """Such as "sm_90"; "default" where there is no NVIDIA GPU."""
+    """Such as "sm_90"; where there is no NVIDIA GPU, the one that is planned for (`target`), or "default"."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return "default"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+        return _target or "default"
+    return _capability(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -249,11 +249,16 @@ def test_the_readme_shows_what_is_stored(capsys, monkeypatch):
 def test_the_summary_is_geometric_means_and_the_least():
     place = {"op": "group_norm", "direction": "forward", "layout": "l", "dtype": "d", "device": "v", "arch": "x86_64"}
 
-    def row(shape, impl, median, kernel_hash=None):
-        return {**place, "shape": shape, "impl": impl, "median_us": median, "kernel_hash": kernel_hash}
+    def row(shape, impl, median, kernel_hash=None, spread=1.0):
+        times = {"median_us": median, "p20_us": median, "p80_us": spread * median}
+        return {**place, "shape": shape, "impl": impl, **times, "kernel_hash": kernel_hash}
 
     rows = [row("a", "fused", 1.0), row("a", "eager", 2.0), row("a", "compile", 8.0)]
-    rows += [row("b", "fused", 1.0), row("b", "eager", 8.0), row("c", "fused", 1.0)]
+    rows += [row("b", "fused", 1.0), row("b", "eager", 8.0), row("b", "native", 4.0, spread=3.0)]
+    rows += [row("c", "fused", 1.0)]
     (line,) = summary(rows)
-    assert line == ("group_norm", "forward", "l", "d", "3", "4.00x (2.00x)", "8.00x (8.00x)", "4.00x (2.00x)")
+    assert line == (
+        "group_norm", "forward", "l", "d", "~4.00x (4.00x of 1)", "4.00x (2.00x of 2)", "8.00x (8.00x of 1)",
+        "~2.83x (2.00x of 2)",
+    )  # fmt: skip
     assert summary([row("a", "fused", 1.0, "0" * 16)])[0][0] == "group_norm (stale)"

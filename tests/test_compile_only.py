@@ -14,6 +14,7 @@ from semantica.benchmarks import compile_only
 from semantica.benchmarks.compile_only import LIMITS, blocks_per_sm, compile_launch, count, inspect, width
 from semantica.cli import main
 from semantica.errors import UserError
+from semantica.kernels import launch as launching
 from semantica.kernels.launch import AVAILABLE, INTERPRETED, Launch
 
 needs_compiler = pytest.mark.skipif(not AVAILABLE or INTERPRETED, reason="Triton's compiler is not at hand")
@@ -215,7 +216,7 @@ def test_the_verb_writes_table_json_and_page_alike_with_one_process_and_two(tmp_
 @needs_compiler
 def test_a_kernel_that_does_not_compile_or_fit_is_named_and_fails(tmp_path, monkeypatch, capsys):
     launches = [Launch(broken_kernel, (1,), {"x_ptr": meta(128)}, {"BLOCK": 128}, warps=4), copy()]
-    monkeypatch.setattr(compile_only, "specimens", lambda sources: [("mixed", launch) for launch in launches])
+    monkeypatch.setattr(compile_only, "specimens", lambda sources, arch: [("mixed", launch) for launch in launches])
     assert main(["bench", "kernels", "--compile-only", "--arch", "sm_90"]) == 1
     out, error = capsys.readouterr()
     assert "copy_kernel" in out and "mixed broken_kernel sm_90" in error and len(error.strip().splitlines()) == 1
@@ -241,3 +242,25 @@ def test_under_the_interpreter_there_is_nothing_to_compile(tmp_path):
     )
     assert done.returncode == 2 and done.stderr.startswith("semantica: ") and len(done.stderr.strip().splitlines()) == 1
     assert "TRITON_INTERPRET=1" in done.stderr or not AVAILABLE
+
+
+@needs_compiler
+def test_an_architectures_own_launch_settings_are_what_is_compiled():
+    content = json.loads(json.dumps(launching.table("group_norm")))
+    content["resident"]["sm_90"] = [{**row, "warps": 16} for row in content["resident"]["default"]]
+    warps = {}
+    with launching.trial("group_norm", content):
+        assert (compile_only.ladders_of("sm_90"), compile_only.ladders_of("sm_80")) == ("sm_90", "default")
+        for arch in ("sm_90", "default"):
+            compile_only.specimens.cache_clear()
+            chosen = compile_only.specimens((compile_only.SHIPPED,), arch)
+            warps[arch] = {launch.warps for _, launch in chosen if launch.kernel.__name__ == "resident_kernel"}
+    compile_only.specimens.cache_clear()
+    assert warps == {"sm_90": {16}, "default": {1, 2, 4, 8, 16}}
+
+
+def test_own_functions_are_found_in_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine_in_the_folder.py").write_text("def kernels():\n    return []\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert compile_only.resolve("mine_in_the_folder:kernels")() == [] and sys.path == before

@@ -10,6 +10,7 @@ import torch
 
 from semantica.benchmarks import tune
 from semantica.cli import main
+from semantica.errors import UserError
 from semantica.kernels import launch
 
 pytest.importorskip("triton")
@@ -67,11 +68,11 @@ def test_a_trial_plans_with_its_table_and_leaves_the_shipped_one():
 def test_the_fastest_rows_are_found_and_unused_ones_stay():
     plans = [plan((8, 96, 16, 16)), plan((8, 128, 128, 128))]
     shipped = json.dumps(launch.table("group_norm"))
-    table, changes = tune.search("group_norm", "sm_90", plans, clock(away_from_8_warps), "", 0.02, FOREVER)
+    table, changes = tune.search("group_norm", "sm_90", plans, clock(away_from_8_warps), (), 0.02, FOREVER)
     # no GPU is asked for: meta tensors plan with the default ladders, so nothing that sm_90 gets can matter
     assert not changes and "sm_90" not in json.dumps(table)
 
-    table, changes = tune.search("group_norm", "default", plans, clock(away_from_8_warps), "", 0.02, FOREVER)
+    table, changes = tune.search("group_norm", "default", plans, clock(away_from_8_warps), (), 0.02, FOREVER)
     assert json.dumps(launch.table("group_norm")) == shipped
     with launch.trial("group_norm", table):
         assert {one.warps for forward in plans for one in forward()} == {8}
@@ -96,14 +97,14 @@ def test_no_row_is_replaced_by_one_that_fails_or_is_hardly_faster_or_too_late():
     def fails_beyond(one):
         return math.inf if one.warps > 4 else away_from_8_warps(one)
 
-    table, _ = tune.search("group_norm", "default", plans, clock(fails_beyond), "resident", 0.02, FOREVER)
+    table, _ = tune.search("group_norm", "default", plans, clock(fails_beyond), ["resident"], 0.02, FOREVER)
     with launch.trial("group_norm", table):
         assert plans[0]()[0].warps == 4
     for cost, margin, deadline in (
         (lambda one: 1 + 0.015 * away_from_8_warps(one), 0.02, FOREVER),
         (away_from_8_warps, 0.02, time.monotonic()),
     ):
-        table, changes = tune.search("group_norm", "default", plans, clock(cost), "", margin, deadline)
+        table, changes = tune.search("group_norm", "default", plans, clock(cost), (), margin, deadline)
         assert not changes and table == launch.table("group_norm")
 
 
@@ -115,6 +116,22 @@ def test_the_verb_refuses_in_one_line_what_it_cannot_do(monkeypatch, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     words = ("resident, partial", "1.5", "NVIDIA GPU")
     assert len(lines) == 3 and all(word in line for word, line in zip(words, lines))
+
+
+def test_tuning_goes_on_from_its_own_file_and_refuses_others_first(tmp_path):
+    shipped = launch.table("group_norm")
+    path = tmp_path / "new" / "group_norm.json"
+    assert tune.begun_table(path, "group_norm") == shipped
+    begun = json.loads(json.dumps(shipped))
+    begun["resident"]["sm_90"] = [{"width": 512, "warps": 2}]
+    path.write_text(tune.dump(begun))
+    assert tune.begun_table(path, "group_norm") == begun
+    for content, word in (("[]", "not a launch table"), ("{", "no launch table")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=word):
+            tune.begun_table(path, "group_norm")
+    with pytest.raises(UserError, match="cannot be written"):
+        tune.begun_table(path / "below" / "file.json", "group_norm")
 
 
 @pytest.mark.gpu
