@@ -340,7 +340,7 @@ def test_report_says_what_thresholds_keep(copy, capsys):
     kept = int(((cosines >= low) & (cosines <= high)).sum())
     assert f"pairs: {kept:,} ({kept / len(cosines):.1%}) of {len(cosines):,}" in said
     page = (copy / "report.html").read_text()
-    assert f"Pairs around {low:.3f}" in page and f"Pairs around {high:.3f}" in page and page.count("data:image/png") == 3
+    assert all(f"Pairs around {bound:.3f}" in page for bound in (low, high)) and page.count("data:image/png") == 3
     stats = json.loads((copy / "stats.json").read_text())
     assert sum(stats["similarity"]) == len(cosines)
     assert np.array_equal(stats["similarity"], np.histogram(cosines, 100, (-1, 1))[0])
