@@ -366,7 +366,7 @@ def test_a_run_on_shards_continues_bit_exactly(shards, tmp_path):
 
     options = dict(
         data=str(shards), low=0.3, high=0.95, conditions=2, batch=4, warmup=2, precision="fp32", held_out=0.2,
-        workers=0, save_every=2, eval_every=4, sample_every=4, device="cpu", image_size=16,
+        workers=0, save_every=1, eval_every=2, sample_every=2, device="cpu", image_size=16,
     )  # fmt: skip
     train(TrainConfig(out=tmp_path / "whole", steps=2, **options))
     train(TrainConfig(out=tmp_path / "parts", steps=1, **options))
