@@ -29,7 +29,7 @@ def write_report(out: Path, stats: dict, index: dict, low: float | None = None, 
     """
     parts = [totals(stats, index), inputs(stats), dropped(stats)]
     for name, title, label in (
-        ("images_per_page", "Pictures per page", "pictures of a page, after all rules (1: not stored; 0: left out here)"),
+        ("images_per_page", "Pictures per page", "pictures of a page, after all rules (1: not stored, 0: left out)"),
         ("side", "Sizes", "shorter side of stored pictures, in pixels"),
     ):
         # most pages of a crawl have none, and would flatten the rest
