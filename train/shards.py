@@ -205,8 +205,8 @@ def allowed(cosine: np.ndarray, low: float | None, high: float | None) -> np.nda
 
 
 def is_shards(root: str) -> bool:
-    """Whether a path or URL is to be read as shards: an fsspec URL, or a folder with their index."""
-    return "://" in root or root.startswith("pipe:") or (Path(root) / "index.json").is_file()
+    """Whether a path or URL is to be read as shards: an fsspec URL, or a folder that holds some."""
+    return "://" in root or root.startswith("pipe:") or any(Path(root).glob("pages-*.tar"))
 
 
 def open_shards(root: str, mode: str = "pages", low: float | None = None, high: float | None = None) -> ShardData:

@@ -29,10 +29,11 @@ def write_report(out: Path, stats: dict, index: dict, low: float | None = None, 
     """
     parts = [totals(stats, index), inputs(stats), dropped(stats)]
     for name, title, label in (
-        ("images_per_page", "Pictures per page", "pictures of a page, after all rules (fewer than 2: not stored)"),
+        ("images_per_page", "Pictures per page", "pictures of a page, after all rules (1: not stored, 0: left out)"),
         ("side", "Sizes", "shorter side of stored pictures, in pixels"),
     ):
-        values = {int(key): count for key, count in stats[name].items()}
+        # most pages of a crawl have none, and would flatten the rest
+        values = {int(key): count for key, count in stats[name].items() if int(key) or name == "side"}
         parts.append(Part(title, svg=bars(list(values), list(values.values()), label)))
     if index["shards"]:
         data = open_index(out, index)

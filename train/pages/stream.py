@@ -1,6 +1,5 @@
 """The decompressed bytes of a WARC file, readable past broken gzip members and lying records."""
 
-import io
 import zlib
 from collections import deque
 from typing import BinaryIO
@@ -137,8 +136,3 @@ class Bytes:
                 self.position -= len(rest)
                 return True
             tail = text[-len(START) :]
-
-
-def opened(data: bytes) -> Bytes:
-    """`Bytes` over a value, for small files."""
-    return Bytes(io.BytesIO(data))
