@@ -79,17 +79,20 @@ def fast(compile: str, graphs: bool = False, half: bool = True) -> Callable[[Bui
     def builder(build: Build) -> tuple[Call, str]:
         import torch
 
+        from semantica.condition import Stream
         from semantica.fast_sampler import FastSampler
         from semantica.solvers import make_plan
 
         pipeline = load(build)
         dtype = torch.bfloat16 if half else torch.float32
-        unet, encoder, scheduler = pipeline.unet, pipeline.encoder, pipeline.scheduler
+        unet, scheduler = pipeline.unet, pipeline.scheduler
+        encoder = torch.nn.Module.to(pipeline.encoder, dtype)
         sampler = FastSampler(unet, dtype, compile, graphs)
 
         @torch.no_grad()
         def run(images, noise, steps, guidance):
-            tokens = encoder(torch.from_numpy(images).to(build.device))
+            encoded = encoder(torch.from_numpy(images).to(build.device, dtype))
+            tokens = Stream(encoded.tokens.float(), encoded.pooled.float())
             condition = unet.condition(dict.fromkeys(unet.stream_names, tokens))
             plan = make_plan(scheduler.config.solver, scheduler.schedule.grid(steps)[1])
             z = torch.from_numpy(noise).to(build.device)
