@@ -3,7 +3,9 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from semantica.errors import UserError
 
@@ -30,4 +32,30 @@ class ExportConfig:
                 raise UserError(f"--{name} is {getattr(self, name)}: give at least 1")
         if os.path.lexists(self.out):
             raise UserError(f"--out {self.out} exists: choose another folder")
+        return self
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Build engines from a bundle's graphs and put them into it.
+
+    tensorrt-rtx serves consumer and workstation cards (sm_75 to sm_89, sm_120, sm_121) and builds for any of them
+    without a GPU; no such target fits an H100 or H200 (sm_90): take tensorrt there, on the machine itself. inductor
+    compiles for the CPU that it runs on; packages with the fused Triton kernels for CUDA are not made yet.
+    """
+
+    bundle: Annotated[Path, tyro.conf.Positional]
+    """Bundle folder made by `semantica export`."""
+    backend: Literal["tensorrt", "tensorrt-rtx", "inductor"]
+    """What the engine is for."""
+    arch: str = "auto"
+    """GPU architecture to build for, such as sm_89; "auto" is the GPU, or for inductor the CPU, of this machine."""
+    batches: tuple[int, int, int] = (1, 2, 8)
+    """Smallest, usual and largest batch of one call (TensorRT); guidance takes two for each image."""
+
+    def check(self) -> "BuildConfig":
+        """Raises `UserError` for impossible numbers."""
+        low, usual, high = self.batches
+        if not 1 <= low <= usual <= high:
+            raise UserError(f"--batches is {low} {usual} {high}: give smallest, usual and largest, from 1 up")
         return self

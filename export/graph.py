@@ -103,6 +103,24 @@ def save(model: ir.Model, path: Path, weights: dict[str, Tensor], weights_file: 
     ir.save(model, path)
 
 
+def widened(path: Path) -> ir.Model:
+    """A written graph with fp32 in place of bf16, parameters included: to be run where bf16 has no kernels."""
+    model = ir.load(path)
+    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    for value in values + [output for node in model.graph for output in node.outputs]:
+        if value.dtype == narrow:
+            value.dtype = wide
+    for name, value in model.graph.initializers.items():
+        if value.const_value.dtype == narrow:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=name)
+    for node in model.graph:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.INT and node.op_type == "Cast" and attribute.value == narrow:
+                node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(wide))
+    return model
+
+
 def node_counts(model: ir.Model) -> dict[str, int]:
     """How many nodes of each operator a graph has, most first."""
     return dict(Counter(node.op_type for node in model.graph).most_common())
@@ -111,9 +129,3 @@ def node_counts(model: ir.Model) -> dict[str, int]:
 def types(model: ir.Model) -> dict[str, str]:
     """The element type of each input and output."""
     return {value.name: str(value.dtype) for value in (*model.graph.inputs, *model.graph.outputs)}
-
-
-def inline_bytes(model: ir.Model) -> int:
-    """What of a graph's constants is stored in the graph itself."""
-    tensors = [value.const_value for value in model.graph.initializers.values()]
-    return sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in tensors if not isinstance(t, ir.ExternalTensor))

@@ -1,25 +1,23 @@
 """The gate: an artifact exists only after it agreed with the fp32 network, at every noise level and over whole runs."""
 
-
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from semantica import sampler, solvers
 from semantica.condition import Condition
-from semantica.engines import Engine
+from semantica.engines.bundle import REFERENCE, Bundle
 
 GUIDANCE = 1.5
 # samples a call at the noise levels, and pictures of the sampling runs (guidance doubles them)
 BATCHES = (1, 2)
-
-
-class ParityError(FloatingPointError):
-    """An artifact that does not compute what the network computes; nothing of it is kept."""
 
 
 @dataclass(frozen=True)
@@ -88,24 +86,51 @@ def pictures(count: int, size: int, seed: int) -> Tensor:
     return F.interpolate(coarse, (size, size), mode="bicubic").clamp(-1, 1)
 
 
-@torch.no_grad()
-def make_problem(network: Network, schedule: solvers.Schedule, image: int, levels: int, steps: int) -> Problem:
-    """Inputs that are a function of the sizes alone, and the network's answers to them.
+def inputs(schedule: solvers.Schedule, image: int, levels: int, steps: int) -> dict[str, Any]:
+    """The fields of a `Problem` that are a function of the sizes alone.
 
     image: side of condition pictures. levels: noise levels, those that a run of so many steps visits.
     """
     count, size = max(BATCHES), schedule.image_size
-    images = pictures(count, image, 0)
     logsnr = schedule.grid(levels)[1][:-1]
     alpha, sigma = (torch.from_numpy(a).float()[:, None, None, None] for a in solvers.alpha_sigma(logsnr))
-    z = alpha * pictures(levels, size, 1) + sigma * torch.from_numpy(solvers.noise(2, (levels, 3, size, size)))
-    noise = torch.from_numpy(solvers.noise(3, (count, 3, size, size)))
-    plan = solvers.make_plan("dpmpp_2m", schedule.grid(steps)[1])
-    condition = network.condition(images)
-    levels_at = torch.from_numpy(logsnr.astype(np.float32))
-    v = at_levels(network, z, levels_at, condition, count)
-    made = whole_run(network, noise, condition, network.null(count), plan)
-    return Problem(images, levels_at, z, noise, plan, condition, v, made)
+    return {
+        "images": pictures(count, image, 0),
+        "levels": torch.from_numpy(logsnr.astype(np.float32)),
+        "z": alpha * pictures(levels, size, 1) + sigma * torch.from_numpy(solvers.noise(2, (levels, 3, size, size))),
+        "noise": torch.from_numpy(solvers.noise(3, (count, 3, size, size))),
+        "plan": solvers.make_plan("dpmpp_2m", schedule.grid(steps)[1]),
+    }
+
+
+@torch.no_grad()
+def make_problem(network: "Network", schedule: solvers.Schedule, image: int, levels: int, steps: int) -> Problem:
+    """The inputs, see `inputs`, and what the network makes of them."""
+    given = inputs(schedule, image, levels, steps)
+    count = max(BATCHES)
+    condition = network.condition(given["images"])
+    v = at_levels(network, given["z"], given["levels"], condition, count)
+    made = whole_run(network, given["noise"], condition, network.null(count), given["plan"])
+    return Problem(**given, condition=condition, v=v, made=made)
+
+
+def save_problem(problem: Problem, path: Path) -> None:
+    """Keep the network's answers, so that engines built later are compared with the same fp32 network."""
+    condition = problem.condition
+    arrays = {"v": problem.v, "made": problem.made, "emb": condition.emb}
+    for kind, kept in (("k", condition.keys), ("v", condition.values)):
+        arrays |= {f"{kind}.{i}": array for i, array in enumerate(kept)}
+    save_file({name: array.detach().contiguous() for name, array in arrays.items()}, path)
+
+
+def load_problem(bundle: Bundle, schedule: solvers.Schedule) -> Problem:
+    """What `save_problem` kept beside a bundle's graphs, with the inputs that it belongs to."""
+    arrays, row = load_file(bundle.folder / REFERENCE), bundle.manifest["parity"]["onnxruntime"]
+    given = inputs(schedule, bundle.shapes["image"], row["levels"], row["steps"])
+    blocks = range(bundle.shapes["blocks"])
+    keys, values = (tuple(arrays[f"{kind}.{i}"] for i in blocks) for kind in "kv")
+    condition = Condition(keys, values, arrays["emb"], None, bundle.sizes)
+    return Problem(**given, condition=condition, v=arrays["v"], made=arrays["made"])
 
 
 def at_levels(denoiser, z: Tensor, levels: Tensor, condition: Condition, batch: int) -> Tensor:
@@ -113,7 +138,8 @@ def at_levels(denoiser, z: Tensor, levels: Tensor, condition: Condition, batch: 
     parts = []
     for start in range(0, len(z), batch):
         part = z[start : start + batch]
-        rows = condition.map(lambda a, n=len(part): a[:n])
+        count = len(part)
+        rows = condition.map(lambda a, n=count: a[:n])
         parts.append(call(denoiser, part, levels[start : start + batch], rows))
     return torch.cat(parts)
 
@@ -135,46 +161,44 @@ def as_torch(array: Any) -> Tensor:
 
 
 @torch.no_grad()
-def compare(engine: Engine | Network, problem: Problem, arithmetic: str) -> dict[str, Any]:
+def compare(engine: Any, problem: Problem, arithmetic: str) -> dict[str, Any]:
     """Errors of an artifact against the fp32 network: a row for the manifest.
 
+    engine: `semantica.engines.Engine`, or anything with its `array`, `condition`, `null` and call.
     arithmetic: what the artifact really computes in, in words.
     """
     images = problem.images.numpy() if engine.array == "numpy" else problem.images
-    row: dict[str, Any] = {"arithmetic": arithmetic, "levels": len(problem.levels), "steps": len(problem.plan)}
-    finite, worst_condition, maximum, total, worst_psnr = True, 0.0, 0.0, 0.0, float("inf")
+    worst = {"condition_error": 0.0, "v_max_error": 0.0, "v_mean_error": 0.0, "psnr_db": 200.0}
+    finite, worst_level = True, 0
     for batch in BATCHES:
         condition = engine.condition(images[:batch])
-        for name, actual, expected in matching(condition, problem.condition.map(lambda a, n=batch: a[:n])):
-            error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        for actual, expected in matching(condition, problem.condition.map(lambda a, n=batch: a[:n])):
             finite = finite and bool(actual.isfinite().all())
-            worst_condition = max(worst_condition, float(error))
-            del name
-        # the reference's rows repeat with its own batch: picture i of each call
-        z, levels, expected = problem.z, problem.levels, problem.v
-        if batch != max(BATCHES):
-            step = max(BATCHES)
-            z, levels, expected = z[::step], levels[::step], expected[::step]
-        error = (at_levels(engine, z, levels, condition, batch) - expected).abs()
-        finite = finite and bool(error.isfinite().all())
-        maximum, total = max(maximum, float(error.max())), max(total, float(error.mean()))
+            error = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+            worst["condition_error"] = max(worst["condition_error"], error)
+        # row i of the reference has picture i modulo its batch: a single picture is compared with every other row
+        each = slice(None, None, max(BATCHES) // batch)
+        v = at_levels(engine, problem.z[each], problem.levels[each], condition, batch)
+        error = (v - problem.v[each]).abs()
+        per_level = error.flatten(1).amax(1).nan_to_num(torch.inf, posinf=torch.inf)
+        if float(per_level.max()) > worst["v_max_error"]:
+            worst["v_max_error"], worst_level = float(per_level.max()), int(per_level.argmax()) * (each.step or 1)
+        worst["v_mean_error"] = max(worst["v_mean_error"], float(error.mean()))
         made = whole_run(engine, problem.noise[:batch], condition, engine.null(batch), problem.plan)
-        finite = finite and bool(made.isfinite().all())
-        worst_psnr = min(worst_psnr, psnr(made, problem.made[:batch]))
-    return row | {
-        "batches": list(BATCHES), "finite": finite, "condition_error": worst_condition, "v_max_error": maximum,
-        "v_mean_error": total, "psnr_db": worst_psnr,
+        finite = finite and bool(v.isfinite().all()) and bool(made.isfinite().all())
+        worst["psnr_db"] = min(worst["psnr_db"], psnr(made, problem.made[:batch]))
+    return {
+        "arithmetic": arithmetic, "batches": list(BATCHES), "levels": len(problem.levels), "steps": len(problem.plan),
+        "finite": finite, **worst, "worst_logsnr": float(problem.levels[worst_level]),
     }  # fmt: skip
 
 
-def matching(a: Condition, b: Condition) -> list[tuple[str, Tensor, Tensor]]:
-    """The arrays of two conditions as fp32 tensors of one layout, `[B, M, H, D]`."""
-    rows = [("emb", as_torch(a.emb), as_torch(b.emb))]
-    for kind, left, right in (("k", a.keys, b.keys), ("v", a.values, b.values)):
-        for i, (x, y) in enumerate(zip(left, right, strict=True)):
-            x, y = (as_torch(t) for t in (x, y))
-            rows.append((f"{kind}.{i}", x.transpose(1, 2) if a.axis == 2 else x, y.transpose(1, 2) if b.axis == 2 else y))
-    return rows
+def matching(a: Condition, b: Condition) -> Iterator[tuple[Tensor, Tensor]]:
+    """The arrays of two conditions in pairs, as fp32 tensors of one layout, `[B, M, H, D]`."""
+    yield as_torch(a.emb), as_torch(b.emb)
+    for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True):
+        x, y = (as_torch(t) for t in (x, y))
+        yield (x.transpose(1, 2) if a.axis == 2 else x), (y.transpose(1, 2) if b.axis == 2 else y)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -195,9 +219,3 @@ def failures(row: dict[str, Any], bounds: Bounds) -> list[str]:
         if worse:
             said.append(f"{key} {row[key]:.3g} (bound {bound:g})")
     return said
-
-
-def bounds_record(precision: str) -> dict[str, float]:
-    return asdict(BOUNDS[precision])
-
-

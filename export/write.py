@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from semantica import __version__
-from semantica.engines.bundle import CONDITION, DENOISE, FILES, FORMAT, MANIFEST, NULL, VERSION, WEIGHTS, entries
+from semantica.engines import bundle
+from semantica.engines.bundle import CONDITION, DENOISE, FILES, MANIFEST, NULL, REFERENCE, WEIGHTS, entries
 from semantica.errors import UserError
 from semantica.export.config import ExportConfig
 
@@ -21,13 +22,15 @@ def export(config: ExportConfig) -> Path:
 
     Raises:
         UserError: impossible options, no usable run folder, or a missing package; nothing is written then.
-        ParityError: an artifact computes something else than the network; nothing is kept.
+        ArtifactError: an artifact computes something else than the network; nothing is kept.
     """
     config.check()
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
-        raise UserError(f'export needs {", ".join(absent)}, not installed here: pip install "semantica-diffusion[export]"')
+        how = 'pip install "semantica-diffusion[export]"'
+        raise UserError(f"export needs {', '.join(absent)}, not installed here: {how}")
 
+    from semantica.export.gate import gate
     from semantica.export.program import capture
     from semantica.pipeline import SemanticaPipeline
 
@@ -39,7 +42,9 @@ def export(config: ExportConfig) -> Path:
         manifest |= write_graphs(captured, folder)
         manifest["files"] = entries(folder, FILES)
         (folder / MANIFEST).write_text(json.dumps(manifest | {"parity": {}}, indent=1))
-        manifest |= gate(config, pipeline, captured, folder)
+        schedule = pipeline.scheduler.schedule
+        manifest |= gate(pipeline.unet, pipeline.encoder, schedule, captured, folder, config.levels, config.steps)
+        manifest["files"] |= entries(folder, [REFERENCE])
         manifest["seconds"] = round(time.perf_counter() - began, 1)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for name, row in manifest["parity"].items():
@@ -75,8 +80,8 @@ def describe(config: ExportConfig, pipeline, captured) -> dict:
     unet = pipeline.unet.config
     heads = unet.heads if captured.sizes else 0
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": bundle.FORMAT,
+        "version": bundle.VERSION,
         "semantica": __version__,
         "precision": config.precision,
         "streams": dict(zip(pipeline.unet.stream_names, captured.sizes)),
@@ -122,23 +127,3 @@ def write_graphs(captured, folder: Path) -> dict:
         arrays |= {f"k.{i}": key.transpose(1, 2), f"v.{i}": value.transpose(1, 2)}
     save_file({name: array.detach().contiguous() for name, array in arrays.items()}, folder / NULL)
     return {"opset": graph.OPSET, "graphs": made}
-
-
-def gate(config: ExportConfig, pipeline, captured, folder: Path) -> dict:
-    """Compare what was written with the fp32 network. Raises `ParityError`."""
-    from semantica.engines import load_engine
-    from semantica.export import parity
-
-    bounds = parity.BOUNDS[config.precision]
-    network = parity.Network(pipeline.unet, pipeline.encoder, captured.sizes)
-    schedule = pipeline.scheduler.schedule
-    problem = parity.make_problem(network, schedule, pipeline.encoder.image_size, config.levels, config.steps)
-    rows = {}
-    if config.precision != "bf16":
-        engine = load_engine(folder, "onnxruntime")
-        rows["onnxruntime"] = parity.compare(engine, problem, engine.arithmetic)
-    for name, row in rows.items():
-        said = parity.failures(row, bounds)
-        if said:
-            raise parity.ParityError(f"{name} differs from the fp32 network: {'; '.join(said)}; no bundle was written")
-    return {"parity": rows, "bounds": parity.bounds_record(config.precision)}

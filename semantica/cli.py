@@ -5,7 +5,7 @@ import io
 import sys
 
 from semantica import __version__
-from semantica.errors import UserError
+from semantica.errors import ArtifactError, UserError
 
 BOX = "│╭╮╰╯─"
 USAGE = f"""semantica {__version__}: image variations with a fast conditioned diffusion model
@@ -17,6 +17,7 @@ usage: semantica VERB [options]        semantica VERB --help for a verb's option
   train      train a model on a folder of pictures, or continue a run
   sample     make variations of pictures
   export     turn a run into a bundle of ONNX graphs, checked against the network
+  build      build TensorRT or AOTInductor engines from a bundle
   evaluate   figures for a run, or for a folder of pictures made elsewhere
   bench      time the operators, compare two runs, inspect the compiled kernels
 """
@@ -38,8 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         return VERBS[verb](rest) or 0
     except UserError as error:
         return fail(str(error))
-    except FloatingPointError as error:
-        print(f"semantica: {error}", file=sys.stderr)
+    except (ArtifactError, FloatingPointError) as error:
+        print(f"semantica: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("semantica: interrupted", file=sys.stderr)
@@ -113,6 +114,16 @@ def export(arguments: list[str]) -> None:
     export(config)
 
 
+def build(arguments: list[str]) -> None:
+    from semantica.export.config import BuildConfig
+
+    config = parse(BuildConfig, "build", arguments)
+
+    from semantica.export.build import build
+
+    build(config)
+
+
 def evaluate(arguments: list[str]) -> None:
     from semantica.benchmarks.evaluate import EvaluateConfig, evaluate
 
@@ -134,7 +145,7 @@ def bench(arguments: list[str]) -> int:
 
 VERBS = {
     "doctor": doctor, "demo": demo, "train": train, "sample": sample, "evaluate": evaluate, "export": export,
-    "bench": bench,
+    "build": build, "bench": bench,
 }  # fmt: skip
 
 if __name__ == "__main__":

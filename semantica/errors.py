@@ -6,3 +6,10 @@ class UserError(ValueError):
 
     The command line prints the message and exits with code 2; library users catch it as a `ValueError`.
     """
+
+
+class ArtifactError(RuntimeError):
+    """Something that was made is not right, or could not be made; nothing of it is kept.
+
+    The command line prints the message and exits with code 1.
+    """

@@ -17,6 +17,8 @@ FORMAT, VERSION = "semantica-bundle", 1
 MANIFEST = "manifest.json"
 CONDITION, DENOISE, WEIGHTS, NULL = "condition.onnx", "denoise.onnx", "weights.safetensors", "null.safetensors"
 FILES = (CONDITION, DENOISE, WEIGHTS, NULL)
+# what the fp32 network answered to the inputs that engines are compared on; sampling does not read it
+REFERENCE = "reference.safetensors"
 PRECISIONS = ("fp32", "fp16", "bf16")
 # a manifest is a few kilobytes; a file of another kind under its name is not read into memory
 MANIFEST_LIMIT = 1 << 24
@@ -87,7 +89,8 @@ def open_bundle(folder: str | Path) -> Bundle:
         if not isinstance(manifest.get(key), kind):
             raise UserError(f"{folder / MANIFEST} has no usable {key!r}: export the bundle again")
     if manifest["precision"] not in PRECISIONS:
-        raise UserError(f"{folder / MANIFEST} has precision {manifest['precision']!r}: expected {', '.join(PRECISIONS)}")
+        known = ", ".join(PRECISIONS)
+        raise UserError(f"{folder / MANIFEST} has precision {manifest['precision']!r}: expected one of {known}")
     numbers = [manifest["shapes"].get(name) for name in SHAPES] + list(manifest["streams"].values())
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise UserError(f"{folder / MANIFEST} has impossible shapes or streams: export the bundle again")
@@ -133,7 +136,7 @@ def check_files(folder: Path, files: dict[str, Any]) -> None:
     for name, entry in files.items():
         parts = PurePosixPath(name).parts
         if not re.fullmatch(r"[A-Za-z0-9_.\-/]+", name) or not parts or ".." in parts or name.startswith("/"):
-            raise UserError(f"{folder / MANIFEST} names {name!r}, which leads outside the folder: do not use this bundle")
+            raise UserError(f"{folder / MANIFEST} names {name!r}, outside the folder: do not use this bundle")
         if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             raise UserError(f"{folder / MANIFEST} has no hash for {name}: remake the folder")
         path = folder

@@ -1,0 +1,59 @@
+"""Builds one TensorRT engine; a process of its own, because the builder can crash: python -m ... REQUEST.json."""
+
+import importlib
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def histogram(network) -> dict[str, dict[str, int]]:
+    """Layer type -> element type of its result -> how many."""
+    table: dict[str, Counter] = {}
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        for j in range(layer.num_outputs):
+            dtype = str(layer.get_output(j).dtype).rpartition(".")[2]
+            table.setdefault(str(layer.type).rpartition(".")[2], Counter())[dtype] += 1
+    return {kind: dict(counts) for kind, counts in sorted(table.items())}
+
+
+def build(trt: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
+    """Parse a graph, build an engine, write it; returns what is known of it, or {"error": reason}.
+
+    request: `onnx`, `engine`: paths; `arch`: "sm_89", or None for the GPU that is here; `profile`: min, opt, max batch.
+    """
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    flags = trt.NetworkDefinitionCreationFlag
+    # always so in TensorRT 11, which may drop the flag
+    strong = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+    network = builder.create_network(strong)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(request["onnx"]):
+        return {"error": "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))[:500]}
+    config = builder.create_builder_config()
+    if request["arch"] is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, request["arch"].replace("sm_", "SM")), 0)
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        fixed = tuple(tensor.shape)[1:]
+        profile.set_shape(tensor.name, *((request["profile"][key], *fixed) for key in ("min", "opt", "max")))
+    config.add_optimization_profile(profile)
+    layers = histogram(network)
+    blob = builder.build_serialized_network(network, config)
+    if blob is None:
+        return {"error": "the builder gave no engine", "layers": layers}
+    Path(request["engine"]).write_bytes(bytes(blob))
+    return {"layers": layers, "backend_version": trt.__version__}
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    asked = json.loads(place.read_text())
+    result = build(importlib.import_module(asked["module"]), asked)
+    place.with_suffix(".result").write_text(json.dumps(result))

@@ -1,0 +1,57 @@
+"""AOTInductor packages: compiled by PyTorch ahead of time, run without the model's code."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from semantica.condition import Condition
+from semantica.engines.built import open_built
+from semantica.engines.bundle import NULL, Bundle
+from semantica.engines.engine import Engine
+from semantica.errors import UserError
+
+PACKAGES = {"encode": "condition.pt2", "denoise": "denoise.pt2"}
+
+
+def architecture() -> str:
+    """What a package is compiled for: processor family and the vector instructions that this torch uses."""
+    return f"cpu-{platform.machine()}-{torch.backends.cpu.get_cpu_capability().lower()}"
+
+
+def load(bundle: Bundle, backend: str, device: str) -> "InductorEngine":
+    """Raises `UserError` as `open_built`, and for another device than the CPU."""
+    if device not in ("auto", "cpu"):
+        raise UserError(f"engine 'inductor' is built for the CPU, not for {device!r}: use --device cpu")
+    return InductorEngine(bundle, *open_built(bundle, backend, architecture(), torch.__version__))
+
+
+class InductorEngine(Engine):
+    """Two packages: native code, so load only what you built or trust."""
+
+    backend, array = "inductor", "torch"
+
+    def __init__(self, bundle: Bundle, folder: Path, manifest: dict[str, Any]):
+        super().__init__(bundle)
+        self.arithmetic = bundle.precision
+        self.max_batch = manifest["profile"]["max"]
+        self.packages = {
+            name: torch._inductor.aoti_load_package(str(folder / file)) for name, file in PACKAGES.items()
+        }
+        self.blank = load_file(bundle.folder / NULL)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Condition:
+        pairs, emb = self.packages["encode"](images)
+        keys, values = (tuple(pair[i] for pair in pairs) for i in (0, 1))
+        return Condition(keys, values, emb, None, self.bundle.sizes, axis=2)
+
+    def null(self, batch: int) -> Condition:
+        return self.null_from(self.blank, batch)
+
+    @torch.inference_mode()
+    def predict(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
+        return self.packages["denoise"](z, logsnr, list(zip(condition.keys, condition.values)), condition.emb)
