@@ -189,17 +189,20 @@ IMPLEMENTATIONS: dict[str, Callable[[Build], tuple[Call, str]]] = {
     "torch-blocks": fast("blocks", graphs=True),
     "torch-eager": fast("none"),
     "onnxruntime": through_engine("onnxruntime"),
+    "inductor": through_engine("inductor"),
     "openvino": openvino("f32"),
     "openvino-bf16": openvino("bf16"),
 }
-RACED = ("plain", "strong", "torch", "onnxruntime", "openvino", "openvino-bf16")
-# what implementations need that may not be installed
+RACED = ("plain", "strong", "torch", "onnxruntime", "inductor", "openvino", "openvino-bf16")
+# what implementations run: a bundle of this precision, and packages that may not be installed
+BUNDLED = {"onnxruntime": "fp32", "inductor": "bf16", "openvino": "fp32", "openvino-bf16": "fp32"}
 PACKAGES = {
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "inductor": ("onnx", "onnxscript"),
     "openvino": ("onnx", "onnxscript", "openvino"),
     "openvino-bf16": ("onnx", "onnxscript", "openvino"),
 }
-CPU_ONLY = ("onnxruntime", "openvino", "openvino-bf16")
+CPU_ONLY = tuple(BUNDLED)
 
 
 def ladder_names(device: str) -> list[str]:
