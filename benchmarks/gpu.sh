@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-SLICES=(doctor tests sanitize compiled tune-norm-1 tune-norm-2 tune-norm-3 tune-attention norm-1 norm-2 norm-3 norm-4 attention-1 attention-2 train-small train-base)
+SLICES=(doctor tests sanitize compiled tune-norm-1 tune-norm-2 tune-norm-3 tune-attention norm-1 norm-2 norm-3 norm-4
+        attention-1 attention-2 train-small train-base sample-small sample-base ladder-base)
 
 usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
 
@@ -55,21 +56,18 @@ tuning() {
   semantica bench tune --op "$op" --kernel "$@" --out "$OUT/tuned/$op.json" | tee -a "$OUT/tune-$op.txt"
 }
 
-# throughput of training steps: $1 preset, $2 batch, then further options of semantica train
+# training steps, from a plain loop to the trainer: $1 preset, $2 batch
 training() {
-  local preset=$1 batch=$2 work; shift 2
-  work=$(mktemp -d)
-  "$PYTHON" -P -c 'import pathlib, sys; from semantica.benchmarks.web import draw_web
-draw_web(pathlib.Path(sys.argv[1]), groups=64)' "$work/web"
-  for variant in eager compile; do
-    local options=(--no-compile)
-    if [[ $variant == compile ]]; then options=(--compile); fi
-    semantica train --data "$work/web/train" --val "$work/web/val" --out "$work/$variant" --preset "$preset" \
-      --batch "$batch" --steps 60 --log-every 10 --eval-every 60 --sample-every 60 --save-every 60 \
-      --precision bf16 --device cuda "${options[@]}" "$@"
-    cp "$work/$variant/metrics.jsonl" "$OUT/train-$preset-$variant.jsonl"
-  done
-  rm -rf "$work"
+  local name="$OUT/train-$1"
+  semantica bench train --preset "$1" --batch "$2" --device cuda --workers "$(($(nproc) / 8 + 1))" \
+    --json "$name.json" --html "$name.html" --png "$name.png" | tee "$name.txt"
+}
+
+# whole sampling runs: $1 name of the files, then options of semantica bench sample
+sampling() {
+  local name="$OUT/$1"; shift
+  semantica bench sample --device cuda --seconds 5 "$@" \
+    --json "$name.json" --html "$name.html" --png "$name.png" | tee "$name.txt"
 }
 
 # every case of the table, forward and backward, each tensor in an allocation of its own so that no overrun hides
@@ -119,6 +117,9 @@ run() {
     attention-*) kernels cross_attention "${1#attention-}/2" ;;
     train-small) training small 64 ;;
     train-base) training base 16 ;;
+    sample-small) sampling sample-small --models small ;;
+    sample-base) sampling sample-base --models base --steps 20 ;;
+    ladder-base) sampling ladder-base --models base --steps 20 --batch 1 --ladder ;;
   esac
 }
 

@@ -92,13 +92,14 @@ class Field:
         device: str,
         quick: bool,
         bundles: dict[str, Path],
+        failed: dict[str, str],
         make: Callable[[str, Path], Sampler] = Sampler,
     ):
         self.device = device
         self.image_size, self.condition_size = sizes(model)
         self.seeds = itertools.count()
-        self.workers, self.built, self.failed = {}, {}, {}
-        for name in ("reference", *names):
+        self.workers, self.built, self.failed = {}, {}, dict(failed)
+        for name in ("reference", *(name for name in names if name not in failed)):
             worker = self.workers[name] = make(name, place)
             try:
                 self.built[name] = worker.build(model, device, quick, bundles.get(name))

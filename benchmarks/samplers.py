@@ -79,17 +79,20 @@ def fast(compile: str, graphs: bool = False, half: bool = True) -> Callable[[Bui
     def builder(build: Build) -> tuple[Call, str]:
         import torch
 
+        from semantica.condition import Stream
         from semantica.fast_sampler import FastSampler
         from semantica.solvers import make_plan
 
         pipeline = load(build)
         dtype = torch.bfloat16 if half else torch.float32
-        unet, encoder, scheduler = pipeline.unet, pipeline.encoder, pipeline.scheduler
+        unet, scheduler = pipeline.unet, pipeline.scheduler
+        encoder = torch.nn.Module.to(pipeline.encoder, dtype)
         sampler = FastSampler(unet, dtype, compile, graphs)
 
         @torch.no_grad()
         def run(images, noise, steps, guidance):
-            tokens = encoder(torch.from_numpy(images).to(build.device))
+            encoded = encoder(torch.from_numpy(images).to(build.device, dtype))
+            tokens = Stream(encoded.tokens.float(), encoded.pooled.float())
             condition = unet.condition(dict.fromkeys(unet.stream_names, tokens))
             plan = make_plan(scheduler.config.solver, scheduler.schedule.grid(steps)[1])
             z = torch.from_numpy(noise).to(build.device)
@@ -186,17 +189,20 @@ IMPLEMENTATIONS: dict[str, Callable[[Build], tuple[Call, str]]] = {
     "torch-blocks": fast("blocks", graphs=True),
     "torch-eager": fast("none"),
     "onnxruntime": through_engine("onnxruntime"),
+    "inductor": through_engine("inductor"),
     "openvino": openvino("f32"),
     "openvino-bf16": openvino("bf16"),
 }
-RACED = ("plain", "strong", "torch", "onnxruntime", "openvino", "openvino-bf16")
-# what implementations need that may not be installed
+RACED = ("plain", "strong", "torch", "onnxruntime", "inductor", "openvino", "openvino-bf16")
+# what implementations run: a bundle of this precision, and packages that may not be installed
+BUNDLED = {"onnxruntime": "fp32", "inductor": "bf16", "openvino": "fp32", "openvino-bf16": "fp32"}
 PACKAGES = {
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "inductor": ("onnx", "onnxscript"),
     "openvino": ("onnx", "onnxscript", "openvino"),
     "openvino-bf16": ("onnx", "onnxscript", "openvino"),
 }
-CPU_ONLY = ("onnxruntime", "openvino", "openvino-bf16")
+CPU_ONLY = tuple(BUNDLED)
 
 
 def ladder_names(device: str) -> list[str]:

@@ -146,7 +146,7 @@ def stock_sampler(pipeline: SemanticaPipeline, switches: Switches) -> Callable:
     if switches.channels_last:
         unet.to(memory_format=torch.channels_last)
     if switches.bf16:
-        unet.to(torch.bfloat16)
+        encoder, unet = (torch.nn.Module.to(module, torch.bfloat16) for module in (encoder, unet))
     network = compiled(unet, switches)
 
     def conditions(tokens) -> tuple[Condition, Condition]:
@@ -155,9 +155,7 @@ def stock_sampler(pipeline: SemanticaPipeline, switches: Switches) -> Callable:
 
     @torch.no_grad()
     def run(images: np.ndarray, noise: np.ndarray, steps: int, guidance: float) -> np.ndarray:
-        tokens = encoder(torch.from_numpy(images).to(device))
-        if switches.bf16:
-            tokens = dataclasses.replace(tokens, tokens=tokens.tokens.bfloat16(), pooled=tokens.pooled.bfloat16())
+        tokens = encoder(torch.from_numpy(images).to(device, encoder.dtype))
         z, batch = torch.from_numpy(noise).to(device), len(noise)
         scheduler.set_timesteps(steps, device=device)
         if switches.condition_once:

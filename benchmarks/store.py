@@ -45,11 +45,13 @@ def built_from() -> str:
     return _C.build_info()["sources"]
 
 
-# what a row of a whole run depends on, beside the kernels
+# what our rows of whole runs depend on, by folder
+NETWORK = ("uvit.py", "layers.py", "encoder.py", "condition.py", "attention.py", "kernels/*.py", "csrc/*")
+SAMPLING = ("fast.py", "fast_sampler.py", "sampler.py", "solvers.py")
 SOURCES = {
-    "sample": ("*.py", "kernels/*.py"),
-    "sample_ladder": ("*.py", "kernels/*.py", "benchmarks/stock.py"),
-    "train": ("*.py", "kernels/*.py", "train/*.py"),
+    "sample": (*NETWORK, *SAMPLING),
+    "sample_ladder": (*NETWORK, *SAMPLING, "benchmarks/stock.py"),
+    "train": (*NETWORK, "diffusion.py", "train/objective.py", "train/state.py", "train/loop.py"),
 }
 
 

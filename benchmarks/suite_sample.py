@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from semantica.benchmarks import timing
+from semantica.benchmarks.processes import Wrong
 from semantica.benchmarks.sample_models import folder_of
 from semantica.benchmarks.sample_race import GUIDANCE, Field, Result
-from semantica.benchmarks.samplers import PACKAGES
+from semantica.benchmarks.samplers import BUNDLED
 from semantica.benchmarks.store import Replay, environment, source_hash
 
 PLUGIN = "semantica-bench-sample"
@@ -105,6 +106,15 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("model", "batch", "steps", "impl"), rows, ids=ids)
 
 
+def semantica(*arguments) -> None:
+    """A verb, in a process of its own: what it imports and keeps is nobody's here. Raises `Wrong` where it fails."""
+    command = [sys.executable, "-P", "-m", "semantica.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise Wrong(f"semantica {arguments[0]} failed: {lines[-1][:300]}")
+
+
 class Races:
     """The fields of a plan, one at a time: a model's processes end when the next model's start."""
 
@@ -118,26 +128,33 @@ class Races:
             self.model, self.done = model, {}
             self.folder = folder_of(model, self.place / "models")
             where = self.place / f"field-{Path(model).name}"
-            bundles = self.export(where)
-            self.field = Field(self.folder, list(self.plan.names), where, self.plan.device, self.plan.quick, bundles)
+            bundles, failed = self.export(where)
+            names, device, quick = list(self.plan.names), self.plan.device, self.plan.quick
+            self.field = Field(self.folder, names, where, device, quick, bundles, failed)
         if (batch, steps) not in self.done:
             found = self.field.race(batch, steps, self.plan.protocol)
             self.done[batch, steps] = *found, operations(self.folder, batch, steps)
         return self.done[batch, steps]
 
-    def export(self, where: Path) -> dict[str, Path]:
-        """The model's fp32 bundle for those that run one."""
-        names = [name for name in self.plan.names if name in PACKAGES]
-        if not names:
-            return {}
-        # in a process of its own: what it imports and keeps is nobody's here
-        options = ["--model", str(self.folder), "--out", str(where / "bundle"), "--levels", "4", "--steps", "2"]
-        command = [sys.executable, "-P", "-m", "semantica.cli", "export", *options]
+    def export(self, where: Path) -> tuple[dict[str, Path], dict[str, str]]:
+        """Bundles of the model for those that run one, engines built; and why some have none, by name."""
         where.mkdir(parents=True)
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the export failed: {done.stderr.strip()[-500:]}")
-        return dict.fromkeys(names, where / "bundle")
+        found: dict[str, Path] = {}
+        failed: dict[str, str] = {}
+        for name in self.plan.names:
+            if name not in BUNDLED:
+                continue
+            bundle = where / f"bundle-{BUNDLED[name]}"
+            try:
+                if not bundle.exists():
+                    options = ("--precision", BUNDLED[name], "--levels", 4, "--steps", 4)
+                    semantica("export", "--model", self.folder, "--out", bundle, *options)
+                if name == "inductor":
+                    semantica("build", bundle, "--backend", name)
+                found[name] = bundle
+            except Wrong as error:
+                failed[name] = str(error)
+        return found, failed
 
     def close(self) -> None:
         if self.field is not None:

@@ -109,7 +109,7 @@ def model(tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_cheats_are_caught_and_not_timed(model, order):
-    field = Field(model, list(CHEATS)[::order], model, "cpu", True, {}, InProcess)
+    field = Field(model, list(CHEATS)[::order], model, "cpu", True, {}, {}, InProcess)
     results, ceilings = field.race(2, 3, FEW)
     for name, (_, reason) in CHEATS.items():
         found = results[name].reason
@@ -122,7 +122,7 @@ def test_cheats_are_caught_and_not_timed(model, order):
 
 def test_a_cheat_among_cheats_is_caught_too(model):
     """No honest contender to compare with: the round that is examined afterwards has to do it."""
-    field = Field(model, ["late_cached"], model, "cpu", True, {}, InProcess)
+    field = Field(model, ["late_cached"], model, "cpu", True, {}, {}, InProcess)
     protocol = timing.Protocol(warmup=4, least=3, most=3, seconds=0.0)
     results, _ = field.race(1, 3, protocol)
     assert "timed call" in results["late_cached"].reason
@@ -130,8 +130,15 @@ def test_a_cheat_among_cheats_is_caught_too(model):
 
 def test_a_model_that_ignores_its_condition_proves_nothing(model, monkeypatch):
     monkeypatch.setitem(InProcess.calls, "reference", lambda: constant_condition)
-    results, _ = Field(model, ["honest"], model, "cpu", True, {}, InProcess).race(1, 3, FEW)
+    results, _ = Field(model, ["honest"], model, "cpu", True, {}, {}, InProcess).race(1, 3, FEW)
     assert "ignores its condition" in results["honest"].reason and not results["honest"].times.device
+
+
+def test_who_has_no_bundle_does_not_start(model):
+    field = Field(model, ["honest", "engine"], model, "cpu", True, {}, {"engine": "export failed"}, InProcess)
+    results, _ = field.race(1, 3, FEW)
+    assert results["engine"].reason == "export failed" and not results["honest"].reason
+    assert set(field.workers) == {"reference", "honest"}
 
 
 def test_no_two_calls_have_the_same_inputs(model, monkeypatch):
@@ -142,7 +149,7 @@ def test_no_two_calls_have_the_same_inputs(model, monkeypatch):
         return honest(images, noise, steps)
 
     monkeypatch.setitem(InProcess.calls, "honest", lambda: remember)
-    Field(model, ["honest"], model, "cpu", True, {}, InProcess).race(1, 3, FEW)
+    Field(model, ["honest"], model, "cpu", True, {}, {}, InProcess).race(1, 3, FEW)
     assert len(set(seen)) == len(seen) == 6
 
 
