@@ -16,7 +16,7 @@ from semantica.benchmarks import timing
 from semantica.benchmarks.processes import Wrong
 from semantica.benchmarks.sample_models import folder_of
 from semantica.benchmarks.sample_race import GUIDANCE, Field, Result
-from semantica.benchmarks.samplers import BUNDLED
+from semantica.benchmarks.samplers import BUNDLED, OURS
 from semantica.benchmarks.store import Replay, environment, source_hash
 
 PLUGIN = "semantica-bench-sample"
@@ -82,6 +82,7 @@ def describe(plan: Plan, problem: tuple, name: str, result: Result, ceilings: di
     median = times.quantile(0.5)
     where = environment(plan.device)
     rate = ceilings["matrix_tflops" if result.arithmetic == "bf16" else "matrix_tflops_fp32"]
+    ours = name in OURS or plan.op == "sample_ladder"
     return {
         "op": plan.op, "impl": name, "shape": problem_name(*problem),
         "layout": "SingleStream" if batch == 1 else "Offline",
@@ -92,7 +93,8 @@ def describe(plan: Plan, problem: tuple, name: str, result: Result, ceilings: di
         "images_per_s": batch * len(times.device) / sum(times.device),
         "build_s": result.build_seconds, "first_s": result.first_seconds, "peak_bytes": result.peak_bytes,
         "psnr_db": result.psnr, "flops": flops, "tflops": flops / median / 1e12, "share_of_matrix_rate":
-        flops / median / 1e12 / rate, **ceilings, **where, "kernel_hash": source_hash(plan.op),
+        flops / median / 1e12 / rate, **ceilings, **where,
+        "kernel_hash": source_hash(plan.op) if ours else None,
     }  # fmt: skip
 
 
