@@ -36,7 +36,7 @@ $(VENV)/created:
 # torch by itself and exactly first, so that a CPU build of this version is kept by everything that follows
 $(VENV)/installed: $(SOURCES) $(VENV)/created
 	$(PIP) torch==2.13.0 'setuptools>=77' pybind11
-	$(PIP) --no-build-isolation -e '.[train,bench]'
+	$(PIP) --no-build-isolation -e '.[train,bench,export]'
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
@@ -45,4 +45,9 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-slow: $(VENV)/installed-test
 	$(PIP) 'semantica-diffusion[ray]'
+	touch $@
+
+# builds engines for consumer GPUs, which needs none; 230 MB, so not part of the quick tests
+$(VENV)/installed-slow: $(VENV)/installed-test
+	[ "$$(uname -sm)" != "Linux x86_64" ] || $(PIP) 'semantica-diffusion[tensorrt-rtx]'
 	touch $@

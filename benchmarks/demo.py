@@ -1,7 +1,8 @@
-"""`semantica demo`: draw a data set, train on it, make variations of held-out pictures, measure, report."""
+"""`semantica demo`: draw a data set, train on it, make variations of held-out pictures, measure, export, report."""
 
 import json
 import platform
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from semantica.errors import UserError
 
 CONDITIONS_PER_GROUP, VARIATIONS, SAMPLING_STEPS, GUIDANCE = 4, 4, 20, 4.0
+# noise levels that the bundle is compared at; times each way to run the model is timed; what its images must reach
+LEVELS, LATENCY_ROUNDS, LEAST_PSNR = 64, 3, 70.0
 # what a good run shows on held-out groups: (figure, lowest value, what it means)
 GOALS = (
     ("loss_gain", 0.25, "denoising loss: right condition below a shuffled one"),
@@ -20,7 +23,7 @@ GOALS = (
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Draw a data set, train on it, make variations of held-out pictures, write report.html and metrics.json."""
+    """Draw a data set, train on it, make variations, export the model, write report.html and metrics.json."""
 
     out: Path = Path("demo")
     """Folder to write; the same command continues or repeats a demo there."""
@@ -64,25 +67,31 @@ def demo(config: DemoConfig) -> dict:
         seconds[name] = time.perf_counter() - began
         return result
 
-    print(f"1/4 drawing {config.groups} groups of pictures in {config.out / 'web'}")
+    print(f"1/5 drawing {config.groups} groups of pictures in {config.out / 'web'}")
     timed("draw", draw_web, config.out / "web", config.seed, config.groups)
-    print(f"2/4 training {config.steps} steps in {config.out / 'run'}")
+    print(f"2/5 training {config.steps} steps in {config.out / 'run'}")
     run = timed("train", train, TrainConfig(**train_options(config)))
-    print("3/4 measuring variations of held-out pictures")
+    print("3/5 measuring variations of held-out pictures")
     settings = EvaluateConfig(
         data=config.out / "web" / "val", model=run, attributes=config.out / "web" / "attributes.json",
         out=config.out / "evaluation.json", conditions=16 * CONDITIONS_PER_GROUP, n=VARIATIONS,
         steps=SAMPLING_STEPS, guidance=GUIDANCE, seed=config.seed, device="cpu",
     )  # fmt: skip
     result = timed("evaluate", evaluate, settings)
-    print("4/4 writing the report")
+    print(f"4/5 exporting to {config.out / 'bundle'}, and sampling the bundle beside the model")
+    timed("export", export_bundle, config, run)
+    engines = timed("sample the bundle", engines_beside_torch, config, run)
+    print("5/5 writing the report")
     timed("grid", draw_grid, config, run)
     metrics = {**result, "goals": goals(result)}
     write_json(config.out / "metrics.json", metrics)
-    report(config, metrics, seconds)
+    report(config, metrics, engines, seconds)
     for goal in metrics["goals"]:
         mark = "reached" if goal["reached"] else "MISSED"
         print(f"  {goal['value']:6.1%}  (goal {goal['goal']:.0%}, {mark})  {goal['meaning']}")
+    for row in engines:
+        mark = "" if row["psnr_db"] is None else f"  {row['psnr_db']:.0f} dB to the pipeline's images"
+        print(f"  {row['median_ms']:6.0f} ms for one picture, {SAMPLING_STEPS} guided steps: {row['engine']}{mark}")
     print(f"open {config.out / 'report.html'}")
     return metrics
 
@@ -110,14 +119,79 @@ def draw_grid(config: DemoConfig, run: Path) -> None:
     save_png(grid(rows, apart=4), config.out / "grid.png")
 
 
+def export_bundle(config: DemoConfig, run: Path) -> None:
+    """The trained model as a bundle, in place of one that an earlier demo left."""
+    from semantica.engines.bundle import is_bundle
+    from semantica.export.config import ExportConfig
+    from semantica.export.write import export
+
+    out = config.out / "bundle"
+    if is_bundle(out):
+        shutil.rmtree(out)
+    export(ExportConfig(run, out, levels=LEVELS, steps=SAMPLING_STEPS))
+
+
+def engines_beside_torch(config: DemoConfig, run: Path) -> list[dict]:
+    """engines.png: held-out pictures with torch's variations, then ONNX Runtime's, from the same noise.
+
+    Returns a row for each way to run the model: `engine`, `arithmetic`, `median_ms` of one picture, `psnr_db` of the
+    worst image to the pipeline's, None for the pipeline itself.
+
+    Raises:
+        ArtifactError: an image is less than `LEAST_PSNR` from the pipeline's.
+    """
+    import numpy as np
+    import torch
+
+    from semantica import SemanticaPipeline
+    from semantica.errors import ArtifactError
+    from semantica.images import fit, grid, load_image, save_png
+    from semantica.sample import load_pipeline
+    from semantica.solvers import noise
+    from semantica.train.data import scan
+
+    data = scan(config.out / "web" / "val", "folders")
+    pictures = [load_image(data.root / members[0]) for members in list(data.groups.values())[:4]]
+    pipelines = {"PyTorch, the pipeline": load_pipeline(run, "cpu", "dpmpp_2m")}
+    for backend, name in (("torch", "PyTorch, the bundle"), ("onnxruntime", "ONNX Runtime, the bundle")):
+        pipelines[name] = SemanticaPipeline.from_bundle(config.out / "bundle", backend, "cpu")
+    size = pipelines["PyTorch, the pipeline"].unet.config.image_size
+    latents = noise(config.seed, (3 * len(pictures), 3, size, size))
+    settings = dict(num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE, output_type="np")
+    made, times = {}, {name: [] for name in pipelines}
+    for name, pipeline in pipelines.items():
+        z = torch.from_numpy(latents) if isinstance(pipeline, SemanticaPipeline) else latents
+        made[name] = pipeline(pictures, 3, latents=z, **settings).images
+    # in turn, so that a busy moment of the machine hits all alike
+    for _ in range(LATENCY_ROUNDS):
+        for name, pipeline in pipelines.items():
+            began = time.perf_counter()
+            pipeline(pictures[0], **settings)
+            times[name].append(1e3 * (time.perf_counter() - began))
+    first, *_, last = made
+    squares = {name: np.square(images - made[first]).mean((1, 2, 3)).max() for name, images in made.items()}
+    psnr = {name: None if name == first else 10 * np.log10(1 / max(s, 1e-20)) for name, s in squares.items()}
+    if psnr[last] < LEAST_PSNR:
+        raise ArtifactError(f"{last} is {psnr[last]:.1f} dB from the pipeline's images: {LEAST_PSNR} are needed")
+    shape = len(pictures), 3, size, size, 3
+    shown = [(255 * made[name] + 0.5).astype(np.uint8).reshape(shape) for name in (first, last)]
+    rows = [[fit(p, size), *shown[0][i], *shown[1][i]] for i, p in enumerate(pictures)]
+    save_png(grid(rows, apart=4), config.out / "engines.png")
+    arithmetic = {name: getattr(getattr(p, "engine", None), "arithmetic", "fp32") for name, p in pipelines.items()}
+    return [
+        {"engine": n, "arithmetic": arithmetic[n], "median_ms": float(np.median(times[n])), "psnr_db": psnr[n]}
+        for n in pipelines
+    ]
+
+
 def write_json(path: Path, content: dict) -> None:
     aside = path.with_name(f".{path.name}.incomplete")
     aside.write_text(json.dumps(content, indent=1))
     aside.replace(path)
 
 
-def report(config: DemoConfig, metrics: dict, seconds: dict[str, float]) -> None:
-    """report.html: what ran, curves, the grid, timings, figures."""
+def report(config: DemoConfig, metrics: dict, engines: list[dict], seconds: dict[str, float]) -> None:
+    """report.html: what ran, curves, the grid, engines, timings, figures."""
     import torch
 
     from semantica import __version__
@@ -174,6 +248,19 @@ def report(config: DemoConfig, metrics: dict, seconds: dict[str, float]) -> None
                 rows=figures,
             ),
             Part("Loss", svg=plot(curves, "step", "squared error of the image", log=True)),
+            Part(
+                "The exported bundle beside PyTorch",
+                "Each row: a held-out picture, three variations by PyTorch, the same three by ONNX Runtime from the "
+                "exported bundle and the same noise. The time is for one picture on this machine.",
+                True,
+                columns=("", "computes in", "milliseconds", "worst image, dB to the first row"),
+                rows=tuple(
+                    (r["engine"], r["arithmetic"], f"{r['median_ms']:.0f}",
+                     "" if r["psnr_db"] is None else f"{r['psnr_db']:.1f}") for r in engines
+                ),
+                png=picture(config.out / "engines.png"),
+                alt="a picture, PyTorch's variations, ONNX Runtime's variations",
+            ),
             Part("What ran", columns=("", ""), rows=facts),
         ],
         width=7 * 34 * 3,

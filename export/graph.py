@@ -22,6 +22,12 @@ OPSET = 23
 MODULE = "module"
 
 
+def enclosing(module: str) -> list[str]:
+    """A module and those that it is part of: "a.b" gives "a" and "a.b". The last value of any is its result."""
+    parts = module.split(".") if module else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def to_onnx(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], kept: set[str]) -> ir.Model:
     """An ONNX model with named inputs and outputs and a batch dimension called "batch".
 

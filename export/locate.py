@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from semantica.export.graph import MODULE
+from semantica.export.graph import MODULE, enclosing
 
 
 def reference_outputs(module: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
@@ -35,13 +35,13 @@ def reference_outputs(module: nn.Module, call: Callable[[nn.Module], Any]) -> di
 
 
 def onnx_outputs(path: Path, feeds: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """The last value of each module in a graph: parameters are read from where the graph says."""
+    """The last value of each module in a graph."""
     model = onnx.load(path, load_external_data=False)
     last = {}
     for node in model.graph.node:
         name = next((entry.value for entry in node.metadata_props if entry.key == MODULE), None)
-        if name and node.output[0]:
-            last[name] = node.output[0]
+        for module in enclosing(name or ""):
+            last[module] = node.output[0]
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in {*last.values()} - present)
     # beside the original, so that its parameters are found

@@ -36,7 +36,7 @@ class Bounds:
 
 # each about ten times what the decomposed program of trained and random tiny and small models gives in that type
 BOUNDS = {
-    "fp32": Bounds(condition=1e-4, maximum=2e-3, mean=5e-5, psnr=70.0),
+    "fp32": Bounds(condition=2e-5, maximum=5e-4, mean=2e-5, psnr=80.0),
     "fp16": Bounds(condition=2e-2, maximum=0.2, mean=5e-3, psnr=40.0),
     "bf16": Bounds(condition=1e-1, maximum=1.5, mean=4e-2, psnr=25.0),
 }

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from semantica.condition import Condition
 from semantica.kernels.cross_attention import RMS_EPS, cross_attention_ref
@@ -81,7 +82,7 @@ def capture(unet: nn.Module, encoder: nn.Module, precision: str) -> Captured:
     image = torch.zeros(2, 3, encoder.image_size, encoder.image_size)
     half = Encode(unet, encoder)
     pairs, emb = half(image)
-    with quiet():
+    with quiet(), Decomposed():
         encode = torch.export.export(half, (image,), dynamic_shapes=(batch,), strict=False)
         sizes = streams_of(unet, encoder, image)
         size = unet.config.image_size
@@ -92,7 +93,6 @@ def capture(unet: nn.Module, encoder: nn.Module, precision: str) -> Captured:
             dynamic_shapes=(batch, batch, [(batch, batch)] * len(pairs), batch),
             strict=False,
         )
-        denoise, encode = (program.run_decompositions(decompositions()) for program in (denoise, encode))
     return Captured(precision, unet, encoder, denoise, encode, sizes)
 
 
@@ -103,7 +103,7 @@ def streams_of(unet: nn.Module, encoder: nn.Module, image: Tensor) -> tuple[int,
 
 
 def decompositions() -> dict:
-    """The fused operators' references as a decomposition table; results that inference drops are left empty."""
+    """Fused operator -> its reference; results that inference drops are left empty."""
 
     def group_norm(x, groups, weight, bias, scale, shift, activation, eps):
         y = group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps)
@@ -116,6 +116,20 @@ def decompositions() -> dict:
 
     ops = torch.ops.semantica
     return {ops.group_norm.default: group_norm, ops.cross_attention.default: cross_attention}
+
+
+class Decomposed(TorchFunctionMode):
+    """Puts each fused operator's reference in its place while a network is traced.
+
+    What `ExportedProgram.run_decompositions` would do afterwards, without tracing everything once more.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.table = decompositions()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.table.get(func, func)(*args, **(kwargs or {}))
 
 
 def by_heads(q: Tensor, k: Tensor, v: Tensor, sizes: list[int], lengths: None, gates: None, q_weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from semantica.condition import Condition
+from semantica.export.graph import enclosing
 from semantica.export.program import DTYPES, Captured
 
 aten = torch.ops.aten
@@ -64,7 +65,7 @@ class Reduced(Interpreter):
                 # a NaN is no peak; the comparison of the results reports it
                 self.peaks[n.name] = (module, max(peak, self.peaks.get(n.name, (module, 0.0))[1]))
             if self.keep:
-                self.outputs[module] = result
+                self.outputs |= dict.fromkeys(enclosing(module), result)
         return result
 
 

@@ -4,8 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
+from PIL import Image
 
 # the same examples on every machine, and no example fails because a machine is slow
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -40,3 +42,58 @@ def crawl():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def make_run():
+    """A function that writes a small run folder whose network is random throughout."""
+
+    def make(folder: Path, streams: tuple[str, ...] = ("image",), conditioning: str = "both") -> Path:
+        import torch
+
+        from semantica import SemanticaPipeline, SemanticaScheduler, UViT, ViTEncoder
+
+        torch.manual_seed(0)
+        encoder = ViTEncoder(image_size=16, patch_size=4, width=64, depth=1, heads=2)
+        unet = UViT(
+            image_size=16, patch_size=2, channels=(32,), depths=(1,), width=64, depth=2, heads=2, emb_dim=32,
+            streams=dict.fromkeys(streams, 64), conditioning=conditioning,
+        )  # fmt: skip
+        with torch.no_grad():
+            # layers that start as zeros would hide what comes before them
+            for p in unet.parameters():
+                p.add_(torch.randn_like(p) * 0.05)
+        SemanticaPipeline(unet, encoder, SemanticaScheduler(16, reference=16)).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_run(make_run, tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="session")
+def bundles(small_run, tmp_path_factory) -> dict[str, Path]:
+    """The small run's bundles by precision, made by the command; to be copied before anything is changed in them."""
+    from semantica.cli import main
+
+    folder = tmp_path_factory.mktemp("bundles")
+    stale = folder / ".fp32.incomplete"
+    stale.mkdir()
+    (stale / "left.onnx").write_bytes(b"by an export that was killed")
+    made = {precision: folder / precision for precision in ("fp32", "fp16", "bf16")}
+    for precision, out in made.items():
+        options = ["--precision", precision, "--levels", "4", "--steps", "3"]
+        assert main(["export", "--model", str(small_run), "--out", str(out), *options]) == 0
+    assert {p.name for p in folder.iterdir()} == set(made) and not (made["fp32"] / "left.onnx").exists()
+    return made
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    """A small picture of smooth patches."""
+    patches = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(patches.repeat(8, 0).repeat(8, 1)).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"

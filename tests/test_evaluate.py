@@ -101,15 +101,19 @@ def test_the_demo_in_small_runs_and_repeats(tmp_path, monkeypatch):
     monkeypatch.setattr("semantica.benchmarks.demo.CONDITIONS_PER_GROUP", 1)
     monkeypatch.setattr("semantica.benchmarks.demo.VARIATIONS", 2)
     monkeypatch.setattr("semantica.benchmarks.demo.SAMPLING_STEPS", 3)
+    monkeypatch.setattr("semantica.benchmarks.demo.LEVELS", 2)
     config = DemoConfig(out=tmp_path / "demo", steps=3, groups=8, compile=False)
     first = demo(config)
     names = {p.name for p in Path(config.out).iterdir()}
-    assert names == {"web", "run", "grid.png", "metrics.json", "evaluation.json", "report.html"}
+    made = {"grid.png", "engines.png", "metrics.json", "evaluation.json", "report.html"}
+    assert names == {"web", "run", "bundle"} | made
     assert set(first["figures"]) == {"model", "ignore the condition", "copy the condition", "real pictures"}
     assert first["figures"]["real pictures"]["on_topic"] >= 0.95 and len(first["goals"]) == 4
     page = (config.out / "report.html").read_text()
     assert "data:image/png;base64," in page and "<svg" in page and 'src="http' not in page
     weights = (config.out / "run" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    # exported again it would be the same: what is repeated here is what comes before
+    monkeypatch.setattr("semantica.benchmarks.demo.export_bundle", lambda *_: None)
     again = demo(config)
     assert again["figures"] == first["figures"] and again["loss"] == first["loss"]
     assert (config.out / "run" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights

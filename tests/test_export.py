@@ -1,0 +1,262 @@
+"""Export: graphs with native nodes and the right types, agreement with the network, and faults that are refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from semantica import SemanticaPipeline
+from semantica.cli import main
+from semantica.engines import load_engine
+from semantica.engines.bundle import entries, open_bundle
+from semantica.errors import ArtifactError
+from semantica.export import write
+from semantica.export.config import ExportConfig
+from semantica.export.gate import gate
+from semantica.export.program import capture
+from semantica.layers import GroupNormAct
+from semantica.solvers import noise
+
+FEW = ["--levels", "4", "--steps", "3"]
+
+
+def psnr(a, b) -> float:
+    return 10 * np.log10(4 / np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean())
+
+
+@pytest.mark.parametrize(("precision", "element"), [("fp32", "FLOAT"), ("fp16", "FLOAT16"), ("bf16", "BFLOAT16")])
+def test_graphs_have_native_nodes_named_batch_and_the_types_of_the_precision(bundles, small_run, precision, element):
+    model = onnx.load(bundles[precision] / "denoise.onnx", load_external_data=False)
+    onnx.checker.check_model(str(bundles[precision] / "denoise.onnx"), full_check=True)
+    assert [o.version for o in model.opset_import if o.domain == ""] == [23]
+    assert {o.domain for o in model.opset_import} == {""} and not model.functions
+    counts = open_bundle(bundles[precision]).manifest["graphs"]["denoise.onnx"]["nodes"]
+    unet = SemanticaPipeline.from_pretrained(small_run).unet
+    # two blocks with self- and cross-attention
+    assert counts["Attention"] == 4
+    assert counts["GroupNormalization"] == sum(isinstance(m, GroupNormAct) for m in unet.modules())
+    for node in model.graph.node:
+        given = {a.name: a for a in node.attribute}
+        if node.op_type in ("GroupNormalization", "RMSNormalization"):
+            # 1 is fp32, also the default
+            assert "stash_type" not in given or given["stash_type"].i == 1
+        if node.op_type == "GroupNormalization":
+            assert given["epsilon"].f == pytest.approx(1e-5)
+    shapes = {
+        v.name: ([d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim], v.type.tensor_type.elem_type)
+        for v in (*model.graph.input, *model.graph.output)
+    }
+    wide, narrow = onnx.TensorProto.FLOAT, onnx.TensorProto.DataType.Value(element)
+    keys = {f"{kind}.{i}": (["batch", 2, 16, 32], narrow) for i in range(2) for kind in "kv"}
+    assert shapes == {
+        "z": (["batch", 3, 16, 16], wide), "logsnr": (["batch"], wide), "emb": (["batch", 32], narrow),
+        "v": (["batch", 3, 16, 16], wide), **keys,
+    }  # fmt: skip
+    # keys and values are read as they come, not turned or copied
+    readers = {n.op_type for n in model.graph.node if set(n.input) & set(keys)}
+    assert readers == {"Attention"}
+
+
+def test_no_path_of_this_machine_is_in_a_bundle(bundles):
+    for path in bundles["fp32"].iterdir():
+        assert str(Path(write.__file__).parents[1]).encode() not in path.read_bytes(), path.name
+
+
+def test_half_precision_files_are_half_as_large(bundles):
+    sizes = {name: (folder / "weights.safetensors").stat().st_size for name, folder in bundles.items()}
+    assert 0.49 < sizes["fp16"] / sizes["fp32"] < 0.55 and 0.49 < sizes["bf16"] / sizes["fp32"] < 0.55
+
+
+def test_the_manifest_says_what_was_compared_and_how(bundles):
+    rows = {name: json.loads((folder / "manifest.json").read_text()) for name, folder in bundles.items()}
+    assert set(rows["fp32"]["parity"]) == {"onnxruntime"} and set(rows["bf16"]["parity"]) == {"program", "onnxruntime"}
+    arithmetic = {name: {k: r["arithmetic"] for k, r in row["parity"].items()} for name, row in rows.items()}
+    assert arithmetic["fp32"] == {"onnxruntime": "fp32"}
+    assert arithmetic["fp16"]["onnxruntime"] == "fp32 between fp16 values"
+    assert arithmetic["bf16"]["program"].startswith("bf16") and "fp32" in arithmetic["bf16"]["onnxruntime"]
+    for row in rows.values():
+        for figures in row["parity"].values():
+            assert figures["finite"] and figures["levels"] == 4 and figures["batches"] == [1, 2]
+            assert figures["psnr_db"] >= row["bounds"]["psnr"]
+    # rounding to fewer digits shows, and in the right order
+    errors = [rows[name]["parity"]["onnxruntime"]["v_mean_error"] for name in ("fp32", "fp16", "bf16")]
+    assert errors[0] < errors[1] / 20 and errors[1] < errors[2] / 4
+    assert "headroom" not in rows["fp32"] and rows["fp16"]["headroom"]["type_max"] == 65504
+    peaks = [entry["value"] for entry in rows["fp16"]["headroom"]["largest"]]
+    assert rows["fp16"]["headroom"]["headroom"] == pytest.approx(65504 / peaks[0]) and peaks == sorted(peaks)[::-1]
+
+
+def test_images_equal_the_torch_pipelines_from_the_same_noise(bundles, small_run, picture):
+    image = Image.open(picture)
+    latents = noise(5, (2, 3, 16, 16))
+    settings = dict(num_images_per_prompt=2, num_inference_steps=6, guidance_scale=2.5, output_type="np")
+    # an independent path: diffusers' guider, the scheduler, two calls a step
+    expected = SemanticaPipeline.from_pretrained(small_run)(image, latents=torch.from_numpy(latents), **settings).images
+    for precision, least in (("fp32", 100), ("fp16", 55)):
+        pipeline = SemanticaPipeline.from_bundle(bundles[precision], "onnxruntime")
+        actual = pipeline(image, latents=latents, **settings).images
+        assert actual.shape == (2, 16, 16, 3) and psnr(2 * actual, 2 * expected) >= least, precision
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 1e-4), ("fp16", 5e-2)])
+def test_batches_1_3_and_8_from_one_bundle(bundles, precision, least):
+    engine, network = (load_engine(bundles[precision], backend) for backend in ("onnxruntime", "torch"))
+    assert network.arithmetic == precision
+    images = np.tanh(noise(1, (8, 3, 16, 16)))
+    z, logsnr = noise(2, (8, 3, 16, 16)), np.linspace(-8, 8, 8, dtype=np.float32)
+    truth = network(torch.from_numpy(z), torch.from_numpy(logsnr), network.condition(torch.from_numpy(images))).numpy()
+    for batch in (1, 3, 8):
+        v = engine(z[:batch], logsnr[:batch], engine.condition(images[:batch]))
+        assert v.dtype == np.float32
+        np.testing.assert_allclose(v, truth[:batch], rtol=0, atol=least)
+        null, twin = engine.null(batch), network.null(batch)
+        np.testing.assert_allclose(null.keys[1], twin.keys[1].float().numpy().swapaxes(1, 2), rtol=0, atol=least)
+
+
+def test_bf16_runs_in_torch_and_not_in_onnxruntime(bundles, capsys, tmp_path, picture):
+    image = str(picture)
+    out = tmp_path / "out.png"
+    assert main(["sample", "--model", str(bundles["bf16"]), "--image", image, "--steps", "2", "--out", str(out)]) == 0
+    assert out.exists()
+    arguments = ["sample", "--model", str(bundles["bf16"]), "--image", image, "--engine", "onnxruntime"]
+    assert main([*arguments, "--out", str(tmp_path / "no.png")]) == 2
+    assert "cannot compute on a CPU" in capsys.readouterr().err and not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "streams", "conditioning"), [("fp16", ("image", "again"), "both"), ("fp32", ("image",), "global")]
+)
+def test_two_streams_and_no_tokens(make_run, tmp_path, streams, conditioning, precision):
+    run = make_run(tmp_path / "run", streams, conditioning)
+    write.export(ExportConfig(run, tmp_path / "out", precision, levels=2, steps=2))
+    bundle = open_bundle(tmp_path / "out")
+    assert bundle.sizes == ((16, 16) if conditioning == "both" else ())
+    assert bundle.manifest["graphs"]["denoise.onnx"]["nodes"]["Attention"] == (4 if conditioning == "both" else 2)
+    # the gate compared it with the network; the null branch, filled up stream by stream, took part
+    assert bundle.manifest["parity"]["onnxruntime"]["psnr_db"] > (100 if precision == "fp32" else 50)
+
+
+def test_sampling_a_bundle_imports_no_torch(bundles, tmp_path, picture):
+    code = (
+        "import sys; from semantica.cli import main\n"
+        f"assert main(['sample', '--model', {str(bundles['fp32'])!r}, '--image', {str(picture)!r},"
+        " '--steps', '2', '--out', 'made.png']) == 0\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'onnx'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "made.png").size[1] == 20
+
+
+@pytest.fixture(scope="module")
+def network(small_run):
+    pipeline = SemanticaPipeline.from_pretrained(small_run)
+    return pipeline, capture(pipeline.unet, pipeline.encoder, "fp32")
+
+
+def rewrite_hashes(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = entries(folder, manifest["files"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def scale(name: str, factor: float):
+    """A change to written weights."""
+
+    def change(folder: Path) -> None:
+        weights = load_file(folder / "weights.safetensors")
+        weights[name] = weights[name] * factor
+        save_file(weights, folder / "weights.safetensors")
+
+    return change
+
+
+def wrong_epsilon(folder: Path) -> None:
+    model = onnx.load(folder / "denoise.onnx", load_external_data=False)
+    norm = [n for n in model.graph.node if n.op_type == "GroupNormalization"][1]
+    next(a for a in norm.attribute if a.name == "epsilon").f = 1e-2
+    onnx.save(model, folder / "denoise.onnx")
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (scale("unet.up_blocks.0.0.conv2.weight", 1.01), r"worst layer: unet\.up_blocks\.0\.0\.conv2 "),
+        (scale("unet.transformer_blocks.1.cross.to_out.weight", 1.05), r"blocks\.1\.cross\.to_out "),
+        (scale("encoder.blocks.0.mlp.0.weight", 1.01), r"worst layer: encoder\.blocks\.0\.mlp\.0 "),
+        (wrong_epsilon, r"worst layer: unet\.down_blocks\.0\.0\.norm2 "),
+        (scale("unet.down_blocks.0.0.conv2.weight", float("nan")), r"not finite.*unet\.down_blocks\.0\.0\.conv2 "),
+    ],
+    ids=["weight", "attention", "encoder", "epsilon", "nan"],
+)
+def test_a_planted_fault_is_refused_and_its_layer_named(bundles, network, tmp_path, fault, says):
+    pipeline, captured = network
+    copy = shutil.copytree(bundles["fp32"], tmp_path / "copy")
+    fault(copy)
+    rewrite_hashes(copy)
+    with pytest.raises(ArtifactError, match=says):
+        gate(pipeline.unet, pipeline.encoder, pipeline.scheduler.schedule, captured, copy, 4, 3)
+
+
+def test_a_refused_export_leaves_nothing_and_exits_with_1(small_run, tmp_path, capsys, monkeypatch):
+    honest = write.write_graphs
+
+    def faulty(captured, folder: Path) -> dict:
+        made = honest(captured, folder)
+        scale("unet.conv_out.weight", 1.01)(folder)
+        return made
+
+    monkeypatch.setattr(write, "write_graphs", faulty)
+    assert main(["export", "--model", str(small_run), "--out", str(tmp_path / "out"), *FEW]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("semantica: onnxruntime (fp32) differs") and "unet.conv_out " in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("peak", "says"), [(3e6, r"not finite.*worst layer: unet\.down_blocks\.0\.0\.conv1"), (1.5e4, "away from overflow")]
+)
+def test_fp16_overflow_is_found_by_the_program_in_that_type(small_run, tmp_path, peak, says):
+    pipeline = SemanticaPipeline.from_pretrained(small_run)
+    conv = pipeline.unet.down_blocks[0][0].conv1
+    with torch.no_grad():
+        # the norm after this convolution takes the scale out again: in fp32 nothing is wrong
+        conv.weight.mul_(peak)
+        conv.bias.mul_(peak)
+    captured = capture(pipeline.unet, pipeline.encoder, "fp16")
+    with pytest.raises(ArtifactError, match=says):
+        gate(pipeline.unet, pipeline.encoder, pipeline.scheduler.schedule, captured, tmp_path, 2, 2)
+
+
+def test_bad_run_folders_and_places(small_run, tmp_path, capsys):
+    taken, half = tmp_path / "taken", shutil.copytree(small_run, tmp_path / "half")
+    taken.mkdir()
+    next((half / "unet").glob("*.safetensors")).unlink()
+    for model, out, says in (
+        (tmp_path / "nothing", tmp_path / "out", "not a folder"),
+        (taken, tmp_path / "out", "no model_index.json"),
+        (half, tmp_path / "out", "no safetensors weights"),
+        (small_run, taken, "exists"),
+    ):
+        assert main(["export", "--model", str(model), "--out", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1, said
+    assert main(["export", "--model", str(small_run), "--out", str(tmp_path / "out"), "--levels", "0"]) == 2
+    assert "--levels is 0" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["half", "taken"]
+
+
+def test_a_missing_package_is_named_with_its_extra(small_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(write, "PACKAGES", ("onnx", "no_such_exporter"))
+    assert main(["export", "--model", str(small_run), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "needs no_such_exporter" in said and 'pip install "semantica-diffusion[export]"' in said
