@@ -43,11 +43,8 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) 'semantica-diffusion[pairs,test]'
 	touch $@
 
+# Ray, and TensorRT-RTX, which builds engines for consumer GPUs and needs none: too large for the quick tests
 $(VENV)/installed-slow: $(VENV)/installed-test
 	$(PIP) 'semantica-diffusion[ray]'
-	touch $@
-
-# builds engines for consumer GPUs, which needs none; 230 MB, so not part of the quick tests
-$(VENV)/installed-slow: $(VENV)/installed-test
 	[ "$$(uname -sm)" != "Linux x86_64" ] || $(PIP) 'semantica-diffusion[tensorrt-rtx]'
 	touch $@
