@@ -148,7 +148,7 @@ def engines_beside_torch(config: DemoConfig, run: Path) -> list[dict]:
     from semantica.images import fit, grid, load_image, save_png
     from semantica.sample import load_pipeline
     from semantica.solvers import noise
-    from semantica.train.data import scan
+    from semantica.train.folders import scan
 
     data = scan(config.out / "web" / "val", "folders")
     pictures = [load_image(data.root / members[0]) for members in list(data.groups.values())[:4]]

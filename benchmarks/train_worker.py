@@ -20,7 +20,8 @@ from semantica.diffusion import noise_levels
 from semantica.profile import step_flops
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
-from semantica.train.data import Pairs, batches, scan
+from semantica.train.data import Pairs, batches
+from semantica.train.folders import scan
 from semantica.train.objective import Objective, compile_blocks
 from semantica.train.state import TrainState
 
