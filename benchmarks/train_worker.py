@@ -86,7 +86,7 @@ class Trainer:
         if switches.compile:
             compile_blocks(self.objective)
         pairs = Pairs(
-            scan(config.data, config.mode), seed=0, image_size=unet.config.image_size,
+            scan(config.data, "folders"), seed=0, image_size=unet.config.image_size,
             condition_size=encoder.image_size, global_batch=batch, drop=config.drop, flip=True, crop=1.0,
         )  # fmt: skip
         self.feed = batches(pairs, first_index=0, batch=batch, workers=workers, device=self.device)
