@@ -39,6 +39,7 @@ def collect() -> list[Fact]:
         "compiled part": compiled,
         "operators": operators,
         "self-attention": attention,
+        "engines": engines,
         "optional packages": optional,
         "environment": environment,
     }
@@ -134,6 +135,16 @@ def attention() -> Iterator[tuple[str, str, Status]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend, reason = choose(device)
     yield device.type, f"{backend} ({reason})", "ok"
+
+
+def engines() -> Iterator[tuple[str, str, Status]]:
+    from semantica.engines import BACKENDS, missing
+
+    where = {"onnxruntime": "the CPU", "torch": "the CPU or a GPU", "inductor": "the CPU it was built on"}
+    for name, (_, _, extra) in BACKENDS.items():
+        absent = missing(name)
+        how = f'missing {", ".join(absent)}: pip install "{DISTRIBUTION}[{extra}]"'
+        yield name, how if absent else f"runs bundles on {where.get(name, 'an NVIDIA GPU')}", "note" if absent else "ok"
 
 
 def optional() -> Iterator[tuple[str, str, Status]]:
