@@ -71,7 +71,11 @@ def run_suite(plan, module: ModuleType) -> dict:
             raise RuntimeError(f"the suite broke:\n{said.getvalue()}")
         if not stored.exists() or not stored.stat().st_size:
             return {"benchmarks": [], "semantica": {"wrong": plan.wrong, "absent": plan.absent}}
-        return json.loads(stored.read_text())
+        content = json.loads(stored.read_text())
+        # results are published, host names are not
+        for name in ("node", "release"):
+            content["machine_info"].pop(name, None)
+        return content
 
 
 def show(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

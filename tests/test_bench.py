@@ -193,6 +193,7 @@ def test_the_verb_from_end_to_end(tmp_path):
     assert [(r["impl"], r["direction"]) for r in rows] == [
         (impl, direction) for direction in ("forward", "backward") for impl in ("eager", "own:eager_too")
     ]
+    assert not {"node", "release"} & set(content["machine_info"])
     needed = (
         "op impl shape layout dtype direction median_us p20_us p80_us wall_us bytes effective_bytes gbps flops tflops \
         share_of_copy share_of_matrix_rate max_err max_err_eager device torch triton commit date kernel_hash".split()

@@ -45,7 +45,7 @@ def worker(tmp_path, body: str, monkeypatch) -> dict:
 def test_a_builder_that_dies_is_one_line(tmp_path, monkeypatch, body, says):
     with pytest.raises(ArtifactError, match=says):
         worker(tmp_path, body, monkeypatch)
-    assert {p.name for p in tmp_path.iterdir()} == {"standin.py"}
+    assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {"standin.py"}
 
 
 def test_a_network_that_is_silently_fp32_is_an_error():
