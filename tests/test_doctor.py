@@ -136,7 +136,7 @@ def test_a_missing_extra_names_its_command(monkeypatch):
     monkeypatch.setattr(doctor, "installed", lambda name: None if name in ("onnx", "flash-attn") else "99.0")
     found = {name: (value, status) for name, value, status in doctor.optional()}
     assert found["export"] == (
-        'onnxscript 99.0, onnxruntime 99.0; missing onnx: pip install "semantica-diffusion[export]"', "note",
+        'onnx-ir 99.0, onnxscript 99.0, onnxruntime 99.0; missing onnx: pip install "semantica-diffusion[export]"', "note",
     )  # fmt: skip
     assert 'pip install --no-build-isolation "semantica-diffusion[flash]"' in found["flash"][0]
     assert found["bench"] == ("jinja2 99.0, matplotlib 99.0, pytest-benchmark 99.0", "ok")
