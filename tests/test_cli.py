@@ -12,6 +12,7 @@ from PIL import Image
 
 from semantica.cli import main
 
+VERBS = ("doctor", "demo", "pairs", "train", "sample", "evaluate", "export", "build")
 RESULTS = sorted(map(str, (Path(__file__).parents[1] / "benchmarks" / "results").glob("*/group_norm*.json")))
 
 
@@ -49,11 +50,11 @@ def test_help_needs_no_torch():
     code = "import sys; from semantica.cli import main; main(['--help']); print({'torch', 'numpy'} & {*sys.modules})"
     out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("set()")
-    assert all(f"\n  {verb} " in out for verb in ("doctor", "demo", "pairs", "train", "sample", "evaluate", "bench"))
+    assert all(f"\n  {verb} " in out for verb in (*VERBS, "bench"))
     assert main(["--version"]) == 0 and main([]) == 0
 
 
-@pytest.mark.parametrize("verb", ["doctor", "demo", "pairs", "train", "sample", "evaluate"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_and_refuses_unknown_options(verb, capsys):
     with pytest.raises(SystemExit) as left:
         main([verb, "--help"])
