@@ -39,9 +39,12 @@ def load(build: Build):
 
 def reference(build: Build) -> tuple[Call, str]:
     """The public pipeline in fp32, through diffusers' scheduler and guider: what the others are compared with."""
+    return through_pipeline(load(build)), "fp32"
+
+
+def through_pipeline(pipeline) -> Call:
     import torch
 
-    pipeline = load(build)
     pipeline.set_progress_bar_config(disable=True)
 
     def run(images, noise, steps, guidance):
@@ -51,7 +54,7 @@ def reference(build: Build) -> tuple[Call, str]:
         )  # fmt: skip
         return out.images.cpu().numpy() * 2 - 1
 
-    return run, "fp32"
+    return run
 
 
 def ladder(rung: str) -> Callable[[Build], tuple[Call, str]]:
@@ -80,26 +83,8 @@ def fast(compile: str, graphs: bool = False, half: bool = True) -> Callable[[Bui
     def builder(build: Build) -> tuple[Call, str]:
         import torch
 
-        from semantica.condition import Stream
-        from semantica.fast_sampler import FastSampler
-        from semantica.solvers import make_plan
-
-        pipeline = load(build)
-        dtype = torch.bfloat16 if half else torch.float32
-        unet, scheduler = pipeline.unet, pipeline.scheduler
-        encoder = torch.nn.Module.to(pipeline.encoder, dtype)
-        sampler = FastSampler(unet, dtype, compile, graphs)
-
-        @torch.no_grad()
-        def run(images, noise, steps, guidance):
-            encoded = encoder(torch.from_numpy(images).to(build.device, dtype))
-            tokens = Stream(encoded.tokens.float(), encoded.pooled.float())
-            condition = unet.condition(dict.fromkeys(unet.stream_names, tokens))
-            plan = make_plan(scheduler.config.solver, scheduler.schedule.grid(steps)[1])
-            z = torch.from_numpy(noise).to(build.device)
-            return sampler(z, condition, unet.null_condition(len(noise)), plan, guidance).cpu().numpy()
-
-        return run, "bf16" if half else "fp32"
+        pipeline = load(build).accelerate(torch.bfloat16 if half else torch.float32, compile, graphs)
+        return through_pipeline(pipeline), "bf16" if half else "fp32"
 
     return builder
 
@@ -109,7 +94,6 @@ def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
 
     def builder(build: Build) -> tuple[Call, str]:
         from semantica.engines import load_engine
-        from semantica.sampler import sample
 
         engine = load_engine(build.bundle, backend, build.device)
         plans = plans_of(build.bundle)
@@ -119,7 +103,7 @@ def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
                 import torch
 
                 images, noise = (torch.from_numpy(a).to(engine.device) for a in (images, noise))
-            made = sample(engine, noise, engine.condition(images), engine.null(len(noise)), plans(steps), guidance)
+            made = engine.sample(noise, engine.condition(images), plans(steps), guidance)
             return np.asarray(made) if engine.array == "numpy" else made.cpu().numpy()
 
         return run, engine.arithmetic

@@ -140,7 +140,10 @@ def attention() -> Iterator[tuple[str, str, Status]]:
 def engines() -> Iterator[tuple[str, str, Status]]:
     from semantica.engines import BACKENDS, missing
 
-    where = {"onnxruntime": "the CPU", "torch": "the CPU or a GPU", "inductor": "the CPU it was built on"}
+    where = {
+        "onnxruntime": "the CPU; onnxruntime-gpu: a GPU too", "torch": "the CPU or a GPU",
+        "torch-compile": "the CPU or a GPU", "inductor": "the CPU it was built on",
+    }  # fmt: skip
     for name, (_, _, extra) in BACKENDS.items():
         absent = missing(name)
         how = f'missing {", ".join(absent)}: pip install "{DISTRIBUTION}[{extra}]"'

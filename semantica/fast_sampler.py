@@ -34,17 +34,17 @@ class FastSampler:
         self,
         unet: UViT,
         dtype: torch.dtype | None = None,
-        compile: Literal["none", "blocks", "network"] = "blocks",
+        compile: Literal["none", "blocks", "network"] = "network",
         graphs: bool = True,
     ):
-        device = unet.device
-        self.denoiser = FastDenoiser(unet, dtype or pick_precision("auto", device))
+        self.device = unet.device
+        self.denoiser = FastDenoiser(unet, dtype or pick_precision("auto", self.device))
         if compile == "network":
             self.denoiser.compile(fullgraph=True, dynamic=False)
         elif compile == "blocks":
             for block in (*self.denoiser.downs, *self.denoiser.blocks, *self.denoiser.ups):
                 block.compile(fullgraph=True, dynamic=False)
-        self.graphs = Graphs() if graphs and device.type == "cuda" else None
+        self.graphs = Graphs() if graphs and self.device.type == "cuda" else None
 
     @torch.no_grad()
     def __call__(

@@ -1,8 +1,9 @@
 """The pipeline: condition images in, variations out."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,13 +15,14 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from semantica.condition import Stream
+from semantica.condition import Condition, Stream
 from semantica.encoder import PretrainedEncoder, ViTEncoder, encode_images
 from semantica.errors import UserError
 from semantica.images import fit, to_tensor, to_uint8
 from semantica.runfolder import PATTERNS, check_run
 from semantica.sampling import denoise
 from semantica.scheduler import SemanticaScheduler
+from semantica.solvers import make_plan
 from semantica.uvit import UViT
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class SemanticaPipeline(DiffusionPipeline):
     def __init__(self, unet: UViT, encoder: ViTEncoder | PretrainedEncoder, scheduler: SemanticaScheduler):
         super().__init__()
         self.register_modules(unet=unet, encoder=encoder, scheduler=scheduler)
+        self._fast = None
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **kwargs) -> "SemanticaPipeline":
@@ -95,6 +98,29 @@ class SemanticaPipeline(DiffusionPipeline):
 
         return BundlePipeline(load_engine(folder, backend, device))
 
+    def accelerate(
+        self,
+        dtype: torch.dtype | None = None,
+        compile: Literal["none", "blocks", "network"] = "network",
+        graphs: bool = True,
+    ) -> "SemanticaPipeline":
+        """Sample faster from now on: through a `FastSampler`, the encoder in the same precision; returns the pipeline.
+
+        Call it on the device where sampling happens. The networks are copied, and the pipeline's own stay as they are.
+        The first call of each batch size compiles, for half a minute to minutes; guiders and callbacks are refused.
+
+        Args:
+            dtype: of weights and activations; by default bf16 where the processor has instructions for it, else fp32.
+            compile, graphs: see `semantica.fast_sampler.FastSampler`.
+        """
+        from semantica.fast_sampler import FastSampler
+
+        sampler = FastSampler(self.unet, dtype, compile, graphs)
+        encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        # the method of modules: that of diffusers warns about casts
+        self._fast = sampler, torch.nn.Module.to(encoder, sampler.denoiser.dtype)
+        return self
+
     @torch.no_grad()
     def encode(self, image: Tensor | Picture | Sequence[Picture]) -> Stream:
         """Condition images to one stream `[B, M, C]`.
@@ -103,15 +129,16 @@ class SemanticaPipeline(DiffusionPipeline):
             image: a picture, a list of pictures (one sample each; a nested list is several pictures for one sample),
                 or a tensor `[B, 3, S, S]` in [-1, 1] (`[B, K, 3, S, S]` for K pictures in each sample).
         """
+        encoder = self.encoder if self._fast is None else self._fast[1]
         if isinstance(image, Tensor):
-            return encode_images(self.encoder, image.to(self._execution_device, self.encoder.dtype))
+            return self._widened(encode_images(encoder, image.to(self._execution_device, encoder.dtype)))
         samples = [image] if isinstance(image, Image.Image) else list(image)
         samples = [[s] if isinstance(s, Image.Image) else list(s) for s in samples]
         if not samples or not all(samples):
             raise UserError("image is empty: give at least one picture for each sample")
-        size = self.encoder.image_size
+        size = encoder.image_size
         flat = to_tensor([fit(picture.convert("RGB"), size) for sample in samples for picture in sample])
-        out = self.encoder(flat.to(self._execution_device, self.encoder.dtype))
+        out = self._widened(encoder(flat.to(self._execution_device, encoder.dtype)))
         counts = [len(sample) for sample in samples]
         if max(counts) == 1:
             return out
@@ -121,6 +148,12 @@ class SemanticaPipeline(DiffusionPipeline):
         lengths = torch.tensor([per_image * n for n in counts], device=out.tokens.device)
         pooled = torch.stack([part.mean(0) for part in out.pooled.split(counts)])
         return Stream(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), pooled, lengths)
+
+    def _widened(self, stream: Stream) -> Stream:
+        """In the type that the network reads, where the encoder is an accelerated copy."""
+        if self._fast is None:
+            return stream
+        return Stream(stream.tokens.to(self.unet.dtype), stream.pooled.to(self.unet.dtype))
 
     @torch.no_grad()
     def __call__(
@@ -151,12 +184,18 @@ class SemanticaPipeline(DiffusionPipeline):
             guider: any guider of diffusers (interval, autoguidance, ...) instead of `guidance_scale`.
 
         Raises:
-            UserError: impossible numbers, or latents of the wrong shape.
+            UserError: impossible numbers, or latents of the wrong shape; a guider, a callback or another device than
+                before on an accelerated pipeline.
         """
         if output_type not in OUTPUTS:
             raise UserError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUTS)}")
         if num_images_per_prompt < 1:
             raise UserError(f"num_images_per_prompt={num_images_per_prompt} must be at least 1")
+        if self._fast is not None:
+            if guider is not None or callback_on_step_end is not None:
+                raise UserError("an accelerated pipeline takes no guider and no callback: load it again without")
+            if self._fast[0].device != self.unet.device:
+                raise UserError(f"accelerated on {self._fast[0].device}, now on {self.unet.device}: accelerate again")
         stream = self.encode(image)
         condition = self.unet.condition(dict.fromkeys(self.unet.stream_names, stream))
         batch = stream.tokens.shape[0] * num_images_per_prompt
@@ -167,6 +206,13 @@ class SemanticaPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
             raise UserError(f"latents have shape {tuple(latents.shape)}: expected {list(shape)}")
+        # the solver's sums keep their digits whatever the network computes in
+        z = latents.to(device, torch.promote_types(self.unet.dtype, torch.float32))
+        null = self.unet.null_condition(batch)
+        if self._fast is not None:
+            z = self._denoise_fast(z, condition, null, num_inference_steps, guidance_scale, generator)
+            images = finish(z, output_type)
+            return ImagePipelineOutput(images=images) if return_dict else (images,)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         guider = guider if guider is not None else make_guider(guidance_scale)
         with self.progress_bar(total=num_inference_steps) as progress:
@@ -177,13 +223,23 @@ class SemanticaPipeline(DiffusionPipeline):
                     z = callback_on_step_end(self, i, timestep, {"latents": z}).get("latents", z)
                 return z
 
-            null = self.unet.null_condition(batch)
-            # the solver's sums keep their digits whatever the network computes in
-            z = latents.to(device, torch.promote_types(self.unet.dtype, torch.float32))
             z = denoise(self.unet, self.scheduler, guider, z, condition, null, generator, on_step)
         images = finish(z, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoise_fast(
+        self, z: Tensor, condition: Condition, null: Condition, steps: int, guidance: float, generator
+    ) -> Tensor:
+        config = self.scheduler.config
+        plan = make_plan(config.solver, self.scheduler.schedule.grid(steps)[1])
+        settings = config.thresholding, config.clip_range, config.dynamic_thresholding_ratio
+
+        def fresh(step: int) -> Tensor:
+            return randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+
+        noise = fresh if plan.noise_scale.any() else None
+        return self._fast[0](z, condition, null, plan, guidance, (0.0, 1.0), *settings, noise)
 
 
 def make_guider(scale: float) -> ClassifierFreeGuidance:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 from PIL import Image
 
 from semantica import SemanticaPipeline, UserError
@@ -71,8 +73,6 @@ BAD = {
 
 @pytest.mark.parametrize(("change", "says"), BAD.values(), ids=BAD)
 def test_a_bad_bundle_is_one_line_and_exit_code_2(bundle, picture, tmp_path, capsys, monkeypatch, change, says):
-    import onnxruntime
-
     def never(*_, **__):
         raise AssertionError("deserialised before it was checked")
 
@@ -170,8 +170,15 @@ def test_engines_by_name(bundles, small_run, picture, capsys, monkeypatch):
     with pytest.raises(UserError, match="engine 'magic' is unknown: expected auto, onnxruntime"):
         load_engine(bundles["fp32"], "magic")
     assert load_engine(bundles["fp32"]).backend == "onnxruntime" and load_engine(bundles["bf16"]).backend == "torch"
-    with pytest.raises(UserError, match="runs on the CPU, not on 'cuda'"):
+    with pytest.raises(UserError, match="runs on cpu or cuda, not on 'mps'"):
+        load_engine(bundles["fp32"], "onnxruntime", "mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: there is no CUDA device"):
         load_engine(bundles["fp32"], "onnxruntime", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(UserError, match="pip install onnxruntime-gpu"):
+            load_engine(bundles["fp32"], "onnxruntime", "cuda")
     arguments = ["sample", "--model", str(small_run), "--image", str(picture), "--engine", "onnxruntime"]
     assert main(arguments) == 2 and "runs a bundle" in capsys.readouterr().err
     from semantica import engines

@@ -1,9 +1,12 @@
 """The network rearranged for sampling computes what the network does; graphs keep their promises on any device."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from semantica import Stream, UserError, UViT
+from semantica.cli import main
 from semantica.fast import FastDenoiser
 from semantica.fast_sampler import BUCKETS, FastSampler, Graphs
 from semantica.sampler import sample
@@ -135,6 +138,18 @@ def test_compiled_equals_eager(compile):
     arguments = (noise(8, 2), condition, null, plan_of(3), 2.0)
     expected = FastSampler(unet, torch.float32, "none")(*arguments)
     torch.testing.assert_close(sampler(*arguments), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_folder_is_sampled_by_the_command_compiled(small_run, picture, tmp_path):
+    made = {}
+    for engine in ("torch", "torch-compile"):
+        out = tmp_path / f"{engine}.png"
+        arguments = ["--model", str(small_run), "--image", str(picture), "--steps", "4", "--guidance", "3", "-n", "2"]
+        assert main(["sample", *arguments, "--engine", engine, "--out", str(out)]) == 0
+        made[engine] = np.asarray(Image.open(out), np.float64)
+    error = np.square(made["torch"] - made["torch-compile"]).mean()
+    assert 0 < error < 255**2 / 10**3.5
 
 
 def test_impossible_intervals_are_refused():

@@ -215,3 +215,35 @@ def test_a_link_out_of_the_folder_is_refused(run, tmp_path):
 def test_a_missing_folder_is_one_line(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         SemanticaPipeline.from_pretrained(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "ddim", "ddpm"])
+@pytest.mark.parametrize("conditioning", ["tokens", "both"])
+def test_an_accelerated_pipeline_makes_the_same_images(conditioning, solver):
+    plain = make(conditioning)
+    plain.scheduler = SemanticaScheduler(image_size=16, solver=solver)
+    # two samples, the first of two pictures: lengths differ
+    options = dict(num_images_per_prompt=2, guidance_scale=2.5, latents=torch.randn(4, 3, 16, 16))
+    pictures = [[picture(0), picture(1)], [picture(2)]]
+    expected = call(plain, pictures, **options)
+    without = call(plain, pictures, **options | {"guidance_scale": 1.0})
+    assert (expected - without).abs().max() > 0.02, "guidance must matter for this test to mean anything"
+    fast = plain.accelerate(torch.float32, "none")
+    torch.testing.assert_close(call(fast, pictures, **options), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(call(fast, pictures, **options | {"guidance_scale": 1.0}), without, rtol=0, atol=1e-4)
+
+
+def test_an_accelerated_pipeline_keeps_its_networks_and_takes_no_callback(tmp_path):
+    fast = make().accelerate(torch.bfloat16, "none")
+    exact = call(make(), picture(0))
+    images = call(fast, picture(0))
+    # rounded to bf16, and not further
+    assert 1e-4 < (images - exact).abs().max() < 0.05 and images.dtype == torch.float32
+    assert {p.dtype for p in (*fast.unet.parameters(), *fast.encoder.parameters())} == {torch.float32}
+    for option in ({"guider": ClassifierFreeGuidance()}, {"callback_on_step_end": lambda *_: {}}):
+        with pytest.raises(UserError, match="takes no guider and no callback"):
+            call(fast, picture(0), **option)
+    fast.save_pretrained(tmp_path / "run")
+    torch.testing.assert_close(
+        call(SemanticaPipeline.from_pretrained(tmp_path / "run"), picture(0)), exact, rtol=0, atol=1e-5
+    )

@@ -15,6 +15,7 @@ from semantica.errors import UserError
 BACKENDS = {
     "onnxruntime": ("semantica.engines.ort", ("onnxruntime",), "export"),
     "torch": ("semantica.engines.network", ("torch",), ""),
+    "torch-compile": ("semantica.engines.compiled", ("torch",), ""),
     "inductor": ("semantica.engines.inductor", ("torch",), ""),
     "tensorrt": ("semantica.engines.trt", ("tensorrt", "torch"), "tensorrt"),
     "tensorrt-rtx": ("semantica.engines.trt", ("tensorrt_rtx", "torch"), "tensorrt-rtx"),
@@ -27,8 +28,9 @@ def load_engine(bundle: str | Path | Bundle, backend: str = "auto", device: str 
     Args:
         bundle: the folder that `semantica export` wrote; every file is checked against its hash first.
         backend: one of `BACKENDS`, or "auto": ONNX Runtime for fp32 and fp16 bundles where it is installed and no GPU
-            is asked for, otherwise torch. Engines that `semantica build` made are chosen by name.
-        device: "cpu", "cuda" or "auto", for the backends that run on either; ONNX Runtime runs on the CPU.
+            is asked for, otherwise torch. By name only: what `semantica build` made, and torch-compile, whose first
+            run takes long.
+        device: "cpu", "cuda" or "auto", for the backends that run on either; "auto" is the CPU for ONNX Runtime.
 
     Raises:
         UserError: the bundle or an engine in it cannot be used here, or a package is missing.

@@ -1,11 +1,14 @@
 """What every engine has in common: a callable whose inputs are checked before anything is launched."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
+from semantica import sampler
 from semantica.condition import Condition
 from semantica.engines.bundle import Bundle
 from semantica.errors import UserError
+from semantica.solvers import Plan
 
 Array = Any  # numpy.ndarray or torch.Tensor
 
@@ -58,6 +61,27 @@ class Engine(ABC):
         for keys in (*condition.keys, *condition.values):
             self.check("k.0", keys if self.axis == 2 else keys.swapaxes(1, 2), batch)
         return self.predict(z, logsnr, condition)
+
+    def sample(
+        self,
+        z: Array,
+        condition: Condition,
+        plan: Plan,
+        guidance: float = 1.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        thresholding: str = "clip",
+        clip_range: float = 1.0,
+        ratio: float = 0.995,
+        noise: Callable[[int], Array] | None = None,
+    ) -> Array:
+        """A whole run from noise z to images, against the engine's own null condition.
+
+        Arguments, result and errors as `semantica.sampler.sample`; the engine's own errors as calling it.
+        """
+        null = self.null(len(z)) if guidance != 1 else None
+        return sampler.sample(
+            self, z, condition, null, plan, guidance, interval, thresholding, clip_range, ratio, noise
+        )
 
     def check(self, name: str, array: Array, batch: int) -> None:
         expected = self.bundle.shape_of(name, batch)

@@ -1,4 +1,7 @@
-"""ONNX Runtime on the CPU: numpy arrays in and out, no torch."""
+"""ONNX Runtime: on the CPU numpy arrays in and out, and no torch; for CUDA see `ort_bound`."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -19,15 +22,19 @@ REFUSALS = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.Not
             errors.InvalidArgument, errors.NoSuchFile)  # fmt: skip
 
 
-def load(bundle: Bundle, backend: str, device: str) -> "OnnxRuntimeEngine":
-    """Raises `UserError` for a precision or device that ONNX Runtime's CPU kernels do not have."""
+def load(bundle: Bundle, backend: str, device: str) -> Engine:
+    """Raises `UserError` for a precision or device that ONNX Runtime's CPU kernels do not have; as `ort_bound.load`."""
+    if device.partition(":")[0] == "cuda":
+        from semantica.engines import ort_bound
+
+        return ort_bound.load(bundle, device)
     if bundle.precision not in ARITHMETIC:
         raise UserError(
             f"{bundle.folder} is {bundle.precision}, which ONNX Runtime cannot compute on a CPU: "
             "use --engine torch, or export fp32 or fp16"
         )
     if device not in ("auto", "cpu"):
-        raise UserError(f"engine 'onnxruntime' runs on the CPU, not on {device!r}: use --device cpu or another engine")
+        raise UserError(f"engine 'onnxruntime' runs on cpu or cuda, not on {device!r}: choose another --device")
     return OnnxRuntimeEngine(bundle)
 
 
@@ -54,12 +61,14 @@ class OnnxRuntimeEngine(Engine):
         return self.denoiser.run(["v"], self.feeds(z, logsnr, condition))[0]
 
 
-def session(bundle: Bundle, name: str) -> onnxruntime.InferenceSession:
+def session(
+    bundle: Bundle, name: str, providers: Sequence[Any] = ("CPUExecutionProvider",)
+) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     # warnings about graphs that run are not for the user; what fails is raised
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(bundle.folder / name, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(bundle.folder / name, options, providers=list(providers))
     except REFUSALS as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"ONNX Runtime cannot load {bundle.folder / name}: {reason}") from error

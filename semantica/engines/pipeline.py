@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from semantica import sampler, solvers
+from semantica import solvers
 from semantica.condition import concatenate
 from semantica.engines.engine import Engine
 from semantica.errors import UserError
@@ -116,11 +116,8 @@ class BundlePipeline:
 
     def sample(self, latents, condition, rows: list[int], plan, guidance: float, interval, source: "Noise") -> Any:
         """One run of the loop: the rows of a condition, one for each of the latents."""
-        null = self.engine.null(len(rows)) if guidance != 1 else None
-        return sampler.sample(
-            self.engine, self.array(latents), condition.map(lambda a: a[rows]), null, plan, guidance, interval,
-            *self.thresholding, source,
-        )  # fmt: skip
+        own = condition.map(lambda a: a[rows])
+        return self.engine.sample(self.array(latents), own, plan, guidance, interval, *self.thresholding, source)
 
     def array(self, values: Any) -> Any:
         """Float32 values as the engine takes them, on its device."""
