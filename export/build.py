@@ -91,11 +91,7 @@ def architecture(config: BuildConfig) -> str:
         if config.arch not in ("auto", here()):
             raise UserError(f"--arch {config.arch}: inductor compiles for this machine, {here()}; leave --arch out")
         return here()
-    import torch
-
-    present = None
-    if torch.cuda.is_available():
-        present = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    present = present_gpu()
     arch = present if config.arch == "auto" else config.arch
     if config.backend == "tensorrt":
         if present is None or arch != present:
@@ -110,6 +106,13 @@ def architecture(config: BuildConfig) -> str:
     return arch
 
 
+def present_gpu() -> str | None:
+    """Architecture of the GPU that is here, such as "sm_89"."""
+    import torch
+
+    return "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+
+
 def check_precision(backend: str, bundle: Bundle) -> None:
     """Raises `UserError` for a precision that the backend cannot do, or does slowly enough to be a mistake."""
     attention = bundle.manifest["graphs"][DENOISE]["nodes"].get("Attention", 0)
@@ -122,6 +125,11 @@ def check_precision(backend: str, bundle: Bundle) -> None:
 def build_tensorrt(config: BuildConfig, bundle: Bundle, arch: str, folder: Path) -> dict[str, Any]:
     """Both engines, each in a process of its own; the record holds the layers of the parsed networks."""
     profile = dict(zip(("min", "opt", "max"), config.batches))
+    here = present_gpu() == arch
+    # not in the bundle, which may come from others: the builder would read what they wrote
+    timings = Path.home() / ".cache" / "semantica" / f"{config.backend}-{arch}.timings"
+    if config.backend == "tensorrt":
+        timings.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"profile": profile, "layers": {}}
     for name in (CONDITION, DENOISE):
         made = run_worker(
@@ -129,6 +137,9 @@ def build_tensorrt(config: BuildConfig, bundle: Bundle, arch: str, folder: Path)
                 "module": MODULES[config.backend], "onnx": str((bundle.folder / name).resolve()), "profile": profile,
                 "engine": str(folder / name.replace(".onnx", ".engine")),
                 "arch": None if config.backend == "tensorrt" else arch,
+                # TensorRT-RTX finishes its kernels where they run, and keeps no timings
+                "timings": str(timings) if config.backend == "tensorrt" else None,
+                "layers": str(folder / name.replace(".onnx", ".layers.json")) if here else None,
             },
             folder / "request.json", config.backend, name,
         )  # fmt: skip
@@ -176,8 +187,7 @@ def verify(bundle: Bundle, folder: Path, manifest: dict[str, Any]) -> dict[str, 
 
     backend = manifest["backend"]
     if backend != "inductor":
-        present = torch.cuda.is_available() and "sm_{}{}".format(*torch.cuda.get_device_capability())
-        if present != manifest["arch"]:
+        if present_gpu() != manifest["arch"]:
             return {"parity": {}, "unverified": UNVERIFIED}
     if REFERENCE not in bundle.manifest["files"]:
         raise UserError(f"{bundle.folder} has no {REFERENCE} to compare with: export the bundle again")

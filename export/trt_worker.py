@@ -23,10 +23,12 @@ def histogram(network) -> dict[str, dict[str, int]]:
 def build(trt: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     """Parse a graph, build an engine, write it; returns what is known of it, or {"error": reason}.
 
-    request: `onnx`, `engine`: paths; `arch`: "sm_89", or None for the GPU that is here; `profile`: min, opt, max batch.
+    request: `onnx`, `engine`: paths; `arch`: "sm_89", or None for the GPU that is here; `profile`: min, opt, max batch;
+        `timings`: file where measured kernels are kept from build to build, or None; `layers`: file for what the engine
+        inspector says of the finished engine, or None, since that takes the GPU.
     """
     logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
+    builder, keep, inspect = trt.Builder(logger), request["timings"], request["layers"]
     flags = trt.NetworkDefinitionCreationFlag
     # always so in TensorRT 11, which may drop the flag
     strong = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
@@ -35,6 +37,11 @@ def build(trt: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     if not parser.parse_from_file(request["onnx"]):
         return {"error": "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))[:500]}
     config = builder.create_builder_config()
+    # so that the inspector can name the types that each layer was given
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if keep is not None:
+        known = Path(keep).read_bytes() if Path(keep).exists() else b""
+        config.set_timing_cache(config.create_timing_cache(known), False)
     if request["arch"] is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, request["arch"].replace("sm_", "SM")), 0)
@@ -49,6 +56,12 @@ def build(trt: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     if blob is None:
         return {"error": "the builder gave no engine", "layers": layers}
     Path(request["engine"]).write_bytes(bytes(blob))
+    if keep is not None:
+        Path(keep).write_bytes(bytes(config.get_timing_cache().serialize()))
+    if inspect is not None:
+        engine = trt.Runtime(logger).deserialize_cuda_engine(bytes(blob))
+        information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        Path(inspect).write_text(information)
     return {"layers": layers, "backend_version": trt.__version__}
 
 

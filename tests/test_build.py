@@ -30,7 +30,8 @@ def worker(tmp_path, body: str, monkeypatch) -> dict:
     """Run a stand-in for TensorRT's module through the real worker process."""
     (tmp_path / "standin.py").write_text(body)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    request = {"module": "standin", "onnx": "a", "engine": "b", "arch": None, "profile": {}}
+    files = {name: str(tmp_path / name) for name in ("engine", "timings", "layers")}
+    request = {"module": "standin", "onnx": "a", "arch": None, "profile": {}, **files}
     return run_worker(request, tmp_path / "request.json", "tensorrt", "denoise.onnx")
 
 
@@ -46,6 +47,42 @@ def test_a_builder_that_dies_is_one_line(tmp_path, monkeypatch, body, says):
     with pytest.raises(ArtifactError, match=says):
         worker(tmp_path, body, monkeypatch)
     assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {"standin.py"}
+
+
+STANDIN = """
+from types import SimpleNamespace as N
+from unittest.mock import MagicMock
+
+class Cache:
+    def __init__(self, known): self.known = known
+    def serialize(self): return self.known + b"+"
+
+class Config(MagicMock):
+    def create_timing_cache(self, known): return Cache(known)
+    def set_timing_cache(self, cache, ignore): self.cache = cache
+    def get_timing_cache(self): return self.cache
+
+config = Config()
+network = N(num_layers=0, num_inputs=0)
+builder = N(create_network=lambda flags: network, create_builder_config=lambda: config,
+            create_optimization_profile=MagicMock(),
+            # an engine that remembers how much its inspector may tell
+            build_serialized_network=lambda network, config: config.profiling_verbosity.encode())
+Builder = lambda logger: builder
+OnnxParser = lambda network, logger: N(parse_from_file=lambda path: True)
+Logger, NetworkDefinitionCreationFlag = MagicMock(), N()
+ProfilingVerbosity, LayerInformationFormat = N(DETAILED="detailed"), N(JSON="json")
+inspector = lambda blob: N(get_engine_information=lambda form: f"{form} of {blob.decode()}")
+Runtime = lambda logger: N(deserialize_cuda_engine=lambda blob: N(create_engine_inspector=lambda: inspector(blob)))
+__version__ = "11.0"
+"""
+
+
+def test_timings_are_kept_from_build_to_build_and_the_inspector_is_asked(tmp_path, monkeypatch):
+    for builds in (1, 2):
+        assert worker(tmp_path, STANDIN, monkeypatch) == {"layers": {}, "backend_version": "11.0"}
+        assert (tmp_path / "timings").read_bytes() == b"+" * builds
+    assert (tmp_path / "layers").read_text() == "json of detailed"
 
 
 def test_a_network_that_is_silently_fp32_is_an_error():
