@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from semantica.benchmarks.suites import device_kind, need, run_suite, show, writable, write
+from semantica.benchmarks.suites import device_kind, need, publish, run_suite, show, writable, write
 from semantica.errors import UserError
 
 
@@ -79,18 +79,7 @@ def kernels(config: KernelsConfig) -> int:
     if not plan.rows():
         raise UserError(f"no row has all of {config.filter!r}: see `semantica bench kernels --quick` for names")
     content = run_suite(plan, suite_kernels)
-    rows = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
-    if config.json is not None:
-        write(config.json, json.dumps(content, indent=1))
-    show(COLUMNS, [cells(row, rows) for row in rows])
-    for name, reason in plan.absent.items():
-        print(f"absent: {name} ({reason})")
-    for row in plan.wrong:
-        print(f"WRONG, not timed: {row['problem']} {row['direction']} {row['reason']}")
-    if config.html is not None:
-        kernels_page(config.html, rows, plan)
-    if config.png is not None and rows:
-        figure(rows).savefig(config.png, dpi=150)
+    publish(config, plan, content, COLUMNS, cells, kernels_page, figure)
     # other packages' faults are listed, ours and the user's fail
     return 1 if any(row["impl"] == "fused" or row["impl"] in config.impl for row in plan.wrong) else 0
 

@@ -1,14 +1,13 @@
 """`semantica bench sample`: whole sampling runs, from condition images to images, beside what others would run."""
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from semantica.benchmarks.suites import device_kind, need, run_suite, show, writable, write
+from semantica.benchmarks.suites import device_kind, need, publish, run_suite, writable
 from semantica.errors import UserError
 
 COLUMNS = (
@@ -86,18 +85,7 @@ def sample(config: SampleConfig) -> int:
         op="sample_ladder" if config.ladder else "sample", quick=config.quick, protocol=protocol, absent=absent,
     )  # fmt: skip
     content = run_suite(plan, suite_sample)
-    rows = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
-    if config.json is not None:
-        write(config.json, json.dumps(content, indent=1))
-    show(COLUMNS, [cells(row, rows) for row in rows])
-    for name, reason in plan.absent.items():
-        print(f"absent: {name} ({reason})")
-    for row in plan.wrong:
-        print(f"WRONG, not timed: {row['problem']} {row['impl']}: {row['reason']}")
-    if config.html is not None:
-        page(config.html, rows, plan)
-    if config.png is not None and rows:
-        figure(rows).savefig(config.png, dpi=150)
+    publish(config, plan, content, COLUMNS, cells, page, figure)
     return 1 if plan.wrong else 0
 
 

@@ -1,18 +1,17 @@
 """`semantica bench train`: training steps, from a plain loop to the trainer, and where a step's time goes."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from semantica.benchmarks.suites import device_kind, need, run_suite, show, writable, write
+from semantica.benchmarks.suites import device_kind, need, publish, run_suite, show, writable
 from semantica.errors import UserError
 
 COLUMNS = (
     "operator", "problem", "implementation", "arithmetic", "median ms", "p20 - p80", "steps", "images/s",
-    "against plain", "MFU", "data wait", "peak MiB", "first step s", "loss",
+    "against plain", "against strong", "MFU", "data wait", "peak MiB", "first step s", "loss",
 )  # fmt: skip
 # left out of the README
 DETAILS = ("operator", "p20 - p80", "steps", "loss")
@@ -21,7 +20,8 @@ SHARES = ("operator", "ms a step", "share", "calls a step")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Time training steps: a plain loop, then each optimisation added in turn up to what `semantica train` runs.
+    """Time training steps: a plain loop (fp32, contiguous, no fused operators), that loop compiled in bf16 (strong),
+    then each optimisation added to the plain one in turn, up to what `semantica train --compile` runs.
 
     Each rung runs in a process of its own, in turns of a few steps, on the same samples from the same weights; one
     whose losses are not those of the plain loop is listed and not timed. Then the last one is profiled.
@@ -62,32 +62,28 @@ def train(config: TrainConfig) -> int:
     device = device_kind(config.device)
     plan = suite_train.Plan(config.preset, config.batch, config.steps, device, config.workers, tuple(rungs()))
     content = run_suite(plan, suite_train)
-    rows = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
-    if config.json is not None:
-        write(config.json, json.dumps(content, indent=1))
-    show(COLUMNS, [cells(row, rows) for row in rows])
+    publish(config, plan, content, COLUMNS, cells, page, figure)
     if plan.shares:
         print(f"\na step of {plan.shares['rung']!r}, by kind of work and by operator (PyTorch's profiler)")
         show(SHARES, shares(plan.shares))
-    for row in plan.wrong:
-        print(f"WRONG, not timed: {row['problem']} {row['impl']}: {row['reason']}")
-    if config.html is not None:
-        page(config.html, rows, plan)
-    if config.png is not None and rows:
-        figure(rows).savefig(config.png, dpi=150)
     return 1 if plan.wrong else 0
 
 
 def cells(row: dict, rows: list[dict]) -> tuple[str, ...]:
     """A row as text."""
-    plain = [r for r in rows if r["impl"] == "plain" and all(r[k] == row[k] for k in ("shape", "device"))]
+
+    def against(name: str) -> str:
+        found = [r for r in rows if r["impl"] == name and all(r[k] == row[k] for k in ("shape", "device"))]
+        return f"{found[0]['median_us'] / row['median_us']:.2f}x" if found else ""
+
     return (
         *(row[k] for k in ("op", "shape", "impl", "dtype")),
         f"{row['median_us'] / 1e3:.1f}",
         f"{row['p20_us'] / 1e3:.1f} - {row['p80_us'] / 1e3:.1f}",
         str(row["rounds"]),
         f"{row['images_per_s']:.1f}",
-        f"{plain[0]['median_us'] / row['median_us']:.2f}x" if plain else "",
+        against("plain"),
+        against("strong"),
         f"{row['mfu']:.1%}",
         f"{row['data_wait']:.1%}",
         f"{row['peak_bytes'] / 2**20:.0f}",

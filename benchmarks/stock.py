@@ -4,7 +4,6 @@ The switches belong to the benchmark: they show what each step of the ladder is 
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semantica.benchmarks.suites import cumulative
 from semantica.condition import Condition
 from semantica.fast import products
 from semantica.kernels.group_norm import per_channel
@@ -39,13 +39,7 @@ class Switches:
 
 def rungs(device: str) -> dict[str, Switches]:
     """Name -> switches, cumulative. PyTorch's attention is as good as any on a GPU."""
-    names = [f.name for f in dataclasses.fields(Switches) if f.name != "autotune"]
-    if device == "cuda":
-        names.remove("attention_as_products")
-    sets = {"plain": Switches()}
-    for i, name in enumerate(names):
-        sets[f"+ {name.replace('_', ' ')}"] = Switches(**dict.fromkeys(names[: i + 1], True))
-    return sets
+    return cumulative(Switches, ("autotune", *(("attention_as_products",) if device == "cuda" else ())))
 
 
 STRONG = Switches(True, True, True, True, True)

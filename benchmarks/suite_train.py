@@ -36,6 +36,7 @@ class Plan:
     workers: int
     rungs: tuple[str, ...]
     shares: dict = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
     wrong: list[dict] = field(default_factory=list)
 
     @property

@@ -1,16 +1,28 @@
 """What the verbs of `semantica bench` share: running a suite of pytest-benchmark, tables, files."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from semantica.errors import UserError
+
+
+def cumulative(switches: type, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A ladder: "plain", then each field of a dataclass of switches turned on in turn, in their order."""
+    names = [field.name for field in dataclasses.fields(switches) if field.name not in without]
+    ladder = {"plain": switches()}
+    for i, name in enumerate(names):
+        ladder[f"+ {name.replace('_', ' ')}"] = switches(**dict.fromkeys(names[: i + 1], True))
+    return ladder
 
 
 def writable(*paths: Path | None) -> None:
@@ -76,6 +88,28 @@ def run_suite(plan, module: ModuleType) -> dict:
         for name in ("node", "release"):
             content["machine_info"].pop(name, None)
         return content
+
+
+def publish(config, plan, content: dict, columns: tuple[str, ...], cells: Callable, page: Callable, figure: Callable):
+    """Store, show and draw what a suite found, as `json`, `html` and `png` of a configuration ask; returns the rows.
+
+    Args:
+        columns, cells: heads of the table, and `(row, rows) -> tuple of text`.
+        page: `(path, rows, plan)` writes a page. figure: of rows, at least one.
+    """
+    rows = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
+    if config.json is not None:
+        write(config.json, json.dumps(content, indent=1))
+    show(columns, [cells(row, rows) for row in rows])
+    for name, reason in plan.absent.items():
+        print(f"absent: {name} ({reason})")
+    for row in plan.wrong:
+        print(f"WRONG, not timed: {row['problem']} {row['impl']}: {row['reason']}")
+    if config.html is not None:
+        page(config.html, rows, plan)
+    if config.png is not None and rows:
+        figure(rows).savefig(config.png, dpi=150)
+    return rows
 
 
 def show(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -4,7 +4,6 @@ The step is the trainer's, with one switch for each rung of the ladder: the last
 """
 
 import copy
-import dataclasses
 import functools
 import time
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ import torch
 from semantica.attention import set_attention
 from semantica.benchmarks.processes import peak_memory, serve
 from semantica.benchmarks.stock import rebuild
+from semantica.benchmarks.suites import cumulative
 from semantica.diffusion import noise_levels
 from semantica.profile import step_flops
 from semantica.train.build import build
@@ -24,6 +24,8 @@ from semantica.train.data import Pairs, batches
 from semantica.train.folders import scan
 from semantica.train.objective import Objective, compile_blocks
 from semantica.train.state import TrainState
+
+STRONG = "strong"
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,9 @@ class Switches:
 
 
 def rungs() -> dict[str, Switches]:
-    names = [field.name for field in dataclasses.fields(Switches)]
-    sets = {"plain": Switches()}
-    for i, name in enumerate(names):
-        sets[f"+ {name.replace('_', ' ')}"] = Switches(**dict.fromkeys(names[: i + 1], True))
-    return sets
+    """The ladder, and after the plain loop what most would write first: that loop in bf16, compiled as a whole."""
+    ladder = cumulative(Switches)
+    return {"plain": ladder.pop("plain"), STRONG: Switches(compile=True, bf16=True), **ladder}
 
 
 def group_of(name: str) -> str:
@@ -83,7 +83,9 @@ class Trainer:
         self.autocast = functools.partial(torch.autocast, device, dtype) if switches.bf16 else nullcontext
         self.state = TrainState(config, {"unet": unet, "encoder": encoder})
         self.objective = Objective(unet, encoder, config.loss).train()
-        if switches.compile:
+        if rung == STRONG:
+            self.objective.compile()
+        elif switches.compile:
             compile_blocks(self.objective)
         pairs = Pairs(
             scan(config.data, "folders"), seed=0, image_size=unet.config.image_size,

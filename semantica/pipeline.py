@@ -71,11 +71,17 @@ class SemanticaPipeline(DiffusionPipeline):
         check_run(folder)
         kwargs.update(use_safetensors=True, trust_remote_code=False, local_files_only=True)
         kwargs.pop("custom_pipeline", None)
+        shown = logging.is_progress_bar_enabled()
+        # three parts that load in milliseconds
+        logging.disable_progress_bar()
         try:
             pipeline = super().from_pretrained(str(folder), **kwargs)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{folder} cannot be loaded: {reason}") from error
+        finally:
+            if shown:
+                logging.enable_progress_bar()
         for module in (pipeline.unet, pipeline.encoder):
             for parameter in module.parameters():
                 # a tensor mapped from a file is not aligned as an allocated one, and matrix products round by alignment

@@ -9,13 +9,15 @@ from semantica.benchmarks import bench_train, store, suite_train
 from semantica.benchmarks.processes import Wrong
 from semantica.benchmarks.suite_train import Plan, Result, compare_losses, describe
 from semantica.benchmarks.suites import run_suite
-from semantica.benchmarks.train_worker import Trainer, group_of, rungs
+from semantica.benchmarks.train_worker import Switches, Trainer, group_of, rungs
 from semantica.benchmarks.web import draw_web
 from semantica.cli import main
 
 
 def test_rungs_are_cumulative_and_the_last_has_everything():
-    switches = [list(vars(s).values()) for s in rungs().values()]
+    ladder = rungs()
+    assert vars(ladder.pop("strong")) == vars(Switches(compile=True, bf16=True))
+    switches = [list(vars(s).values()) for s in ladder.values()]
     assert switches[0] == [False] * 5 and switches[-1] == [True] * 5
     assert all(sum(b) == sum(a) + 1 for a, b in zip(switches, switches[1:]))
 
@@ -92,10 +94,10 @@ def test_figures_follow_from_the_samples(monkeypatch):
 
 @pytest.mark.slow
 def test_a_race_of_two_rungs(tmp_path):
-    plan = Plan("tiny", 2, 3, "cpu", 0, ("plain", "+ channels last"))
+    plan = Plan("tiny", 2, 3, "cpu", 0, ("plain", "strong", "+ channels last"))
     content = run_suite(plan, suite_train)
     rows = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
-    assert [row["impl"] for row in rows] == ["plain", "+ channels last"] and not plan.wrong
+    assert [row["impl"] for row in rows] == ["plain", "strong", "+ channels last"] and not plan.wrong
     # whole turns of two steps
     assert all(row["rounds"] == 4 and 0 < row["mfu"] < 1 and not store.stale(row) for row in rows)
     assert content["semantica"]["shares"]["rung"] == "+ channels last"
