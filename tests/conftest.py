@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -45,19 +46,48 @@ def crawl():
 
 
 @pytest.fixture(scope="session")
+def save_tower():
+    """A function that writes a small random DINOv2, CLIP or SigLIP in transformers' format, and returns it."""
+
+    def save(folder: Path, kind: str):
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        tiny = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        if kind == "dinov2":
+            model = transformers.Dinov2Model(transformers.Dinov2Config(**tiny, patch_size=14, image_size=70))
+        elif kind == "clip":
+            vision = dict(**tiny, patch_size=16, image_size=64)
+            text = dict(tiny, vocab_size=50, max_position_embeddings=8)
+            model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text))
+        else:
+            vision = transformers.SiglipVisionConfig(**tiny, patch_size=16, image_size=64)
+            model = transformers.SiglipVisionModel(vision)
+        model.save_pretrained(folder)
+        settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+        return model.eval()
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def make_run():
     """A function that writes a small run folder whose network is random throughout."""
 
-    def make(folder: Path, streams: tuple[str, ...] = ("image",), conditioning: str = "both") -> Path:
+    def make(
+        folder: Path, streams: tuple[str, ...] = ("image",), conditioning: str = "both", encoder=None
+    ) -> Path:
         import torch
 
         from semantica import SemanticaPipeline, SemanticaScheduler, UViT, ViTEncoder
 
         torch.manual_seed(0)
-        encoder = ViTEncoder(image_size=16, patch_size=4, width=64, depth=1, heads=2)
+        encoder = encoder or ViTEncoder(image_size=16, patch_size=4, width=64, depth=1, heads=2)
         unet = UViT(
             image_size=16, patch_size=2, channels=(32,), depths=(1,), width=64, depth=2, heads=2, emb_dim=32,
-            streams=dict.fromkeys(streams, 64), conditioning=conditioning,
+            streams=dict.fromkeys(streams, encoder.token_dim), conditioning=conditioning,
         )  # fmt: skip
         with torch.no_grad():
             # layers that start as zeros would hide what comes before them

@@ -8,32 +8,13 @@ import transformers
 
 from semantica import PretrainedEncoder, UserError, ViTEncoder
 
-TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-
-
-def save_tower(folder, kind):
-    torch.manual_seed(0)
-    if kind == "dinov2":
-        model = transformers.Dinov2Model(transformers.Dinov2Config(**TINY, patch_size=14, image_size=70))
-    elif kind == "clip":
-        vision = dict(**TINY, patch_size=16, image_size=64)
-        text = dict(TINY, vocab_size=50, max_position_embeddings=8)
-        model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text))
-    else:
-        vision = transformers.SiglipVisionConfig(**TINY, patch_size=16, image_size=64)
-        model = transformers.SiglipVisionModel(vision)
-    model.save_pretrained(folder)
-    mean = [0.1, 0.2, 0.3]
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": [0.5, 0.6, 0.7]}))
-    return model.eval()
-
 
 def pictures(size, batch=2):
     return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
 @pytest.mark.parametrize(("kind", "size", "patches"), [("dinov2", 70, 25), ("clip", 64, 16), ("siglip", 64, 16)])
-def test_the_tower_sees_normalised_images_and_gives_its_own_features(tmp_path, kind, size, patches):
+def test_the_tower_sees_normalised_images_and_gives_its_own_features(tmp_path, save_tower, kind, size, patches):
     model = save_tower(tmp_path, kind)
     encoder = PretrainedEncoder.from_source(str(tmp_path), image_size=size)
     images = pictures(size)
@@ -48,7 +29,7 @@ def test_the_tower_sees_normalised_images_and_gives_its_own_features(tmp_path, k
     torch.testing.assert_close(everything(images).tokens, out.last_hidden_state, rtol=0, atol=1e-5)
 
 
-def test_it_is_frozen_and_comes_back_without_its_source(tmp_path):
+def test_it_is_frozen_and_comes_back_without_its_source(tmp_path, save_tower):
     save_tower(tmp_path / "source", "dinov2")
     encoder = PretrainedEncoder.from_source(str(tmp_path / "source"), image_size=70)
     assert not any(p.requires_grad for p in encoder.parameters())
@@ -60,7 +41,7 @@ def test_it_is_frozen_and_comes_back_without_its_source(tmp_path):
     assert torch.equal(encoder(images).tokens, again(images).tokens)
 
 
-def test_positions_are_interpolated_once(tmp_path):
+def test_positions_are_interpolated_once(tmp_path, save_tower):
     model = save_tower(tmp_path, "dinov2")
     encoder = PretrainedEncoder.from_source(str(tmp_path), image_size=140)
     assert encoder.tower.embeddings.position_embeddings.shape[1] == 101
@@ -73,14 +54,15 @@ def test_positions_are_interpolated_once(tmp_path):
     assert smaller.tokens.shape == (2, 100, 32)
 
 
-def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path):
+def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path, save_tower):
     save_tower(tmp_path / "good", "clip")
     with pytest.raises(UserError, match="image size 96 does not fit"):
         PretrainedEncoder.from_source(str(tmp_path / "good"), image_size=96)
     with pytest.raises(UserError, match="cannot be loaded"):
         PretrainedEncoder.from_source(str(tmp_path / "nothing" / "here"))
     other = tmp_path / "bert"
-    transformers.BertModel(transformers.BertConfig(**TINY, vocab_size=20)).save_pretrained(other)
+    settings = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=20)
+    transformers.BertModel(transformers.BertConfig(**settings)).save_pretrained(other)
     with pytest.raises(UserError, match="of type 'bert'"):
         PretrainedEncoder.from_source(str(other))
     pickled = tmp_path / "pickled"

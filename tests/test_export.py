@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from semantica import SemanticaPipeline
+from semantica import PretrainedEncoder, SemanticaPipeline
 from semantica.cli import main
 from semantica.engines import load_engine
 from semantica.engines.bundle import entries, open_bundle
@@ -177,6 +177,27 @@ def test_two_streams_and_no_tokens(make_run, tmp_path, streams, conditioning, pr
     assert bundle.manifest["graphs"]["denoise.onnx"]["nodes"]["Attention"] == (4 if conditioning == "both" else 2)
     # the gate compared it with the network; the null branch, filled up stream by stream, took part
     assert bundle.manifest["parity"]["onnxruntime"]["psnr_db"] > (100 if precision == "fp32" else 50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "size", "precision"), [("dinov2", 140, "fp32"), ("clip", 64, "fp16"), ("siglip", 64, "fp32")]
+)
+def test_pretrained_encoders_are_in_the_bundle(make_run, save_tower, tmp_path, picture, kind, size, precision):
+    """DINOv2 at another size than its own: its positions are interpolated once, not in the graph."""
+    save_tower(tmp_path / "source", kind)
+    encoder = PretrainedEncoder.from_source(str(tmp_path / "source"), image_size=size)
+    run = make_run(tmp_path / "run", encoder=encoder)
+    write.export(ExportConfig(run, tmp_path / "out", precision, levels=2, steps=2))
+    # an encoder that the network hardly reads would prove little
+    image, settings = Image.open(picture), dict(num_inference_steps=4, guidance_scale=3.0, output_type="np", seed=1)
+    pipeline = SemanticaPipeline.from_bundle(tmp_path / "out", "onnxruntime")
+    latents = noise(1, (1, 3, 16, 16))
+    made, other = (pipeline(i, latents=latents, **settings).images for i in (image, image.rotate(90)))
+    settings.pop("seed")
+    expected = SemanticaPipeline.from_pretrained(run)(image, latents=torch.from_numpy(latents), **settings).images
+    least = 90 if precision == "fp32" else 50
+    assert psnr(2 * made, 2 * expected) >= least and psnr(2 * made, 2 * other) < least - 10
 
 
 def test_sampling_a_bundle_imports_no_torch(bundles, tmp_path, picture):
