@@ -121,9 +121,11 @@ def widened(path: Path) -> ir.Model:
         if value.const_value.dtype == narrow:
             value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=name)
     for node in model.graph:
-        for attribute in node.attributes.values():
+        for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.INT and node.op_type == "Cast" and attribute.value == narrow:
-                node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(wide))
+                node.attributes[name] = ir.AttrInt64(name, int(wide))
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == narrow:
+                node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.value.numpy().astype(np.float32)))
     return model
 
 

@@ -167,16 +167,21 @@ def test_bf16_runs_in_torch_and_not_in_onnxruntime(bundles, capsys, tmp_path, pi
 
 
 @pytest.mark.parametrize(
-    ("precision", "streams", "conditioning"), [("fp16", ("image", "again"), "both"), ("fp32", ("image",), "global")]
+    ("precision", "streams", "conditioning", "sizes", "least"),
+    [
+        ("fp16", ("image", "again"), "both", (16, 16), 50),
+        ("fp32", ("image",), "global", (), 100),
+        ("bf16", ("image",), "tokens", (16,), 35),
+    ],
 )
-def test_two_streams_and_no_tokens(make_run, tmp_path, streams, conditioning, precision):
+def test_every_kind_of_conditioning(make_run, tmp_path, streams, conditioning, precision, sizes, least):
     run = make_run(tmp_path / "run", streams, conditioning)
     write.export(ExportConfig(run, tmp_path / "out", precision, levels=2, steps=2))
     bundle = open_bundle(tmp_path / "out")
-    assert bundle.sizes == ((16, 16) if conditioning == "both" else ())
-    assert bundle.manifest["graphs"]["denoise.onnx"]["nodes"]["Attention"] == (4 if conditioning == "both" else 2)
+    assert bundle.sizes == sizes
+    assert bundle.manifest["graphs"]["denoise.onnx"]["nodes"]["Attention"] == (4 if sizes else 2)
     # the gate compared it with the network; the null branch, filled up stream by stream, took part
-    assert bundle.manifest["parity"]["onnxruntime"]["psnr_db"] > (100 if precision == "fp32" else 50)
+    assert bundle.manifest["parity"]["onnxruntime"]["psnr_db"] > least
 
 
 @pytest.mark.slow
