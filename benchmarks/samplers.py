@@ -168,7 +168,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Build], tuple[Call, str]]] = {
     "reference": reference,
     "plain": ladder("plain"),
     "strong": strong,
-    "torch": fast("network", graphs=True),
+    "torch-compile": fast("network", graphs=True),
     "torch-blocks": fast("blocks", graphs=True),
     "torch-eager": fast("none"),
     "onnxruntime": through_engine("onnxruntime"),
@@ -176,7 +176,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Build], tuple[Call, str]]] = {
     "openvino": openvino("f32"),
     "openvino-bf16": openvino("bf16"),
 }
-RACED = ("plain", "strong", "torch", "onnxruntime", "inductor", "openvino", "openvino-bf16")
+RACED = ("plain", "strong", "torch-compile", "onnxruntime", "inductor", "openvino", "openvino-bf16")
 # what implementations run: a bundle of this precision, and packages that may not be installed
 BUNDLED = {"onnxruntime": "fp32", "inductor": "bf16", "openvino": "fp32", "openvino-bf16": "fp32"}
 PACKAGES = {
@@ -187,7 +187,7 @@ PACKAGES = {
 }
 CPU_ONLY = tuple(BUNDLED)
 # whose rows are stale when our code changes
-OURS = ("torch", "torch-blocks", "torch-eager", "onnxruntime", "inductor")
+OURS = ("torch-compile", "torch-blocks", "torch-eager", "onnxruntime", "inductor")
 
 
 def ladder_names(device: str) -> list[str]:
