@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from semantica import PretrainedEncoder, SemanticaPipeline
+from semantica.benchmarks.sample_models import build
 from semantica.cli import main
 from semantica.engines import load_engine
 from semantica.engines.bundle import entries, open_bundle
@@ -182,6 +183,29 @@ def test_every_kind_of_conditioning(make_run, tmp_path, streams, conditioning, p
     assert bundle.manifest["graphs"]["denoise.onnx"]["nodes"]["Attention"] == (4 if sizes else 2)
     # the gate compared it with the network; the null branch, filled up stream by stream, took part
     assert bundle.manifest["parity"]["onnxruntime"]["psnr_db"] > least
+
+
+@pytest.mark.slow
+def test_base_is_exported_in_12_gib(tmp_path):
+    build("base").save_pretrained(tmp_path / "run", safe_serialization=True)
+    # in a process of its own, whose peak is then the export's
+    code = (
+        "import resource, sys; from semantica.cli import main\n"
+        "few = ['--precision', 'fp16', '--levels', '4', '--steps', '1']\n"
+        "code = main(['export', '--model', 'run', '--out', 'out', *few])\n"
+        "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    code, kibibytes = map(int, done.stdout.splitlines()[-1].split())
+    assert code == 0 and kibibytes < 12 * 2**20, done.stderr
+    bundle = open_bundle(tmp_path / "out")
+    # half of the parameters' 1.6 GB in fp32, encoder included
+    assert 0.49 < bundle.manifest["files"]["weights.safetensors"]["bytes"] / bytes_of(tmp_path / "run") < 0.51
+    shutil.rmtree(tmp_path)
+
+
+def bytes_of(run: Path) -> int:
+    return sum(path.stat().st_size for path in run.rglob("*.safetensors"))
 
 
 @pytest.mark.slow
