@@ -21,8 +21,9 @@ from semantica.train.config import TrainConfig, ema_decay, learning_rate
 from semantica.train.data import Pairs, collate
 from semantica.train.folders import scan
 from semantica.train.heldout import held_out_batches, partners
-from semantica.train.loop import Measure, train
+from semantica.train.loop import train
 from semantica.train.objective import Objective
+from semantica.train.run import Measure
 
 
 @pytest.fixture(scope="module")
