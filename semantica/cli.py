@@ -108,11 +108,19 @@ def pairs(arguments: list[str]) -> None:
 def train(arguments: list[str]) -> None:
     from semantica.train.config import TrainConfig
 
-    config = parse(TrainConfig, "train", arguments)
+    try:
+        config = parse(TrainConfig, "train", arguments)
+    except UserError:
+        # of the processes that torchrun started on a node, one says it
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(2)
+        raise
 
     from semantica.train.loop import train
+    from semantica.train.parallel import Preemption
 
-    train(config)
+    with Preemption() as stop:
+        train(config, stop)
 
 
 def sample(arguments: list[str]) -> None:

@@ -23,6 +23,7 @@ from semantica.train.folders import scan
 from semantica.train.heldout import held_out_batches, partners
 from semantica.train.loop import train
 from semantica.train.objective import Objective
+from semantica.train.parallel import Ranks
 from semantica.train.run import Measure
 
 
@@ -320,7 +321,7 @@ def test_a_crash_at_any_point_of_saving_leaves_a_checkpoint_that_loads(tmp_path,
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(photos, tmp_path):
     settings = config(photos, tmp_path / "run")
-    measure = Measure(settings, torch.device("cpu"), torch.float32, 10**9)
+    measure = Measure(settings, torch.device("cpu"), torch.float32, 10**9, Ranks())
     measure.start()
     measure.step(torch.tensor(1.0), torch.tensor(2.0))
     measure.check()

@@ -1,10 +1,13 @@
 """The loss of one batch, as a module that can be compiled in place."""
 
 import math
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
 from semantica.condition import Stream
 from semantica.diffusion import add_noise, loss_weight, multiscale_loss, noise_levels, v_target
@@ -17,9 +20,13 @@ REPEATED = (TransformerBlock, ResBlock, EncoderBlock)
 
 def compile_blocks(module: nn.Module) -> None:
     """Compile the repeated blocks in place: one graph serves all blocks of a kind, so that compiling takes seconds."""
-    for block in module.modules():
-        if isinstance(block, REPEATED):
-            block.compile(fullgraph=True)
+    for block in repeated(module):
+        block.compile(fullgraph=True)
+
+
+def repeated(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that make up most of a network: each is compiled, checkpointed and sharded as one."""
+    return (block for block in module.modules() if isinstance(block, REPEATED))
 
 
 class PairHead(nn.Module):
@@ -31,14 +38,20 @@ class PairHead(nn.Module):
 
     temperature = 0.1
 
-    def __init__(self, dim: int, width: int = 64):
+    def __init__(self, dim: int, width: int = 64, group: dist.ProcessGroup | None = None):
+        """group: processes whose targets are the other pairs too, as if their batches were one."""
         super().__init__()
+        self.group = group
         self.project = nn.Linear(dim, width, bias=False)
 
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:
         """Pooled codes `[B, C]` of conditions and targets to losses `[B]`."""
         a, b = (F.normalize(self.project(code).float(), dim=-1) for code in (condition, target))
-        return F.cross_entropy(a @ b.T / self.temperature, torch.arange(len(a), device=a.device), reduction="none")
+        own = torch.arange(len(a), device=a.device)
+        if self.group is not None:
+            # its backward pass sums what each process' losses say about these targets
+            own, b = own + dist.get_rank(self.group) * len(b), all_gather_tensor_autograd(b, 0, self.group)
+        return F.cross_entropy(a @ b.T / self.temperature, own, reduction="none")
 
 
 class Objective(nn.Module):

@@ -18,9 +18,10 @@ from semantica.images import grid, save_png, to_uint8
 from semantica.pipeline import SemanticaPipeline
 from semantica.profile import peak_flops
 from semantica.train import checkpoint
-from semantica.train.config import FREE, TrainConfig
+from semantica.train.config import FORMAT, FREE, TrainConfig
 from semantica.train.data import bad_record
 from semantica.train.folders import PairData
+from semantica.train.parallel import Ranks
 from semantica.train.shards import ShardData
 
 SAMPLE_CONDITIONS, SAMPLE_VARIATIONS, SAMPLE_STEPS = 6, 4, 20
@@ -29,9 +30,10 @@ SAMPLE_CONDITIONS, SAMPLE_VARIATIONS, SAMPLE_STEPS = 6, 4, 20
 class Measure:
     """Loss, gradient norm and speed since the last row, without a device synchronisation at each step."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, dtype: torch.dtype, flops: int):
-        self.config, self.device, self.flops = config, device, flops
+    def __init__(self, config: TrainConfig, device: torch.device, dtype: torch.dtype, flops: int, ranks: Ranks):
+        self.config, self.device, self.flops, self.ranks = config, device, flops, ranks
         self.peak, self.peak_source = peak_flops(device, dtype)
+        self.peak *= ranks.world
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.reset()
 
@@ -58,7 +60,8 @@ class Measure:
         self.busy += time.perf_counter() - self.began
 
     def check(self) -> None:
-        if not self.finite:
+        # the same answer on every process: a mean over 0 and 1 is 1 only where all are
+        if self.ranks.mean(self.finite.float()) < 1:
             raise FloatingPointError(
                 "the loss or a gradient is not finite any more; nothing was saved since: continue from the last "
                 "checkpoint with a lower --lr or with --precision fp32"
@@ -69,7 +72,7 @@ class Measure:
         images = self.steps * self.config.batch / max(self.busy, 1e-9)
         row = {
             "step": step,
-            "loss": torch.stack(self.losses).mean().item(),
+            "loss": self.ranks.mean(torch.stack(self.losses).mean()).item(),
             "grad_norm": torch.stack(self.norms).mean().item(),
             "lr": rate,
             "images_per_s": images,
@@ -96,14 +99,23 @@ def peak_memory(device: torch.device) -> int:
 class Run:
     """The run folder: configuration, logs, sample grids, and the pipeline at the end.
 
+    Of several processes the first one writes; on the others every method is nothing, but what they found bad is
+    collected where all of them call `log`.
+
     Raises:
         UserError: the folder holds a run of another configuration, or something else.
     """
 
-    def __init__(self, config: TrainConfig, data: PairData | ShardData):
-        self.out, self.config = config.out, config
-        record = {"format": checkpoint.FORMAT, "semantica": semantica.__version__, "torch": torch.__version__}
-        record |= {"train": config.record(), "data_digest": data.digest()}
+    def __init__(self, config: TrainConfig, data: PairData | ShardData, ranks: Ranks):
+        self.out, self.config, self.ranks = config.out, config, ranks
+        self.known_bad: set[str] = set()
+        self.found_bad: list[tuple[str, str]] = []
+        self.board = None
+        ranks.settle(lambda: self._open(data) if ranks.lead else None)
+
+    def _open(self, data: PairData | ShardData) -> None:
+        record = {"format": FORMAT, "semantica": semantica.__version__, "torch": torch.__version__}
+        record |= {"train": self.config.record(), "data_digest": data.digest()}
         path = self.out / "config.json"
         if path.exists():
             self._compare(path, record)
@@ -129,11 +141,13 @@ class Run:
             raise UserError(f"{path} cannot be read: restore it or choose another --out") from error
         if version != record["format"]:
             raise UserError(f"{self.out} has format {version}: this version continues format {record['format']} only")
+        # other parts add up to the same, unless each is compared within itself
+        free = FREE if self.config.align else FREE | {"accumulate"}
         defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
         for name, now in record["train"].items():
             # a run made before an option existed had its default
             then = before.get(name, defaults.get(name))
-            if name not in FREE and then != now:
+            if name not in free and then != now:
                 option = name.replace("_", "-")
                 raise UserError(f"{self.out} was made with --{option} {then}, not {now}: choose another --out")
         if seen != record["data_digest"]:
@@ -154,13 +168,17 @@ class Run:
         return SummaryWriter(str(self.out / "logs"))
 
     def say(self, line: str) -> None:
-        tqdm.write(line)
+        if self.ranks.lead:
+            tqdm.write(line)
 
     def bad_sample(self, path: str, reason: str) -> None:
         """Name a bad picture once."""
         if path in self.known_bad:
             return
         self.known_bad.add(path)
+        if not self.ranks.lead:
+            self.found_bad.append((path, reason))
+            return
         with (self.out / "bad_samples.jsonl").open("a") as file:
             file.write(json.dumps(bad_record(path, reason)) + "\n")
         self.say(f"bad picture {path}: {reason}")
@@ -168,13 +186,20 @@ class Run:
     def rewind(self, step: int) -> None:
         """Forget what was logged after the step that the run continues from."""
         path = self.out / "metrics.jsonl"
-        if path.exists():
+        if self.ranks.lead and path.exists():
             kept = [line for line in path.read_text().splitlines() if json_step(line) <= step]
             aside = path.with_name(".metrics.jsonl.incomplete")
             aside.write_text("".join(f"{line}\n" for line in kept))
             aside.replace(path)
 
     def log(self, row: dict) -> None:
+        """Write a row; all processes call this."""
+        for rank, found in enumerate(self.ranks.gather(self.found_bad)):
+            for path, reason in found if self.ranks.lead and rank else ():
+                self.bad_sample(path, reason)
+        self.found_bad = []
+        if not self.ranks.lead:
+            return
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.board is not None:
@@ -183,7 +208,8 @@ class Run:
                     self.board.add_scalar(name, value, row["step"])
 
     def sample(self, pipeline: SemanticaPipeline, batch: dict, step: int) -> None:
-        """A grid: each condition (or several), its target, its variations."""
+        """A grid: each condition (or several), its target, its variations. All processes make it: a sharded network
+        needs them all."""
         conditions, targets = (batch[name][:SAMPLE_CONDITIONS] for name in ("condition", "target"))
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -196,6 +222,8 @@ class Run:
             generator=generator,
             output_type="pt",
         ).images
+        if not self.ranks.lead:
+            return
         size = targets.shape[-1]
         shown = torch.nn.functional.interpolate(columns.flatten(0, 1), (size, size), mode="bilinear", antialias=True)
         shown = to_uint8(shown).reshape(*columns.shape[:2], size, size, 3)
@@ -205,7 +233,7 @@ class Run:
         save_png(grid(rows, apart=1), self.out / "samples" / f"step-{step:08d}.png")
 
     def publish(self, pipeline: SemanticaPipeline) -> None:
-        """Write the pipeline; its index, which makes the folder usable, comes last."""
+        """Write the pipeline, on the first process; its index, which makes the folder usable, comes last."""
         index = self.out / "model_index.json"
         index.unlink(missing_ok=True)
 
