@@ -101,7 +101,7 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
     )
 
     flops = step_flops(unet, encoder, encodings=config.conditions + bool(config.align), conditions=config.conditions)
-    head = PairHead(encoder.token_dim, group=ranks.group).to(device) if config.align else None
+    head = PairHead(encoder.token_dim, across=ranks.world > 1).to(device) if config.align else None
     if not encoder.trainable:
         # frozen, it stays whole: it has neither gradients nor moments, and to gather it would cost every step
         encoder.to(device)

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
 from semantica.condition import Stream
 from semantica.diffusion import add_noise, loss_weight, multiscale_loss, noise_levels, v_target
@@ -29,6 +28,22 @@ def repeated(module: nn.Module) -> Iterator[nn.Module]:
     return (block for block in module.modules() if isinstance(block, REPEATED))
 
 
+class Gather(torch.autograd.Function):
+    """Rows `[B, C]` of every process, one after the other; a gradient is the sum of what every process' loss gives."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        whole = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(whole, rows.contiguous())
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        return own
+
+
 class PairHead(nn.Module):
     """InfoNCE between the two pictures of a pair, against the other pairs of the batch (arXiv 1807.03748, eq. 4).
 
@@ -38,19 +53,18 @@ class PairHead(nn.Module):
 
     temperature = 0.1
 
-    def __init__(self, dim: int, width: int = 64, group: dist.ProcessGroup | None = None):
-        """group: processes whose targets are the other pairs too, as if their batches were one."""
+    def __init__(self, dim: int, width: int = 64, across: bool = False):
+        """across: the other pairs are those of all processes, as if their batches were one."""
         super().__init__()
-        self.group = group
+        self.across = across
         self.project = nn.Linear(dim, width, bias=False)
 
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:
         """Pooled codes `[B, C]` of conditions and targets to losses `[B]`."""
         a, b = (F.normalize(self.project(code).float(), dim=-1) for code in (condition, target))
         own = torch.arange(len(a), device=a.device)
-        if self.group is not None:
-            # its backward pass sums what each process' losses say about these targets
-            own, b = own + dist.get_rank(self.group) * len(b), all_gather_tensor_autograd(b, 0, self.group)
+        if self.across:
+            own, b = own + dist.get_rank() * len(b), Gather.apply(b)
         return F.cross_entropy(a @ b.T / self.temperature, own, reduction="none")
 
 

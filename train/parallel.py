@@ -6,6 +6,7 @@ One process has no process group, and every method here is then nothing.
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -82,11 +83,6 @@ class Ranks:
     def splits(self) -> bool:
         """Whether weights are split among the processes."""
         return self.mode == "fsdp"
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The processes' group for tensors on the training device; None for one process."""
-        return dist.group.WORLD if self.world > 1 else None
 
     def close(self) -> None:
         for group in (self.control, self.saving) if self.mode else ():
@@ -217,10 +213,13 @@ class Ranks:
             return objective
         from torch.nn.parallel import DistributedDataParallel
 
+        # nothing in the model changes its buffers; the option has another name from PyTorch 2.13 on
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return DistributedDataParallel(
             objective,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **{buffers: False},
             gradient_as_bucket_view=True,
             # an encoder that is trained along, but conditions nothing
             find_unused_parameters=not objective.unet.stream_names and objective.head is None,
