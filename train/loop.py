@@ -112,9 +112,8 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
     if config.compile:
         compile_blocks(objective)
     if config.checkpointing:
-        for module in state.trained.values():
-            if module is not head:
-                module.enable_gradient_checkpointing()
+        for module in (unet, encoder) if encoder.trainable else (unet,):
+            module.enable_gradient_checkpointing()
     saver = checkpoint.Saver(run.out / "checkpoints", ranks, config.keep, device)
     ranks.ask_lead(lambda: checkpoint.tidy(saver.root))
     found = checkpoint.load_newest(saver.root, ranks, run.say)
