@@ -106,20 +106,22 @@ def pairs(arguments: list[str]) -> None:
 
 
 def train(arguments: list[str]) -> None:
-    from semantica.train.config import TrainConfig
+    from semantica.train.preemption import Preemption
 
-    try:
-        config = parse(TrainConfig, "train", arguments)
-    except UserError:
-        # of the processes that torchrun started on a node, one says it
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            sys.exit(2)
-        raise
-
-    from semantica.train.loop import train
-    from semantica.train.parallel import Preemption
-
+    # from the start: torchrun ends all processes when one has left, and what is wrong must still be said
     with Preemption() as stop:
+        from semantica.train.config import TrainConfig
+
+        try:
+            config = parse(TrainConfig, "train", arguments)
+        except UserError:
+            # of the processes that torchrun started on a node, one says it
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                sys.exit(2)
+            raise
+
+        from semantica.train.loop import train
+
         train(config, stop)
 
 

@@ -268,4 +268,6 @@ def test_impossible_commands_are_one_line_and_exit_code_2_everywhere(photos, tmp
         out, err = process.communicate(timeout=100)
         said = [line for line in err.splitlines() if line.startswith("semantica: ")]
         assert len(said) == 1 and message in said[0].lower(), err
-        assert re.findall(r"exitcode\s*: (-?\d+)", err) == ["2", "2"] and not (tmp_path / "run").exists()
+        # torchrun signals what is still leaving once one has left
+        codes = set(re.findall(r"exitcode\s*: (-?\d+)", err))
+        assert "2" in codes <= {"2", "-15"} and not (tmp_path / "run").exists()

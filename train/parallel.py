@@ -9,7 +9,8 @@ import importlib
 import inspect
 import json
 import os
-import signal
+import secrets
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 import semantica
 from semantica.errors import ArtifactError, UserError
@@ -64,10 +66,13 @@ class Ranks:
         limit = timedelta(seconds=timeout)
         try:
             if self.own:
-                dist.init_process_group(backend, timeout=limit)
+                store, rank, world = meet(limit)
+                dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
             # groups of their own for words and for checkpoints: those are exchanged while gradients are
             self.control, self.saving = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
         except (dist.DistError, RuntimeError) as error:
+            if os.environ.get("RANK", "0") != "0":
+                raise SystemExit(1) from error
             problem = f"the processes did not come together within {timeout:g} s: {first_line(error)}"
             raise LostProcess(problem) from error
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -256,6 +261,32 @@ class Ranks:
         return twin.eval()
 
 
+def meet(limit: timedelta) -> tuple[dist.Store, int, int]:
+    """A store that only the processes of this start share, and this process' rank and their number.
+
+    torchrun keeps one store when it starts processes again, with the addresses of those that are gone still in it
+    (pytorch/pytorch issue 135712), and its count of restarts may differ between nodes. So the first process answers
+    what each of the others says newly, until all have heard it.
+    """
+    store, rank, world = next(rendezvous("env://", timeout=limit))
+    greeting = secrets.token_hex(8)
+    if rank:
+        store.set(f"semantica/hello/{rank}", greeting)
+        name = store.get(f"semantica/answer/{greeting}").decode()
+        store.set(f"semantica/heard/{name}/{rank}", "")
+    else:
+        name, missing, deadline = greeting, set(range(1, world)), time.monotonic() + limit.total_seconds()
+        while missing:
+            for other in sorted(missing):
+                if store.check([f"semantica/hello/{other}"]):
+                    store.set(f"semantica/answer/{store.get(f'semantica/hello/{other}').decode()}", name)
+            missing = {other for other in missing if not store.check([f"semantica/heard/{name}/{other}"])}
+            if time.monotonic() > deadline:
+                raise dist.DistStoreError(f"process {min(missing)} of {world} did not come")
+            time.sleep(0.02)
+    return dist.PrefixStore(f"semantica/{name}", store), rank, world
+
+
 def start(config: TrainConfig) -> Ranks:
     """Join the other processes that torchrun started; one process alone is not distributed.
 
@@ -337,29 +368,3 @@ def lost(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-class Preemption:
-    """SIGTERM or SIGINT ask for an end after the running step; a second SIGINT is Python's own.
-
-    A context manager for the main thread; called, it says whether a signal came.
-    """
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self) -> "Preemption":
-        self.before = {kind: signal.signal(kind, self._ask) for kind in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for kind, handler in self.before.items():
-            signal.signal(kind, handler)
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    def _ask(self, kind: int, _) -> None:
-        self.asked = True
-        if kind == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
