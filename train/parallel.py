@@ -125,7 +125,7 @@ class Ranks:
             return result
         if not self.lead:
             raise SystemExit(2)
-        if len(set(problems)) == 1:
+        if problems[0]:
             raise UserError(problems[0])
         rank = next(rank for rank, said in enumerate(problems) if said)
         raise UserError(f"process {rank} of {self.world}: {problems[rank]}")
