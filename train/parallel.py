@@ -245,7 +245,8 @@ class Ranks:
 
         Elsewhere the weights' own channels-last layout decides the layout of what follows.
         """
-        return images.to(memory_format=torch.channels_last) if self.splits and images.ndim == 4 else images
+        flat = isinstance(images, Tensor) and images.ndim == 4
+        return images.to(memory_format=torch.channels_last) if self.splits and flat else images
 
     def whole(self, module: nn.Module, kind: type[nn.Module]) -> nn.Module | None:
         """A sharded module's whole twin on the CPU of the first process, None on the others; others as they are."""
