@@ -95,8 +95,8 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the repeated blocks in place."""
     checkpointing: bool = False
-    """Compute the repeated blocks again in the backward pass instead of keeping their activations: less memory, a
-    quarter to a third more time."""
+    """Compute the repeated blocks again in the backward pass instead of keeping their activations: less memory, up to
+    a third more computing."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes started by torchrun share the work: "ddp" copies the model to each, "fsdp" (FSDP2) splits
     weights, averages and optimizer state among them. "auto" is ddp where there are several. It may change when a run
