@@ -106,13 +106,23 @@ def pairs(arguments: list[str]) -> None:
 
 
 def train(arguments: list[str]) -> None:
-    from semantica.train.config import TrainConfig
+    from semantica.train.preemption import Preemption
 
-    config = parse(TrainConfig, "train", arguments)
+    # from the start: torchrun ends all processes when one has left, and what is wrong must still be said
+    with Preemption() as stop:
+        from semantica.train.config import TrainConfig
 
-    from semantica.train.loop import train
+        try:
+            config = parse(TrainConfig, "train", arguments)
+        except UserError:
+            # of the processes that torchrun started on a node, one says it
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                sys.exit(2)
+            raise
 
-    train(config)
+        from semantica.train.loop import train
+
+        train(config, stop)
 
 
 def sample(arguments: list[str]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from semantica.condition import Stream
 from semantica.errors import UserError
-from semantica.layers import MLP, RMSNorm, SelfAttention, rotary_grid
+from semantica.layers import MLP, RMSNorm, SelfAttention, block_runner, rotary_grid
 
 # model type -> (configuration class, model class) of transformers; nothing outside this table is ever built
 PRETRAINED = {
@@ -47,10 +47,12 @@ class ViTEncoder(ModelMixin, ConfigMixin):
     """
 
     trainable = True
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(self, image_size: int = 32, patch_size: int = 4, width: int = 192, depth: int = 3, heads: int = 6):
         super().__init__()
+        self.gradient_checkpointing = False
         if patch_size < 2 or patch_size & (patch_size - 1) or image_size % patch_size:
             raise UserError(f"patch_size={patch_size} must be a power of two that divides image_size={image_size}")
         stem, channels, steps = [], 3, patch_size.bit_length() - 1
@@ -76,8 +78,9 @@ class ViTEncoder(ModelMixin, ConfigMixin):
     def forward(self, images: Tensor) -> Stream:
         """Images `[B, 3, S, S]` in [-1, 1] to tokens `[B, (S / patch)^2, C]` and their mean as the pooled vector."""
         x = self.stem(images).flatten(2).transpose(1, 2)
+        run = block_runner(self)
         for block in self.blocks:
-            x = block(x, self.rope_cos, self.rope_sin)
+            x = run(block, x, self.rope_cos, self.rope_sin)
         x = self.norm(x)
         return Stream(x, x.mean(1))
 

@@ -1,6 +1,7 @@
 """Building blocks of the U-ViT: norms, attention, residual blocks. Shapes stand at the line's end."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,17 @@ def zero(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def block_runner(model: nn.Module) -> Callable[..., Tensor]:
+    """`run(block, *inputs)`: with diffusers' `enable_gradient_checkpointing()`, the backward pass computes each block
+    again instead of keeping what it needs."""
+    checkpointing = model.gradient_checkpointing and torch.is_grad_enabled()
+    return model._gradient_checkpointing_func if checkpointing else call
+
+
+def call(block: nn.Module, *inputs) -> Tensor:
+    return block(*inputs)
 
 
 class RMSNorm(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from semantica.condition import Condition, Stream
 from semantica.errors import UserError
-from semantica.layers import GroupNormAct, NoiseEmbedding, ResBlock, TransformerBlock, rotary_grid, zero
+from semantica.layers import GroupNormAct, NoiseEmbedding, ResBlock, TransformerBlock, block_runner, rotary_grid, zero
 from semantica.solvers import alpha_sigma
 
 # below this noise the prediction fades into z itself, so that v stays of order 1
@@ -46,7 +46,7 @@ class UViT(ModelMixin, ConfigMixin):
         UserError: sizes that do not fit each other.
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerBlock", "ResBlock"]
 
     @register_to_config
@@ -66,6 +66,7 @@ class UViT(ModelMixin, ConfigMixin):
         in_channels: int = 3,
     ):
         super().__init__()
+        self.gradient_checkpointing = False
         channels, depths, streams = tuple(channels), tuple(depths), dict(streams or {})
         check(image_size, patch_size, channels, depths, width, heads, streams, conditioning)
         self.stream_names = tuple(streams) if conditioning != "none" else ()
@@ -167,10 +168,10 @@ class UViT(ModelMixin, ConfigMixin):
         emb = F.silu(self.embed_noise(logsnr) + condition.emb)
         # latents may stay fp32 in front of a network of half precision; under autocast this changes nothing
         x = self.conv_in(z.to(self.conv_in.weight.dtype))
-        skips = []
+        run, skips = block_runner(self), []
         for blocks, down in zip(self.down_blocks, self.downsamplers):
             for block in blocks:
-                x = block(x, emb)
+                x = run(block, x, emb)
                 skips.append(x)
             x = down(F.avg_pool2d(x, 2))
 
@@ -179,13 +180,13 @@ class UViT(ModelMixin, ConfigMixin):
         rope = (self.rope_cos, self.rope_sin)
         for i, block in enumerate(self.transformer_blocks):
             keys_values = (condition.keys[i], condition.values[i]) if self.use_tokens else None
-            x = block(x, emb, rope, keys_values, condition.sizes, condition.lengths)
+            x = run(block, x, emb, rope, keys_values, condition.sizes, condition.lengths)
         x = x.transpose(1, 2).unflatten(2, (height, width))
 
         for blocks, up in zip(reversed(self.up_blocks), reversed(self.upsamplers)):
             x = F.interpolate(up(x), scale_factor=2.0, mode="nearest")
             for block in blocks:
-                x = block(torch.cat([x, skips.pop()], 1), emb)
+                x = run(block, torch.cat([x, skips.pop()], 1), emb)
         x = F.pixel_shuffle(self.conv_out(self.norm_out(x)), self.config.patch_size)
         # a narrow network cannot carry the noise of a patch through to v, but the image it can name
         wide = torch.promote_types(z.dtype, torch.float32)

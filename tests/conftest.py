@@ -36,6 +36,25 @@ def interpreted():
 
 
 @pytest.fixture(scope="session")
+def torchrun():
+    """A function that starts a command in several processes on this machine: (arguments, processes, options)."""
+
+    def start(*arguments: str, processes: int = 2, options: tuple[str, ...] = ()) -> subprocess.Popen:
+        # -P: the root of the repository must not be on sys.path
+        launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [*launch, *options, "--no-python", sys.executable, "-P", *arguments]
+        return subprocess.Popen(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
 def crawl():
     """The module `crawl.py` of this folder, which makes crawls."""
     pytest.importorskip("warcio")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from semantica import SemanticaPipeline, UserError
 from semantica.train import checkpoint
@@ -21,8 +21,10 @@ from semantica.train.config import TrainConfig, ema_decay, learning_rate
 from semantica.train.data import Pairs, collate
 from semantica.train.folders import scan
 from semantica.train.heldout import held_out_batches, partners
-from semantica.train.loop import Measure, train
+from semantica.train.loop import train
 from semantica.train.objective import Objective
+from semantica.train.parallel import Ranks
+from semantica.train.run import Measure
 
 
 @pytest.fixture(scope="module")
@@ -263,63 +265,9 @@ def test_impossible_options_write_nothing(photos, tmp_path, changes, message):
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_keeps_the_older_checkpoint(tmp_path, monkeypatch):
-    tensors = {"unet": {"x": torch.arange(6.0)}}
-    root = tmp_path / "checkpoints"
-    checkpoint.save(root, 1, tensors, {}, keep=2)
-    before = contents(root / "step-00000001")
-
-    def full(content, path):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="no space left .* earlier checkpoints are intact"):
-        checkpoint.save(root, 2, tensors, {}, keep=2)
-    assert [p.name for p in root.iterdir()] == ["step-00000001"] and contents(root / "step-00000001") == before
-
-
-def test_a_crash_at_any_point_of_saving_leaves_a_checkpoint_that_loads(tmp_path, monkeypatch):
-    root = tmp_path / "checkpoints"
-    tensors = {n: {"x": torch.full((3,), float(i))} for i, n in enumerate(("unet", "optimizer"))}
-    checkpoint.save(root, 1, tensors, {}, keep=1)
-    calls = {"count": 0}
-    real = {"save_file": save_file, "sync": checkpoint.sync, "sha256": checkpoint.sha256}
-
-    class Crash(BaseException):
-        pass
-
-    for stop in range(1, 20):
-        calls["count"] = 0
-
-        def stopping(name, stop=stop):
-            def call(*arguments):
-                calls["count"] += 1
-                if calls["count"] == stop:
-                    raise Crash
-                return real[name](*arguments)
-
-            return call
-
-        for name in real:
-            monkeypatch.setattr(checkpoint, name, stopping(name))
-        try:
-            checkpoint.save(root, 2, tensors, {}, keep=1)
-            finished = True
-        except Crash:
-            finished = False
-        for name, function in real.items():
-            monkeypatch.setattr(checkpoint, name, function)
-        state, loaded = checkpoint.load_newest(root, {"unet", "optimizer"}, torch.device("cpu"), print)
-        assert state["step"] in (1, 2) and torch.equal(loaded["optimizer"]["x"], torch.ones(3))
-        if finished:
-            break
-    assert finished and stop > 8 and [p.name for p in root.iterdir()] == ["step-00000002"]
-
-
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(photos, tmp_path):
     settings = config(photos, tmp_path / "run")
-    measure = Measure(settings, torch.device("cpu"), torch.float32, 10**9)
+    measure = Measure(settings, torch.device("cpu"), torch.float32, 10**9, Ranks())
     measure.start()
     measure.step(torch.tensor(1.0), torch.tensor(2.0))
     measure.check()

@@ -23,6 +23,9 @@ FREE = {
     "eval_every",
     "keep",
     "device",
+    "parallel",
+    "checkpointing",
+    "timeout",
 }
 
 
@@ -50,9 +53,9 @@ class TrainConfig:
     image_size: int | None = None
     """Side of the images in pixels; the preset's own by default."""
     batch: int = 64
-    """Samples per optimizer step."""
+    """Samples per optimizer step, over all processes."""
     accumulate: int = 1
-    """Parts that each batch is split into, to save memory."""
+    """Parts that each batch is split into, to save memory; may change when a run without --align is continued."""
     encoder: str = "vit"
     """"vit" (small, trained along), or a frozen DINOv2, CLIP or SigLIP by hub name or local folder."""
     encoder_size: int | None = None
@@ -91,6 +94,15 @@ class TrainConfig:
     """"auto" is bf16 autocast where the processor multiplies bf16 natively."""
     compile: bool = False
     """torch.compile the repeated blocks in place."""
+    checkpointing: bool = False
+    """Compute the repeated blocks again in the backward pass instead of keeping their activations: less memory, up to
+    a third more computing."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes started by torchrun share the work: "ddp" copies the model to each, "fsdp" (FSDP2) splits
+    weights, averages and optimizer state among them. "auto" is ddp where there are several. It may change when a run
+    is continued, and so may their number."""
+    timeout: float = 600.0
+    """Seconds after which a process that does not answer ends the run."""
     attention: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """Self-attention backend of diffusers' dispatcher, or "auto" for the best that works."""
     val: str | None = None
@@ -108,7 +120,7 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints to keep."""
 
-    def check(self) -> "TrainConfig":
+    def check(self, processes: int = 1) -> "TrainConfig":
         """Raises `UserError` for impossible numbers."""
         every = ("log_every", "save_every", "eval_every", "sample_every")
         for name in ("steps", "batch", "accumulate", "conditions", "keep", *every):
@@ -116,10 +128,13 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
         if self.batch % self.accumulate:
             raise UserError(f"--batch {self.batch} cannot be split into --accumulate {self.accumulate} equal parts")
+        if self.batch % (self.accumulate * processes):
+            each = f"--batch {self.batch} in --accumulate {self.accumulate}"
+            raise UserError(f"{each} parts cannot be split among {processes} processes: give a multiple of both")
         for name, low, high in (("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1), ("crop", 1e-3, 1)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {low} to {high}")
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "timeout"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: give a positive number")
         if self.align < 0 or (self.align and self.encoder != "vit"):

@@ -210,10 +210,20 @@ def pixels(pictures: np.ndarray) -> Tensor:
 
 
 def batches(
-    dataset: Pairs, *, first_index: int, batch: int, workers: int, device: torch.device | str = "cpu"
+    dataset: Pairs,
+    *,
+    first_index: int,
+    batch: int,
+    workers: int,
+    device: torch.device | str = "cpu",
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, Any]]:
     """Endless batches (see `collate`) of consecutive indices from `first_index` on,
     with their tensors on `device`, `u` on the host.
+
+    Args:
+        batch: samples of each batch over all processes.
+        part: (which, of how many) equal parts of each batch this process takes; batch must be divisible.
 
     The same bytes for any number of workers (0 loads in this process). Worker processes end when the iterator is
     closed or forgotten. The global random state of torch is not touched.
@@ -224,7 +234,7 @@ def batches(
     device = torch.device(device)
     loader = DataLoader(
         _Fetch(dataset),
-        batch_sampler=_ranges(first_index, batch),
+        batch_sampler=_ranges(first_index, batch, *part),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
@@ -269,11 +279,13 @@ def _collate(items: list[dict[str, Any]] | UserError) -> dict[str, Any] | UserEr
     return items if isinstance(items, UserError) else collate(items)
 
 
-def _ranges(first: int, batch: int) -> Iterator[range]:
-    return (range(start, start + batch) for start in itertools.count(first, batch))
+def _ranges(first: int, batch: int, part: int, parts: int) -> Iterator[range]:
+    own = batch // parts
+    return (range(start, start + own) for start in itertools.count(first + part * own, batch))
 
 
 def _start_worker(_: int) -> None:
-    # the main process decides what an interrupt means, and then ends the workers
+    # the main process decides what these mean, and then ends the workers; a scheduler may send them to all alike
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -1,8 +1,10 @@
 """The loss of one batch, as a module that can be compiled in place."""
 
 import math
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,9 +19,29 @@ REPEATED = (TransformerBlock, ResBlock, EncoderBlock)
 
 def compile_blocks(module: nn.Module) -> None:
     """Compile the repeated blocks in place: one graph serves all blocks of a kind, so that compiling takes seconds."""
-    for block in module.modules():
-        if isinstance(block, REPEATED):
-            block.compile(fullgraph=True)
+    for block in repeated(module):
+        block.compile(fullgraph=True)
+
+
+def repeated(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that make up most of a network: each is compiled, checkpointed and sharded as one."""
+    return (block for block in module.modules() if isinstance(block, REPEATED))
+
+
+class Gather(torch.autograd.Function):
+    """Rows `[B, C]` of every process, one after the other; a gradient is the sum of what every process' loss gives."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        whole = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(whole, rows.contiguous())
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        return own
 
 
 class PairHead(nn.Module):
@@ -31,14 +53,19 @@ class PairHead(nn.Module):
 
     temperature = 0.1
 
-    def __init__(self, dim: int, width: int = 64):
+    def __init__(self, dim: int, width: int = 64, across: bool = False):
+        """across: the other pairs are those of all processes, as if their batches were one."""
         super().__init__()
+        self.across = across
         self.project = nn.Linear(dim, width, bias=False)
 
     def forward(self, condition: Tensor, target: Tensor) -> Tensor:
         """Pooled codes `[B, C]` of conditions and targets to losses `[B]`."""
         a, b = (F.normalize(self.project(code).float(), dim=-1) for code in (condition, target))
-        return F.cross_entropy(a @ b.T / self.temperature, torch.arange(len(a), device=a.device), reduction="none")
+        own = torch.arange(len(a), device=a.device)
+        if self.across:
+            own, b = own + dist.get_rank() * len(b), Gather.apply(b)
+        return F.cross_entropy(a @ b.T / self.temperature, own, reduction="none")
 
 
 class Objective(nn.Module):

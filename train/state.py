@@ -1,12 +1,15 @@
 """What a run carries from step to step: weights, averaged weights, optimizer."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from semantica.errors import UserError
 from semantica.train.config import TrainConfig, ema_decay, learning_rate
+from semantica.train.parallel import is_sharded, local
+
+SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class TrainState:
@@ -14,12 +17,18 @@ class TrainState:
 
     Args:
         modules: name -> module; one without trainable parameters is left out.
+        shard: splits a module among the processes in place, see `semantica.train.parallel.Ranks.shard`; averages and
+            moments follow. None leaves everything whole.
     """
 
-    def __init__(self, config: TrainConfig, modules: dict[str, nn.Module]):
+    def __init__(
+        self, config: TrainConfig, modules: dict[str, nn.Module], shard: Callable[[nn.Module], None] | None = None
+    ):
         self.config, self.step = config, 0
         self.trained = {n: m for n, m in modules.items() if any(p.requires_grad for p in m.parameters())}
         self.ema = {n: copy.deepcopy(m).requires_grad_(False).eval() for n, m in self.trained.items()}
+        for module in (*self.trained.values(), *self.ema.values()) if shard else ():
+            shard(module)
         self.parameters = {
             f"{name}.{key}": p
             for name, module in self.trained.items()
@@ -43,42 +52,27 @@ class TrainState:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(self._averages, parameters, 1 - ema_decay(self.config, self.step))
+            averages, current = ([local(p) for p in ps] for ps in (self._averages, parameters))
+            torch._foreach_lerp_(averages, current, 1 - ema_decay(self.config, self.step))
         self.step += 1
-        return norm
+        return norm.full_tensor() if is_sharded(norm) else norm
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything to save, as one dict of tensors per file."""
-        files = {name: module.state_dict() for name, module in self.trained.items()}
-        files |= {f"ema_{name}": module.state_dict() for name, module in self.ema.items()}
-        files["optimizer"] = {
-            f"{key}.{slot}": value
-            for key, parameter in self.parameters.items()
-            for slot, value in self.optimizer.state[parameter].items()
-        }
-        return files
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything to save: `NAME/KEY` -> tensor, where NAME is a file of the checkpoint."""
+        modules = {**self.trained, **{f"ema_{name}": module for name, module in self.ema.items()}}
+        tensors = {f"{name}/{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
+        for key, parameter in self.parameters.items():
+            for slot, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{key}.{slot}"] = value
+        return tensors
 
-    @property
-    def files(self) -> set[str]:
-        return {*self.trained, *(f"ema_{name}" for name in self.trained), "optimizer"}
-
-    def load(self, step: int, files: dict[str, dict[str, Tensor]]) -> None:
-        """Take over what `tensors` gave.
-
-        Raises:
-            UserError: the tensors belong to another model.
-        """
-        try:
-            for name, module in self.trained.items():
-                module.load_state_dict(files[name])
-                self.ema[name].load_state_dict(files[f"ema_{name}"])
-            for key, parameter in self.parameters.items():
-                slots = {slot: files["optimizer"][f"{key}.{slot}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
+    def prepare(self, keys: set[str]) -> dict[str, Tensor]:
+        """The tensors to fill from a checkpoint that has these keys; AdamW gets its moments."""
+        for key, parameter in self.parameters.items():
+            # a parameter that no gradient ever reached has none
+            if f"optimizer/{key}.step" in keys:
                 # the fused step walks memory: moments need their parameter's strides, which files do not keep
-                self.optimizer.state[parameter] = {
-                    slot: (torch.empty_like(parameter) if value.ndim else torch.empty_like(value)).copy_(value)
-                    for slot, value in slots.items()
-                }
-        except (RuntimeError, KeyError) as error:
-            raise UserError("the checkpoint belongs to another model: give the options it was trained with") from error
-        self.step = step
+                moments = [torch.zeros_like(parameter, requires_grad=False) for _ in range(2)]
+                step = torch.zeros((), device=parameter.device)
+                self.optimizer.state[parameter] = dict(zip(SLOTS, (step, *moments)))
+        return self.tensors()

@@ -1,0 +1,316 @@
+"""Two processes, DDP and FSDP2, against one; what they refuse together."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
+
+from semantica import SemanticaPipeline, UserError
+from semantica.layers import GroupNormAct
+from semantica.train import checkpoint
+from semantica.train.build import build
+from semantica.train.config import TrainConfig
+from semantica.train.data import Pairs, batches
+from semantica.train.folders import scan
+from semantica.train.loop import train
+from semantica.train.objective import Objective
+from semantica.train.parallel import Ranks, mesh
+
+FILES = ("unet", "encoder", "head", "ema_unet", "ema_encoder", "ema_head", "optimizer")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for group in range(6):
+        (root / f"g{group}").mkdir()
+        base = rng.integers(0, 256, 3)
+        for i in range(4):
+            noise = rng.integers(-30, 30, (36, 36, 3))
+            Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8)).save(root / f"g{group}" / f"{i}.png")
+    return root
+
+
+def config(photos, out, **changes) -> TrainConfig:
+    options = dict(
+        data=str(photos), out=out, steps=10, batch=8, accumulate=2, warmup=0, lr=1e-4, align=0.05, precision="fp32",
+        held_out=0.2, log_every=1, save_every=5, eval_every=10, sample_every=100, workers=0, device="cpu", timeout=60.0,
+    )  # fmt: skip
+    return TrainConfig(**{**options, **changes})
+
+
+def job(settings: TrainConfig, **more) -> dict:
+    return {"config": settings.record(), **more}
+
+
+@pytest.fixture(scope="module")
+def together(torchrun, tmp_path_factory):
+    """A function that trains in two processes what jobs say; returns how each job ended, by process."""
+
+    def together(jobs: list[dict]) -> list[list[dict]]:
+        path = tmp_path_factory.mktemp("jobs") / "jobs.json"
+        path.write_text(json.dumps(jobs))
+        worker = Path(__file__).parent / "processes" / "ranks.py"
+        process = torchrun(str(worker), str(path))
+        said = process.communicate(timeout=400)
+        assert process.returncode == 0, said[0][-2000:] + said[1][-6000:]
+        return list(zip(*(json.loads(path.with_suffix(f".{rank}").read_text()) for rank in (0, 1))))
+
+    return together
+
+
+def newest(out: Path) -> Path:
+    return checkpoint.folders(out / "checkpoints")[-1]
+
+
+def merged(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors of one kind, put together from the headers alone."""
+    whole = {}
+    for path in sorted(folder.glob(f"{name}.*safetensors")):
+        with safe_open(path, "pt") as file:
+            places = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for key in file.keys():  # noqa: SIM118
+                whole.setdefault(key, []).append((places.get(key, {}).get("saved_offsets"), file.get_tensor(key)))
+    return {
+        k: torch.cat([t for _, t in sorted(parts, key=lambda p: p[0] or [0])]) if len(parts) > 1 else parts[0][1]
+        for k, parts in whole.items()
+    }
+
+
+def losses(out: Path) -> list[float]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def furthest(a: Path, b: Path, names=FILES) -> float:
+    """Largest difference of any weight, average or moment."""
+    worst = 0.0
+    for name in names:
+        one, other = merged(a, name), merged(b, name)
+        assert one.keys() == other.keys() and one, name
+        worst = max(worst, *((one[k] - other[k]).abs().max().item() for k in one))
+    return worst
+
+
+@pytest.fixture(scope="module")
+def runs(photos, together, tmp_path_factory):
+    """The same run in one process, and in two with DDP and with FSDP2; and how the two processes' jobs ended."""
+    root = tmp_path_factory.mktemp("runs")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(config(photos, root / "one", sample_every=10))
+    torch.set_num_threads(threads)
+    # a run to be continued by another kind
+    for name in ("one-fsdp", "one-other"):
+        shutil.copytree(root / "one", root / name)
+        shutil.rmtree(root / name / "checkpoints" / "step-00000010")
+    other = tmp_path_factory.mktemp("other") / "photos"
+    shutil.copytree(photos, other)
+    Image.new("RGB", (36, 36)).save(other / "g0" / "more.png")
+    broken = tmp_path_factory.mktemp("broken")
+    fine = config(photos, root / "refused")
+    jobs = {
+        "ddp": job(config(photos, root / "ddp", parallel="ddp")),
+        "fsdp": job(config(photos, root / "fsdp", parallel="fsdp", checkpointing=True, sample_every=10)),
+        "one-fsdp": job(config(photos, root / "one-fsdp", parallel="fsdp")),
+        "stopped": job(config(photos, root / "stopped", parallel="fsdp", save_every=100), stop={"1": 3}),
+        "options": job(fine, here={1: {"lr": 2e-4}}),
+        "data": job(fine, here={1: {"data": str(other)}}),
+        "no data": job(fine, here={1: {"data": str(broken)}}),
+        "batch": job(dataclasses.replace(fine, batch=6)),
+        "other run": job(config(photos, root / "one", steps=12, lr=2e-4, parallel="fsdp")),
+    }
+    return root, dict(zip(jobs, together(list(jobs.values()))))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_to_what_one_does(runs, kind):
+    """The same weights, averages and moments, with InfoNCE over the batch of both and two parts to each batch."""
+    root, ended = runs
+    assert all("error" not in e and "left" not in e for e in ended[kind]), ended[kind]
+    assert furthest(newest(root / "one"), newest(root / kind)) < 1e-5
+    # the runs must have gone somewhere for that to mean anything
+    start = merged(checkpoint.folders(root / "one" / "checkpoints")[0], "unet")
+    assert max((merged(newest(root / "one"), "unet")[k] - v).abs().max().item() for k, v in start.items()) > 3e-4
+    assert losses(root / kind) == pytest.approx(losses(root / "one"), abs=1e-4) and len(losses(root / kind)) == 10
+
+
+def test_parts_and_wholes_of_a_checkpoint(runs):
+    """DDP writes what one process does; FSDP2 writes parts, and none of a file's tensors twice."""
+    root, _ = runs
+    one, ddp, fsdp = ({p.name for p in newest(root / kind).iterdir()} for kind in ("one", "ddp", "fsdp"))
+    assert one == ddp == {f"{name}.safetensors" for name in FILES} | {"state.json"}
+    parts = {f"{name}.0000{i}-of-00002.safetensors" for name in FILES for i in (1, 2)}
+    assert fsdp == parts | {"state.json"}
+    formats = [json.loads((newest(root / k) / "state.json").read_text())["format"] for k in ("one", "ddp", "fsdp")]
+    assert formats == [1, 1, 2]
+    folder = newest(root / "fsdp")
+    sizes = [(folder / f"ema_unet.0000{i}-of-00002.safetensors").stat().st_size for i in (1, 2)]
+    whole = (newest(root / "one") / "ema_unet.safetensors").stat().st_size
+    assert sum(sizes) == pytest.approx(whole, rel=0.02) and min(sizes) > 0.4 * whole
+
+
+def test_pytorchs_own_reader_reads_the_parts(runs, tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    root, _ = runs
+    for path in newest(root / "fsdp").glob("unet.*"):
+        shutil.copy(path, tmp_path / path.name)
+    expected = merged(newest(root / "fsdp"), "unet")
+    actual = {k: torch.full_like(v, torch.nan) for k, v in expected.items()}
+    dcp.load(actual, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    assert all(torch.equal(actual[k], v) for k, v in expected.items())
+
+
+def test_the_published_pipeline_is_whole(runs):
+    root, _ = runs
+    for kind in ("ddp", "fsdp", "one-fsdp"):
+        pipeline = SemanticaPipeline.from_pretrained(root / kind)
+        for name, module in (("ema_unet", pipeline.unet), ("ema_encoder", pipeline.encoder)):
+            expected = merged(newest(root / kind), name)
+            assert all(torch.equal(v, expected[k]) for k, v in module.state_dict().items())
+    with Image.open(root / "fsdp" / "samples" / "step-00000010.png") as two:
+        with Image.open(root / "one" / "samples" / "step-00000010.png") as one:
+            difference = np.abs(np.asarray(two, np.int16) - np.asarray(one, np.int16))
+    assert difference.max() <= 2
+
+
+def test_a_run_of_one_process_continues_in_two_and_back(runs, photos, tmp_path, capsys):
+    """The samples stay in order: the ends are those of runs that were never moved."""
+    root, ended = runs
+    assert all("error" not in e for e in ended["one-fsdp"])
+    assert losses(root / "one-fsdp")[:5] == losses(root / "one")[:5]
+    assert furthest(newest(root / "one-fsdp"), newest(root / "one")) < 1e-5
+    shutil.copytree(root / "fsdp", tmp_path / "back")
+    part = newest(tmp_path / "back") / "optimizer.00002-of-00002.safetensors"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    train(config(photos, tmp_path / "back"))
+    said = capsys.readouterr().out
+    assert f"step-00000010 is damaged ({part.name} is not what was written" in said and "from step 5" in said
+    assert furthest(newest(tmp_path / "back"), newest(root / "one")) < 1e-5
+
+
+def test_all_stop_after_the_step_in_which_one_was_told_to(runs):
+    root, ended = runs
+    assert [len(e["graphs"]) for e in ended["stopped"]] == [3, 3]
+    assert [p.name for p in (root / "stopped" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert not (root / "stopped" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("options", "the processes disagree on --lr: 0.0001 on process 0, 0.0002 on process 1"),
+        ("data", "the processes disagree on the pictures in --data"),
+        ("no data", "process 1 of 2: "),
+        ("batch", "--batch 6 in --accumulate 2 parts cannot be split among 2 processes"),
+        ("other run", "made with --lr 0.0001, not 0.0002"),
+    ],
+)
+def test_what_processes_refuse_one_says_and_all_leave(runs, case, message):
+    root, ended = runs
+    first, second = ended[case]
+    assert message in first["error"] and "\n" not in first["error"] and second == {"left": 2}
+    assert not (root / "refused").exists() and len(losses(root / "one")) == 10
+
+
+def test_each_process_takes_its_part_of_every_batch(photos):
+    pairs = Pairs(scan(photos, "folders"), seed=3, image_size=8, global_batch=8)
+
+    def take(batch, count, part=(0, 1)):
+        feed = batches(pairs, first_index=16, batch=batch, workers=0, part=part)
+        return [next(feed) for _ in range(count)]
+
+    whole = take(4, 4)
+    parts = [take(4, 4, (rank, 2)) for rank in (0, 1)]
+    for batch, *halves in zip(whole, *parts):
+        for name in ("index", "noise", "target", "condition", "u", "drop"):
+            assert torch.equal(batch[name], torch.cat([half[name] for half in halves])), name
+    assert torch.cat([b["index"] for b in whole]).tolist() == list(range(16, 32))
+
+
+def test_a_mode_without_torchrun_is_refused(photos, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="--parallel fsdp needs several processes: start them with 'torchrun"):
+        train(config(photos, tmp_path / "run", parallel="fsdp"))
+    with pytest.raises(UserError, match="--timeout is 0"):
+        train(config(photos, tmp_path / "run", timeout=0.0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpointed_blocks_train_to_the_same_bits(photos, tmp_path):
+    """With dropout too: what is computed again draws the same masks."""
+    for name, changes in (("kept", {}), ("again", dict(checkpointing=True))):
+        train(config(photos, tmp_path / name, steps=3, save_every=3, conditioning="both", **changes))
+    for name in FILES:
+        a, b = (load_file(newest(tmp_path / n) / f"{name}.safetensors") for n in ("kept", "again"))
+        assert all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def test_sharded_networks_keep_channels_last_and_the_fused_operators(photos, tmp_path):
+    """In bf16: what the norms see, and what runs; weights are fp32 again, and gradients fp32, after the step."""
+    settings = config(photos, tmp_path)
+    unet, encoder, _ = build(settings, torch.device("cpu"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ranks = Ranks("fsdp")
+        for module in (unet, encoder):
+            ranks.shard(torch.bfloat16, torch.device("cpu"))(module)
+        seen = []
+        norms = [m for m in unet.modules() if isinstance(m, GroupNormAct)]
+        for norm in norms:
+            norm.register_forward_pre_hook(
+                lambda m, x: seen.append(
+                    (x[0].is_contiguous(memory_format=torch.channels_last), x[0].dtype, m.weight.dtype)
+                )
+            )
+        g = torch.Generator().manual_seed(0)
+        images = [ranks.place(torch.randn(2, 3, 32, 32, generator=g)) for _ in range(3)]
+        with torch.autocast("cpu", torch.bfloat16), profile(activities=[ProfilerActivity.CPU]) as found:
+            losses, _ = Objective(unet, encoder)(*images, torch.randn(2), torch.zeros(2, dtype=torch.bool))
+            losses.mean().backward()
+        assert seen == [(True, torch.bfloat16, torch.bfloat16)] * len(norms)
+        counts = {event.key: event.count for event in found.key_averages()}
+        assert counts["semantica::group_norm"] == len(norms)
+        assert counts["semantica::cross_attention"] == len(unet.transformer_blocks)
+        for parameter in unet.parameters():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32
+        ranks.close()
+    finally:
+        dist.destroy_process_group()
+        mesh.cache_clear()
+
+
+@pytest.mark.slow
+def test_fifty_steps_have_the_same_losses(photos, together, tmp_path):
+    settings = dict(steps=50, save_every=50, eval_every=50, accumulate=1)
+    train(config(photos, tmp_path / "one", **settings))
+    together([job(config(photos, tmp_path / k, parallel=k, **settings)) for k in ("ddp", "fsdp")])
+    for kind in ("ddp", "fsdp"):
+        assert losses(tmp_path / kind) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_everything_at_once_compiles_whole_and_never_again(photos, together, tmp_path):
+    """FSDP2, bf16, compiled blocks, checkpointing, parts of batches: close to fp32, and no graph after two steps."""
+    settings = dict(steps=6, save_every=6, eval_every=6, align=0.0)
+    train(config(photos, tmp_path / "one", **settings))
+    told = dict(parallel="fsdp", compile=True, precision="bf16", checkpointing=True)
+    (ended,) = together([job(config(photos, tmp_path / "fsdp", **settings, **told))])
+    for process in ended:
+        graphs = process["graphs"]
+        assert graphs[1] > 0 and graphs[2:] == [graphs[2]] * 4 and process["breaks"] == 0, process
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "one"), rel=0.03)

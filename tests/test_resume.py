@@ -1,0 +1,266 @@
+"""What a crash, a full disk, a signal or a lost process leaves behind, and how a run goes on from it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from semantica import UserError
+from semantica.cli import main
+from semantica.train import checkpoint, storage
+from semantica.train.parallel import Ranks
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for group in range(6):
+        (root / f"g{group}").mkdir()
+        for i in range(4):
+            Image.fromarray(rng.integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(root / f"g{group}" / f"{i}.png")
+    return root
+
+
+def options(data: Path, out: Path, **changes) -> list[str]:
+    given = dict(
+        data=data, out=out, steps=6, batch=4, warmup=2, precision="fp32", held_out=0.2, log_every=1, save_every=2,
+        eval_every=6, sample_every=100, workers=0, device="cpu",
+    )  # fmt: skip
+    return ["train", *(f"--{k.replace('_', '-')}={v}" for k, v in {**given, **changes}.items())]
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {f"{name}/x": torch.full((5,), value) for name in ("unet", "ema_unet", "optimizer")}
+
+
+def load(root: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    """The newest whole checkpoint: its step, and what is in it."""
+    state, reader = checkpoint.load_newest(root, Ranks(), print)
+    found = tensors(torch.nan)
+    checkpoint.load(reader, found, None)
+    return state["step"], found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("standing", [False, True])
+def test_a_crash_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(tmp_path, standing):
+    """Also where a damaged checkpoint of the same step has to make room; then the same command just goes on."""
+    root, scratch = tmp_path / "run", tmp_path / "crashes"
+    if standing:
+        (root / "checkpoints" / "step-00000002").mkdir(parents=True)
+        (root / "checkpoints" / "step-00000002" / "unet.safetensors").write_bytes(b"half")
+    command = [sys.executable, "-P", str(HERE / "processes" / "crash.py"), str(root), str(scratch)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    attempts = sorted(scratch.iterdir())
+    assert len(attempts) == int(done.stdout) > 15
+    steps = []
+    for place in attempts:
+        step, found = load(place / "checkpoints")
+        assert all((t == step).all() for t in found.values())
+        steps.append(step)
+        checkpoint.tidy(place / "checkpoints")
+        checkpoint.save(place / "checkpoints", 2, tensors(2), {}, keep=1)
+        assert [p.name for p in (place / "checkpoints").iterdir()] == ["step-00000002"]
+    # the new one counts from its rename on, and not before
+    assert steps == sorted(steps) and steps[0] == 1 and steps[-1] == 2
+
+
+def test_a_full_disk_keeps_the_older_checkpoint_and_is_said_at_the_next_step(tmp_path, monkeypatch):
+    root = tmp_path / "checkpoints"
+    saver = checkpoint.Saver(root, Ranks(), keep=2, device=torch.device("cpu"))
+    saver.save(1, tensors(1), {})
+    saver.wait()
+    before = contents(root / "step-00000001")
+
+    def full(content, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "save_file", full)
+    saver.save(2, tensors(2), {})
+    saver.close()
+    assert saver.failed
+    with pytest.raises(UserError, match="no space left .* earlier checkpoints are intact"):
+        saver.wait()
+    assert not saver.failed
+    assert [p.name for p in root.iterdir()] == ["step-00000001"] and contents(root / "step-00000001") == before
+
+
+def test_a_save_holds_the_values_of_its_step_and_only_one_is_under_way(tmp_path, monkeypatch):
+    root, gate, started = tmp_path / "checkpoints", threading.Event(), []
+
+    def slow(content, path, metadata):
+        started.append(path.parent.name)
+        assert gate.wait(30)
+        save_file(content, path, metadata)
+
+    monkeypatch.setattr(storage, "save_file", slow)
+    saver = checkpoint.Saver(root, Ranks(), keep=2, device=torch.device("cpu"))
+    live = tensors(1)
+    saver.save(1, live, {})
+    for tensor in live.values():
+        tensor.fill_(7)
+    second = threading.Thread(target=saver.save, args=(2, live, {}))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive() and set(started) == {".step-00000001.incomplete"} and not checkpoint.folders(root)
+    gate.set()
+    second.join(30)
+    saver.wait()
+    values = [load_file(root / f"step-0000000{n}" / "unet.safetensors")["x"].tolist() for n in (1, 2)]
+    assert values == [[1.0] * 5, [7.0] * 5]
+
+
+def test_keeping_does_not_count_what_is_damaged(tmp_path):
+    root = tmp_path / "checkpoints"
+    for step in (2, 4, 6):
+        checkpoint.save(root, step, tensors(step), {}, keep=3)
+    (root / "step-00000006" / "unet.safetensors").write_bytes(b"half")
+    assert load(root)[0] == 4
+    # the run went back to step 4 and saves at 5: what was broken at 6 must not push out what is whole
+    checkpoint.save(root, 5, tensors(5), {}, keep=2)
+    assert [p.name for p in checkpoint.folders(root)] == ["step-00000004", "step-00000005"]
+
+
+def test_names_that_lead_out_of_the_folder_are_not_followed(tmp_path):
+    root = tmp_path / "checkpoints"
+    folder = checkpoint.save(root, 1, tensors(1), {}, keep=1)
+    state = json.loads((folder / "state.json").read_text())
+    shutil.copy(folder / "unet.safetensors", tmp_path / "unet.safetensors")
+    state["sha256"]["../../unet.safetensors"] = state["sha256"].pop("unet.safetensors")
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="every checkpoint .* is damaged"):
+        load(root)
+
+
+def test_another_models_checkpoint_is_refused(tmp_path):
+    folder = checkpoint.save(tmp_path, 1, tensors(1), {}, keep=1)
+    state, reader = checkpoint.load_newest(tmp_path, Ranks(), print)
+    assert folder.name == "step-00000001" and state["step"] == 1
+    for other in ({"unet/x": torch.zeros(5)}, {**tensors(0), "unet/x": torch.zeros(6)}):
+        with pytest.raises(UserError, match="belongs to another model"):
+            checkpoint.load(reader, other, None)
+
+
+def wait_for(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+def logged(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def same_end(a: Path, b: Path) -> None:
+    """The newest checkpoints of two runs are the same bytes."""
+    one, other = (contents(checkpoint.folders(out / "checkpoints")[-1]) for out in (a, b))
+    assert one.keys() == other.keys() and one["state.json"] == other["state.json"]
+    assert one == other
+
+
+def test_a_signal_to_all_saves_says_where_and_ends_well(photos, tmp_path):
+    """As a scheduler preempts a job, data workers included; the same command then ends like a run left alone."""
+    command = [sys.executable, "-P", "-m", "semantica.cli"]
+    given = dict(steps=40, save_every=1000, workers=1)
+    with subprocess.Popen(
+        [*command, *options(photos, tmp_path / "run", **given)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        wait_for(lambda: logged(tmp_path / "run") >= 2, 100)
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    (step,) = re.findall(r"stopped: .* is saved at step (\d+) of 40; the same command continues it", out)
+    assert [p.name for p in checkpoint.folders(tmp_path / "run" / "checkpoints")] == [f"step-{int(step):08d}"]
+    assert "Traceback" not in err and not (tmp_path / "run" / "model_index.json").exists()
+    # what remains is short: the run may now end two steps later
+    last = int(step) + 2
+    for name in ("run", "straight"):
+        assert main(options(photos, tmp_path / name, steps=last, save_every=1000)) == 0
+    same_end(tmp_path / "run", tmp_path / "straight")
+
+
+def start(torchrun, arguments: list[str], *how: str) -> subprocess.Popen:
+    return torchrun("-m", "semantica.cli", *arguments, options=how)
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """The processes that torchrun started, by rank."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return sorted(int(pid) for pid in found.stdout.split())
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_saving_costs_the_steps_since_the_last_checkpoint(photos, tmp_path, torchrun):
+    """SIGKILL of one of two in the middle of a save, torchrun starts both again: the same bytes in the end."""
+    killed, straight = (options(photos, tmp_path / name, parallel="fsdp") for name in ("killed", "straight"))
+    process = torchrun(str(HERE / "processes" / "killed.py"), "4", *killed, options=("--max-restarts=1",))
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "continuing from step 2" in out and "exitcode: -9" in err
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
+    process = start(torchrun, straight)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    same_end(tmp_path / "killed", tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_a_hung_process_ends_the_job_within_the_timeout(photos, tmp_path, torchrun):
+    process = start(torchrun, options(photos, tmp_path / "run", steps=1000, timeout=5.0))
+    wait_for(lambda: logged(tmp_path / "run") >= 2, 100)
+    first, second = children(process)
+    os.kill(second, signal.SIGSTOP)
+    began = time.monotonic()
+    wait_for(lambda: first not in children(process), 30)
+    assert time.monotonic() - began < 5 + 5
+    os.kill(second, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    said = [line for line in err.splitlines() if line.startswith("semantica: ")]
+    assert len(said) == 1 and "another of the 2 processes ended, or did not answer within 5 s" in said[0]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_stops_both_at_the_same_step(photos, tmp_path, torchrun):
+    process = start(torchrun, options(photos, tmp_path / "run", steps=1000, save_every=1000, parallel="fsdp"))
+    wait_for(lambda: logged(tmp_path / "run") >= 2, 100)
+    os.kill(children(process)[1], signal.SIGTERM)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    (step,) = re.findall(r"stopped: .* is saved at step (\d+) of 1000", out)
+    assert [p.name for p in checkpoint.folders(tmp_path / "run" / "checkpoints")] == [f"step-{int(step):08d}"]
+
+
+@pytest.mark.slow
+def test_impossible_commands_are_one_line_and_exit_code_2_everywhere(photos, tmp_path, torchrun):
+    for changes, message in ((dict(batch=5), "--batch 5 in --accumulate 1 parts"), (dict(step=5), "unrecognized")):
+        process = start(torchrun, options(photos, tmp_path / "run", **changes))
+        out, err = process.communicate(timeout=100)
+        said = [line for line in err.splitlines() if line.startswith("semantica: ")]
+        assert len(said) == 1 and message in said[0].lower(), err
+        # torchrun signals what is still leaving once one has left
+        codes = set(re.findall(r"exitcode\s*: (-?\d+)", err))
+        assert "2" in codes <= {"2", "-15"} and not (tmp_path / "run").exists()

@@ -1,0 +1,259 @@
+"""What a run leaves behind: its folder, its logs, its figures."""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import semantica
+from semantica.errors import UserError
+from semantica.images import grid, save_png, to_uint8
+from semantica.pipeline import SemanticaPipeline
+from semantica.profile import peak_flops
+from semantica.train import checkpoint
+from semantica.train.config import FORMAT, FREE, TrainConfig
+from semantica.train.data import bad_record
+from semantica.train.folders import PairData
+from semantica.train.parallel import Ranks
+from semantica.train.shards import ShardData
+
+SAMPLE_CONDITIONS, SAMPLE_VARIATIONS, SAMPLE_STEPS = 6, 4, 20
+
+
+class Measure:
+    """Loss, gradient norm and speed since the last row, without a device synchronisation at each step."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, dtype: torch.dtype, flops: int, ranks: Ranks):
+        self.config, self.device, self.flops, self.ranks = config, device, flops, ranks
+        self.peak, self.peak_source = peak_flops(device, dtype)
+        self.peak *= ranks.world
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.busy = self.waited = 0.0
+        self.steps = 0
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def waiting(self, feed: Iterator[dict]) -> dict:
+        began = time.perf_counter()
+        batch = next(feed)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def step(self, loss: Tensor, norm: Tensor) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.finite &= torch.isfinite(loss) & torch.isfinite(norm)
+        self.steps += 1
+        self.busy += time.perf_counter() - self.began
+
+    def check(self) -> None:
+        # the same answer on every process: a mean over 0 and 1 is 1 only where all are
+        if self.ranks.mean(self.finite.float()) < 1:
+            raise FloatingPointError(
+                "the loss or a gradient is not finite any more; nothing was saved since: continue from the last "
+                "checkpoint with a lower --lr or with --precision fp32"
+            )
+
+    def row(self, step: int, rate: float) -> dict:
+        self.check()
+        images = self.steps * self.config.batch / max(self.busy, 1e-9)
+        row = {
+            "step": step,
+            "loss": self.ranks.mean(torch.stack(self.losses).mean()).item(),
+            "grad_norm": torch.stack(self.norms).mean().item(),
+            "lr": rate,
+            "images_per_s": images,
+            "data_wait": self.waited / max(self.busy, 1e-9),
+            "peak_memory_bytes": peak_memory(self.device),
+            "mfu": images * self.flops / self.peak,
+            "flops_per_image": self.flops,
+            "peak_flops": self.peak,
+            "peak_flops_source": self.peak_source,
+        }
+        self.reset()
+        return row
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, the process' largest resident size on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Run:
+    """The run folder: configuration, logs, sample grids, and the pipeline at the end.
+
+    Of several processes the first one writes; on the others every method is nothing, but what they found bad is
+    collected where all of them call `log`.
+
+    Raises:
+        UserError: the folder holds a run of another configuration, or something else.
+    """
+
+    def __init__(self, config: TrainConfig, data: PairData | ShardData, ranks: Ranks):
+        self.out, self.config, self.ranks = config.out, config, ranks
+        self.known_bad: set[str] = set()
+        self.found_bad: list[tuple[str, str]] = []
+        self.board = None
+        ranks.settle(lambda: self._open(data) if ranks.lead else None)
+
+    def _open(self, data: PairData | ShardData) -> None:
+        record = {"format": FORMAT, "semantica": semantica.__version__, "torch": torch.__version__}
+        record |= {"train": self.config.record(), "data_digest": data.digest()}
+        path = self.out / "config.json"
+        if path.exists():
+            self._compare(path, record)
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(f"{self.out} exists and is not a run folder: choose another --out")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            aside = self.out / ".config.json.incomplete"
+            aside.write_text(json.dumps(record, indent=1))
+            aside.replace(path)
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.out} cannot be written ({error.strerror}): choose another --out"
+            ) from error
+        self.known_bad = self._known_bad()
+        self.board = self._board()
+
+    def _compare(self, path: Path, record: dict) -> None:
+        try:
+            old = json.loads(path.read_text())
+            before, version, seen = old["train"], old["format"], old["data_digest"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(f"{path} cannot be read: restore it or choose another --out") from error
+        if version != record["format"]:
+            raise UserError(f"{self.out} has format {version}: this version continues format {record['format']} only")
+        # other parts add up to the same, unless each is compared within itself
+        free = FREE if self.config.align else FREE | {"accumulate"}
+        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        for name, now in record["train"].items():
+            # a run made before an option existed had its default
+            then = before.get(name, defaults.get(name))
+            if name not in free and then != now:
+                option = name.replace("_", "-")
+                raise UserError(f"{self.out} was made with --{option} {then}, not {now}: choose another --out")
+        if seen != record["data_digest"]:
+            raise UserError(
+                f"the pictures in {self.config.data} changed since {self.out} was made: choose another --out"
+            )
+
+    def _known_bad(self) -> set[str]:
+        path = self.out / "bad_samples.jsonl"
+        return {json.loads(line)["path"] for line in path.read_text().splitlines()} if path.exists() else set()
+
+    def _board(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.say("no TensorBoard logs: install semantica-diffusion[train] for them")
+            return None
+        return SummaryWriter(str(self.out / "logs"))
+
+    def say(self, line: str) -> None:
+        if self.ranks.lead:
+            tqdm.write(line)
+
+    def bad_sample(self, path: str, reason: str) -> None:
+        """Name a bad picture once."""
+        if path in self.known_bad:
+            return
+        self.known_bad.add(path)
+        if not self.ranks.lead:
+            self.found_bad.append((path, reason))
+            return
+        with (self.out / "bad_samples.jsonl").open("a") as file:
+            file.write(json.dumps(bad_record(path, reason)) + "\n")
+        self.say(f"bad picture {path}: {reason}")
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after the step that the run continues from."""
+        path = self.out / "metrics.jsonl"
+        if self.ranks.lead and path.exists():
+            kept = [line for line in path.read_text().splitlines() if json_step(line) <= step]
+            aside = path.with_name(".metrics.jsonl.incomplete")
+            aside.write_text("".join(f"{line}\n" for line in kept))
+            aside.replace(path)
+
+    def log(self, row: dict) -> None:
+        """Write a row; all processes call this."""
+        for rank, found in enumerate(self.ranks.gather(self.found_bad)):
+            for path, reason in found if self.ranks.lead and rank else ():
+                self.bad_sample(path, reason)
+        self.found_bad = []
+        if not self.ranks.lead:
+            return
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    self.board.add_scalar(name, value, row["step"])
+
+    def sample(self, pipeline: SemanticaPipeline, batch: dict, step: int) -> None:
+        """A grid: each condition (or several), its target, its variations. All processes make it: a sharded network
+        needs them all."""
+        conditions, targets = (batch[name][:SAMPLE_CONDITIONS] for name in ("condition", "target"))
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        # several conditions [B, K, 3, C, C] are shown one after the other
+        columns = conditions.reshape(len(conditions), -1, *conditions.shape[-3:])
+        made = pipeline(
+            conditions,
+            num_images_per_prompt=SAMPLE_VARIATIONS,
+            num_inference_steps=SAMPLE_STEPS,
+            generator=generator,
+            output_type="pt",
+        ).images
+        if not self.ranks.lead:
+            return
+        size = targets.shape[-1]
+        shown = torch.nn.functional.interpolate(columns.flatten(0, 1), (size, size), mode="bilinear", antialias=True)
+        shown = to_uint8(shown).reshape(*columns.shape[:2], size, size, 3)
+        made = to_uint8(made * 2 - 1).reshape(len(conditions), SAMPLE_VARIATIONS, size, size, 3)
+        rows = [[*c, t, *m] for c, t, m in zip(shown, to_uint8(targets), made, strict=True)]
+        (self.out / "samples").mkdir(exist_ok=True)
+        save_png(grid(rows, apart=1), self.out / "samples" / f"step-{step:08d}.png")
+
+    def publish(self, pipeline: SemanticaPipeline) -> None:
+        """Write the pipeline, on the first process; its index, which makes the folder usable, comes last."""
+        index = self.out / "model_index.json"
+        index.unlink(missing_ok=True)
+
+        def fill(folder: Path) -> None:
+            pipeline.save_pretrained(folder, safe_serialization=True)
+
+        aside = self.out / "pipeline"
+        checkpoint.write_aside(aside, fill)
+        for part in sorted(aside.iterdir(), key=lambda p: p.name == index.name):
+            target = self.out / part.name
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
+        aside.rmdir()
+        if self.board is not None:
+            self.board.flush()
+
+
+def json_step(line: str) -> float:
+    """The step of a log line; lines cut short by a crash count as never kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
