@@ -96,13 +96,17 @@ class SemanticaPipeline(DiffusionPipeline):
         return BundlePipeline(load_engine(folder, backend, device))
 
     @torch.no_grad()
-    def encode(self, image: Tensor | Picture | Sequence[Picture]) -> Stream:
+    def encode(self, image: Tensor | Stream | Picture | Sequence[Picture]) -> Stream:
         """Condition images to one stream `[B, M, C]`.
 
         Args:
             image: a picture, a list of pictures (one sample each; a nested list is several pictures for one sample),
-                or a tensor `[B, 3, S, S]` in [-1, 1] (`[B, K, 3, S, S]` for K pictures in each sample).
+                a tensor `[B, 3, S, S]` in [-1, 1] (`[B, K, 3, S, S]` for K pictures in each sample), or a stream that
+                was encoded before.
         """
+        if isinstance(image, Stream):
+            device, dtype = self._execution_device, self.unet.dtype
+            return Stream(image.tokens.to(device, dtype), image.pooled.to(device, dtype), image.lengths)
         if isinstance(image, Tensor):
             return encode_images(self.encoder, image.to(self._execution_device, self.encoder.dtype))
         samples = [image] if isinstance(image, Image.Image) else list(image)
@@ -125,7 +129,7 @@ class SemanticaPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Tensor | Picture | Sequence[Picture],
+        image: Tensor | Stream | Picture | Sequence[Picture],
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 20,
         guidance_scale: float = 1.5,

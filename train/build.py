@@ -3,20 +3,25 @@
 import torch
 from torch import nn
 
-from semantica.encoder import PretrainedEncoder, ViTEncoder
+from semantica.encoder import ViTEncoder, frozen_encoder
 from semantica.errors import UserError
 from semantica.presets import encoder_preset, preset
 from semantica.scheduler import SemanticaScheduler
 from semantica.train.config import TrainConfig
+from semantica.train.tokens import stored_encoder
 from semantica.uvit import UViT
 
 
 def build(config: TrainConfig, device: torch.device) -> tuple[UViT, nn.Module, SemanticaScheduler]:
     """Denoiser, encoder and scheduler; initial weights are a function of the seed alone.
 
+    The encoder of stored tokens stays on the CPU, unread until a picture without stored tokens is to be encoded.
+
     Raises:
         UserError: sizes that do not fit, or an encoder that cannot be loaded.
     """
+    if config.tokens and config.mode == "reconstruct" and config.crop != "centre":
+        raise UserError("--tokens show the centre of a picture: with --mode reconstruct give --crop centre too")
     settings = preset(config.preset, config.image_size)
     size = settings["image_size"]
     torch.manual_seed(config.seed)
@@ -24,14 +29,16 @@ def build(config: TrainConfig, device: torch.device) -> tuple[UViT, nn.Module, S
         if config.encoder_size is not None:
             raise UserError("--encoder-size is for frozen encoders: the trainable one sees --image-size")
         encoder = ViTEncoder(**encoder_preset(config.preset, size))
+    elif config.tokens:
+        encoder = stored_encoder(config.tokens, config.encoder, config.encoder_size, config.encoder_tokens)
     else:
-        encoder = PretrainedEncoder.from_source(
-            config.encoder, image_size=config.encoder_size, tokens=config.encoder_tokens
-        )
+        encoder = frozen_encoder(config.encoder, config.encoder_size, config.encoder_tokens)
     unet = UViT(**settings, streams={"image": encoder.token_dim}, conditioning=config.conditioning)
     bad = [scale for scale in config.scales if scale < 1 or size % scale]
     if bad:
         raise UserError(f"--scales {bad[0]} does not divide the image size {size}")
     # convolutions are fastest with channels last, on every device
-    modules = [m.to(device).to(memory_format=torch.channels_last) for m in (unet, encoder)]
-    return *modules, SemanticaScheduler(image_size=size, reference=config.reference)
+    unet = unet.to(device).to(memory_format=torch.channels_last)
+    if not config.tokens:
+        encoder = encoder.to(device).to(memory_format=torch.channels_last)
+    return unet, encoder, SemanticaScheduler(image_size=size, reference=config.reference)

@@ -16,6 +16,7 @@ FREE = {
     "out",
     "data",
     "val",
+    "tokens",
     "workers",
     "log_every",
     "save_every",
@@ -54,11 +55,15 @@ class TrainConfig:
     accumulate: int = 1
     """Parts that each batch is split into, to save memory."""
     encoder: str = "vit"
-    """"vit" (small, trained along), or a frozen DINOv2, CLIP or SigLIP by hub name or local folder."""
+    """"vit" (small, trained along), or a frozen one: a DINOv2, CLIP or SigLIP by hub name or local folder, or the
+    encoder of a run folder."""
     encoder_size: int | None = None
     """Side of the images that a frozen encoder sees."""
     encoder_tokens: Literal["patches", "all"] = "patches"
     """Tokens of a frozen encoder: patches only, or the class and register tokens too."""
+    tokens: str | None = None
+    """Folder of tokens that `semantica pairs --tokens` stored for --data with the same --encoder: it then never runs.
+    Conditions are the centre of their pictures, mirrored at random like before; targets are cut as ever."""
     conditioning: Literal["tokens", "global", "both", "none"] = "tokens"
     """How the condition enters: cross-attention to tokens, pooled vector, both, or not at all."""
     drop: float = 0.1
@@ -85,8 +90,8 @@ class TrainConfig:
     """Sides for the multi-scale loss, such as 32 64 128 256; empty = full size only."""
     flip: bool = True
     """Mirror pictures at random."""
-    crop: float = 1.0
-    """Smallest random crop, as a share of the shorter side."""
+    crop: Annotated[float | Literal["centre"], tyro.conf.arg(metavar="FLOAT|centre")] = 1.0
+    """Smallest random crop, as a share of the shorter side; "centre" never crops at random."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """"auto" is bf16 autocast where the processor multiplies bf16 natively."""
     compile: bool = False
@@ -116,7 +121,8 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
         if self.batch % self.accumulate:
             raise UserError(f"--batch {self.batch} cannot be split into --accumulate {self.accumulate} equal parts")
-        for name, low, high in (("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1), ("crop", 1e-3, 1)):
+        shares = [("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1)]
+        for name, low, high in shares + ([("crop", 1e-3, 1)] if self.crop != "centre" else []):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {low} to {high}")
         for name in ("lr", "clip"):
@@ -124,6 +130,8 @@ class TrainConfig:
                 raise UserError(f"--{name} is {getattr(self, name)}: give a positive number")
         if self.align < 0 or (self.align and self.encoder != "vit"):
             raise UserError(f"--align {self.align} needs the trainable encoder (--encoder vit) and a positive weight")
+        if self.tokens and self.encoder == "vit":
+            raise UserError(f"--tokens {self.tokens} come from a frozen encoder: give the --encoder that made them")
         if self.warmup < 0 or self.weight_decay < 0 or (self.workers or 0) < 0 or self.seed < 0:
             raise UserError("--warmup, --weight-decay, --workers and --seed must not be negative")
         return self

@@ -27,10 +27,10 @@ from semantica.profile import count_parameters, peak_flops, step_flops
 from semantica.train import checkpoint
 from semantica.train.build import build
 from semantica.train.config import FREE, TrainConfig
-from semantica.train.data import Pairs, bad_record, batches, collate, open_data
+from semantica.train.data import Pairs, bad_record, batches, open_data
 from semantica.train.folders import PairData
-from semantica.train.heldout import held_out_batches
-from semantica.train.objective import Objective, PairHead, compile_blocks, held_out_loss
+from semantica.train.heldout import examples, held_out_batches
+from semantica.train.objective import Objective, PairHead, compile_blocks, held_out_loss, take
 from semantica.train.shards import ShardData
 from semantica.train.state import TrainState
 
@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> Path:
     """
     config.check()
     device = pick_device(config.device)
-    data = open_data(config.data, config.mode, config.low, config.high)
+    data = open_data(config.data, config.mode, config.low, config.high, config.tokens)
     config = dataclasses.replace(config, mode=data.mode)
     held = open_data(config.val, config.mode, config.low, config.high) if config.val else None
     bad = [*data.bad, *(held.bad if held else ())]
@@ -80,17 +80,20 @@ def train(config: TrainConfig) -> Path:
         compile_blocks(objective)
     averaged = Objective(state.ema["unet"], state.ema.get("encoder", encoder), config.loss, config.scales).eval()
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
-    flops = step_flops(unet, encoder, encodings=config.conditions + bool(head), conditions=config.conditions)
+    encodings = 0 if config.tokens else config.conditions + bool(head)
+    flops = step_flops(unet, encoder, encodings=encodings, conditions=config.conditions)
     measure = Measure(config, device, dtype, flops)
     fixed = []
     if held:
         sizes = encoder.image_size, unet.config.image_size
-        fixed = held_out_batches(held, config.seed, *sizes, device, config.conditions)
+        once = encoder if config.tokens else None
+        fixed = held_out_batches(held, config.seed, *sizes, device, config.conditions, once)
 
     part = config.batch // config.accumulate
     pairs = Pairs(
         data, seed=config.seed, image_size=unet.config.image_size, condition_size=encoder.image_size,
-        conditions=config.conditions, global_batch=config.batch, drop=config.drop, flip=config.flip, crop=config.crop,
+        conditions=config.conditions, global_batch=config.batch, drop=config.drop, flip=config.flip,
+        crop=None if config.crop == "centre" else config.crop,
     )  # fmt: skip
     workers = config.workers if config.workers is not None else max(1, min(8, (os.cpu_count() or 2) // 2))
     feed = batches(pairs, first_index=state.step * config.batch, batch=part, workers=workers, device=device)
@@ -127,7 +130,7 @@ def train(config: TrainConfig) -> Path:
                 checkpoint.save(run.out / "checkpoints", step, state.tensors(), {"seed": config.seed}, config.keep)
             if step % config.sample_every == 0:
                 pipeline = SemanticaPipeline(averaged.unet, averaged.encoder, scheduler)
-                shown = fixed[0] if fixed else collate([pairs[i] for i in range(SAMPLE_CONDITIONS)])
+                shown = fixed[0] if fixed else examples(pairs, SAMPLE_CONDITIONS)
                 # in the precision of the training: the attention backend may know no other
                 with autocast():
                     run.sample(pipeline, shown, step)
@@ -295,11 +298,13 @@ class Run:
 
     def sample(self, pipeline: SemanticaPipeline, batch: dict, step: int) -> None:
         """A grid: each condition (or several), its target, its variations."""
-        conditions, targets = (batch[name][:SAMPLE_CONDITIONS] for name in ("condition", "target"))
+        few = torch.arange(min(SAMPLE_CONDITIONS, len(batch["target"])))
+        conditions, targets = take(batch["condition"], few), batch["target"][few]
+        pictures = batch.get("shown", batch["condition"])[few]
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.config.seed)
         # several conditions [B, K, 3, C, C] are shown one after the other
-        columns = conditions.reshape(len(conditions), -1, *conditions.shape[-3:])
+        columns = pictures.reshape(len(pictures), -1, *pictures.shape[-3:])
         made = pipeline(
             conditions,
             num_images_per_prompt=SAMPLE_VARIATIONS,
@@ -310,7 +315,7 @@ class Run:
         size = targets.shape[-1]
         shown = torch.nn.functional.interpolate(columns.flatten(0, 1), (size, size), mode="bilinear", antialias=True)
         shown = to_uint8(shown).reshape(*columns.shape[:2], size, size, 3)
-        made = to_uint8(made * 2 - 1).reshape(len(conditions), SAMPLE_VARIATIONS, size, size, 3)
+        made = to_uint8(made * 2 - 1).reshape(len(targets), SAMPLE_VARIATIONS, size, size, 3)
         rows = [[*c, t, *m] for c, t, m in zip(shown, to_uint8(targets), made, strict=True)]
         (self.out / "samples").mkdir(exist_ok=True)
         save_png(grid(rows, apart=1), self.out / "samples" / f"step-{step:08d}.png")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from semantica.condition import Stream
 from semantica.diffusion import add_noise, loss_weight, multiscale_loss, noise_levels, v_target
-from semantica.encoder import EncoderBlock, encode_images
+from semantica.encoder import EncoderBlock, PretrainedEncoder, encode_images
 from semantica.layers import ResBlock, TransformerBlock
 from semantica.uvit import UViT
 
@@ -20,6 +20,9 @@ def compile_blocks(module: nn.Module) -> None:
     for block in module.modules():
         if isinstance(block, REPEATED):
             block.compile(fullgraph=True)
+        elif isinstance(block, PretrainedEncoder):
+            for layer in block.layers:
+                layer.compile(fullgraph=True)
 
 
 class PairHead(nn.Module):
@@ -69,14 +72,18 @@ class Objective(nn.Module):
         self.bias = -3 + 2 * math.log(512 / unet.config.image_size)
 
     def forward(
-        self, condition: Tensor, target: Tensor, noise: Tensor, logsnr: Tensor, drop: Tensor
+        self, condition: Tensor | Stream, target: Tensor, noise: Tensor, logsnr: Tensor, drop: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Denoising loss `[B]`, and contrastive loss `[B]` where there is a head.
 
-        Images are `[B, 3, S, S]`, conditions also `[B, K, 3, S, S]`, noise levels `[B]`; `drop` `[B]` says which
-        samples get no condition.
+        Images are `[B, 3, S, S]`, conditions also `[B, K, 3, S, S]` or a stream that was encoded before, noise levels
+        `[B]`; `drop` `[B]` says which samples get no condition.
         """
-        stream = encode_images(self.encoder, condition)
+        if isinstance(condition, Stream):
+            # stored as fp16
+            stream = Stream(condition.tokens.float(), condition.pooled.float())
+        else:
+            stream = encode_images(self.encoder, condition)
         names = self.unet.stream_names
         values = self.unet.condition({name: Stream(stream.tokens, stream.pooled) for name in names}, drop)
         v = self.unet(add_noise(target, noise, logsnr), logsnr, values)
@@ -97,9 +104,16 @@ def held_out_loss(objective: Objective, batches: list[dict], schedule, autocast)
         logsnr = noise_levels(batch["u"], schedule).to(batch["target"].device)
         keep = torch.zeros_like(batch["drop"])
         for name in sums:
-            condition = batch["condition"] if name == "right" else batch["condition"][batch["other"]]
+            condition = batch["condition"] if name == "right" else take(batch["condition"], batch["other"])
             with autocast():
                 losses, _ = objective(condition, batch["target"], batch["noise"], logsnr, keep)
             sums[name] += losses.double().sum().item()
         count += len(logsnr)
     return {name: total / count for name, total in sums.items()}
+
+
+def take(condition: Tensor | Stream, index: Tensor) -> Tensor | Stream:
+    """Some samples of a batch of conditions."""
+    if isinstance(condition, Stream):
+        return Stream(condition.tokens[index], condition.pooled[index])
+    return condition[index]
