@@ -8,6 +8,7 @@ from semantica.errors import UserError
 from semantica.presets import encoder_preset, preset
 from semantica.scheduler import SemanticaScheduler
 from semantica.train.config import TrainConfig
+from semantica.train.repa import RepaHead, aligned_depth
 from semantica.train.tokens import stored_encoder
 from semantica.uvit import UViT
 
@@ -29,10 +30,11 @@ def build(config: TrainConfig, device: torch.device) -> tuple[UViT, nn.Module, S
         if config.encoder_size is not None:
             raise UserError("--encoder-size is for frozen encoders: the trainable one sees --image-size")
         encoder = ViTEncoder(**encoder_preset(config.preset, size))
-    elif config.tokens:
-        encoder = stored_encoder(config.tokens, config.encoder, config.encoder_size, config.encoder_tokens)
     else:
-        encoder = frozen_encoder(config.encoder, config.encoder_size, config.encoder_tokens)
+        # how an encoder is loaded must not decide how the denoiser begins
+        with torch.random.fork_rng(devices=[]):
+            wanted = config.encoder, config.encoder_size, config.encoder_tokens
+            encoder = stored_encoder(config.tokens, *wanted) if config.tokens else frozen_encoder(*wanted)
     unet = UViT(**settings, streams={"image": encoder.token_dim}, conditioning=config.conditioning)
     bad = [scale for scale in config.scales if scale < 1 or size % scale]
     if bad:
@@ -42,3 +44,23 @@ def build(config: TrainConfig, device: torch.device) -> tuple[UViT, nn.Module, S
     if not config.tokens:
         encoder = encoder.to(device).to(memory_format=torch.channels_last)
     return unet, encoder, SemanticaScheduler(image_size=size, reference=config.reference)
+
+
+def alignment(
+    config: TrainConfig, unet: UViT, encoder: nn.Module, device: torch.device
+) -> tuple[RepaHead | None, nn.Module | None]:
+    """What `--repa` trains, and the frozen encoder that it aligns to; nothing without it.
+
+    Raises:
+        UserError: the encoder cannot be loaded, or there is no such block.
+    """
+    if not config.repa:
+        return None, None
+    teacher = encoder
+    if config.repa_encoder not in (None, config.encoder):
+        teacher = frozen_encoder(config.repa_encoder).to(device)
+    depth = aligned_depth(len(unet.transformer_blocks), config.repa_depth)
+    # random numbers of its own: all else stays as it is without alignment
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return RepaHead(unet.config.width, teacher.token_dim, depth).to(device), teacher

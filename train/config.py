@@ -84,6 +84,13 @@ class TrainConfig:
     """What the weight of the noise levels makes the loss equal to; "x" learns content first, "eps" and "v" detail."""
     align: float = 0.0
     """Weight of a contrastive loss between the encodings of a pair, for the encoder that is trained along."""
+    repa: float = 0.0
+    """Weight of representation alignment (REPA, arXiv 2410.06940; the paper's is 0.5): hidden states are drawn to a
+    frozen encoder's tokens of the target. With --tokens it reads the target's, and so needs --crop centre."""
+    repa_encoder: str | None = None
+    """Frozen encoder that --repa aligns to, as for --encoder; by default --encoder, where that is frozen."""
+    repa_depth: int | None = None
+    """Transformer blocks before the states that --repa aligns; by default 2 of 7, the paper's share (8 of 28)."""
     reference: int = 64
     """Image size whose noise schedule is taken as it is; a smaller one means noisier training at every size."""
     scales: tuple[int, ...] = ()
@@ -130,11 +137,22 @@ class TrainConfig:
                 raise UserError(f"--{name} is {getattr(self, name)}: give a positive number")
         if self.align < 0 or (self.align and self.encoder != "vit"):
             raise UserError(f"--align {self.align} needs the trainable encoder (--encoder vit) and a positive weight")
+        if not self.repa >= 0 or (not self.repa and (self.repa_encoder, self.repa_depth) != (None, None)):
+            raise UserError(f"--repa is {self.repa}: give a positive weight, or no --repa-encoder and --repa-depth")
+        if self.repa and self.encoder == "vit" and not self.repa_encoder:
+            raise UserError("--repa aligns to a frozen encoder: give one as --encoder or as --repa-encoder")
+        if self.repa_from_store and self.crop != "centre":
+            raise UserError("--repa with --tokens reads what targets show at their centre: give --crop centre too")
         if self.tokens and self.encoder == "vit":
             raise UserError(f"--tokens {self.tokens} come from a frozen encoder: give the --encoder that made them")
         if self.warmup < 0 or self.weight_decay < 0 or (self.workers or 0) < 0 or self.seed < 0:
             raise UserError("--warmup, --weight-decay, --workers and --seed must not be negative")
         return self
+
+    @property
+    def repa_from_store(self) -> bool:
+        """Whether the tokens that hidden states are aligned to are among the stored ones."""
+        return bool(self.repa and self.tokens and self.repa_encoder in (None, self.encoder))
 
     def record(self) -> dict:
         """As JSON values."""

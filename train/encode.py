@@ -134,7 +134,7 @@ def encoding(encoder: nn.Module, device: torch.device, dtype: torch.dtype, compi
         compile_blocks(encoder)
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(pictures: np.ndarray) -> tuple[Tensor, Tensor]:
         images = to_tensor(pictures).to(device, non_blocking=True)
         # the mirror image of a picture's view is its view's mirror image, pixel by pixel
@@ -353,8 +353,8 @@ def room_for(out: Path, size: int) -> None:
     free = shutil.disk_usage(out).free
     if size > free:
         raise UserError(
-            f"the tokens take {size / 1e9:.1f} GB more and {out} has room for {free / 1e9:.1f}: choose another --out, "
-            "a smaller --encoder-size or a smaller encoder"
+            f"the tokens take {size / 1e9:.1f} GB more and {out} has room for {free / 1e9:.1f} GB: choose another "
+            "--out, a smaller --encoder-size or a smaller encoder"
         )
 
 

@@ -25,7 +25,7 @@ from semantica.kernels import implementations
 from semantica.pipeline import SemanticaPipeline
 from semantica.profile import count_parameters, peak_flops, step_flops
 from semantica.train import checkpoint
-from semantica.train.build import build
+from semantica.train.build import alignment, build
 from semantica.train.config import FREE, TrainConfig
 from semantica.train.data import Pairs, bad_record, batches, open_data
 from semantica.train.folders import PairData
@@ -53,6 +53,7 @@ def train(config: TrainConfig) -> Path:
     if held is None and config.held_out:
         data, held = data.split(config.held_out, config.seed)
     unet, encoder, scheduler = build(config, device)
+    repa, teacher = alignment(config, unet, encoder, device)
     dtype = pick_precision(config.precision, device)
     backend, reason = set_attention(torch.nn.ModuleList([unet, encoder]), config.attention, device, dtype)
 
@@ -69,18 +70,19 @@ def train(config: TrainConfig) -> Path:
     )
 
     head = PairHead(encoder.token_dim).to(device) if config.align else None
-    state = TrainState(config, {"unet": unet, "encoder": encoder} | ({"head": head} if head else {}))
+    heads = {name: module for name, module in (("head", head), ("repa", repa)) if module is not None}
+    state = TrainState(config, {"unet": unet, "encoder": encoder} | heads)
     found = checkpoint.load_newest(run.out / "checkpoints", state.files, device, run.say)
     if found:
         state.load(found[0]["step"], found[1])
         run.say(f"continuing from step {state.step}")
     run.rewind(state.step)
-    objective = Objective(unet, encoder, config.loss, config.scales, head).train()
+    objective = Objective(unet, encoder, config.loss, config.scales, head, repa, teacher).train()
     if config.compile:
         compile_blocks(objective)
     averaged = Objective(state.ema["unet"], state.ema.get("encoder", encoder), config.loss, config.scales).eval()
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
-    encodings = 0 if config.tokens else config.conditions + bool(head)
+    encodings = 0 if config.tokens else config.conditions + bool(head) + (teacher is encoder)
     flops = step_flops(unet, encoder, encodings=encodings, conditions=config.conditions)
     measure = Measure(config, device, dtype, flops)
     fixed = []
@@ -93,7 +95,7 @@ def train(config: TrainConfig) -> Path:
     pairs = Pairs(
         data, seed=config.seed, image_size=unet.config.image_size, condition_size=encoder.image_size,
         conditions=config.conditions, global_batch=config.batch, drop=config.drop, flip=config.flip,
-        crop=None if config.crop == "centre" else config.crop,
+        crop=None if config.crop == "centre" else config.crop, target_tokens=config.repa_from_store,
     )  # fmt: skip
     workers = config.workers if config.workers is not None else max(1, min(8, (os.cpu_count() or 2) // 2))
     feed = batches(pairs, first_index=state.step * config.batch, batch=part, workers=workers, device=device)
@@ -110,9 +112,13 @@ def train(config: TrainConfig) -> Path:
                     run.bad_sample(path, why)
                 logsnr = noise_levels(batch["u"], scheduler.schedule).to(device)
                 with autocast():
-                    losses = objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])
-                denoising, pairing = (a if a is None else a.mean() / config.accumulate for a in losses)
-                (denoising if pairing is None else denoising + config.align * pairing).backward()
+                    losses = objective(
+                        batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"],
+                        batch.get("target_tokens"),
+                    )  # fmt: skip
+                denoising, *others = (a if a is None else a.mean() / config.accumulate for a in losses)
+                weighted = zip((config.align, config.repa), others, strict=True)
+                sum((weight * loss for weight, loss in weighted if loss is not None), denoising).backward()
                 total += denoising.detach()
             norm = state.update()
             measure.step(total, norm)

@@ -174,17 +174,17 @@ def read_index(root: str | Path) -> dict:
     if index.get("format") != FORMAT:
         raise UserError(f"{root} has format {index.get('format')!r}: this version reads tokens of format {FORMAT}")
     try:
-        for entry in index["files"]:
-            name = entry["name"]
-            if posixpath.basename(name) != name or name.startswith("."):
-                raise UserError(f"{root}/index.json names {name!r}, which leads out of the folder: store them again")
-            path = root / f"{name}.safetensors"
-            there = path.stat().st_size if path.is_file() else "no"
-            if there != entry["bytes"]:
-                raise UserError(f"{path} has {there} bytes instead of {entry['bytes']}: {again(index['identity'])}")
-        count, width = index["identity"]["shape"]
+        named = {str(entry["name"]): int(entry["bytes"]) for entry in index["files"]}
+        hint = again(index["identity"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{root}/index.json is not what was written: store the tokens again") from error
+    for name, size in named.items():
+        if posixpath.basename(name) != name or name.startswith("."):
+            raise UserError(f"{root}/index.json names {name!r}, which leads out of the folder: store the tokens again")
+        path = root / f"{name}.safetensors"
+        there = path.stat().st_size if path.is_file() else "no"
+        if there != size:
+            raise UserError(f"{path} has {there} bytes instead of {size}: {hint}")
     return index
 
 
@@ -273,10 +273,9 @@ def stored_encoder(root: str | Path, source: str, size: int | None, tokens: str)
     identity = read_index(root)["identity"]
     made = identity["encoder"]
     if made["origin"] != origin(source) and (made["source"] != source or Path(source).is_dir()):
-        what = "has other weights now" if made["source"] == source else f"is not {source!r}"
+        what = ", which has other weights now" if made["source"] == source else f", not {source}"
         raise UserError(
-            f"tokens in {root} were made with --encoder {made['source']}, which {what}: give that encoder, or leave "
-            "out --tokens"
+            f"tokens in {root} were made with --encoder {made['source']}{what}: give the same, or leave out --tokens"
         )
     for name, now, then in (
         ("size", size or made["default_size"], made["image_size"]),
