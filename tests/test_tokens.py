@@ -195,6 +195,7 @@ def test_training_is_the_same_as_with_the_encoder_at_a_fixed_view(home, stored, 
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
+@pytest.mark.slow
 def test_a_run_continues_where_the_tokens_moved_and_refuses_others(home, stored, copy, tmp_path):
     out = tmp_path / "run"
     train(config(home, out, steps=1, tokens=str(stored), held_out=0.0, sample_every=1))
@@ -472,6 +473,7 @@ def test_shards_have_a_file_of_tokens_each(home, crawl, tmp_path):
         open_data(home / "photos", tokens=out)
 
 
+@pytest.mark.slow
 def test_the_encoder_of_a_run_can_be_the_frozen_one(home, small_run, tmp_path):
     out = tmp_path / "tokens"
     assert store(home, out, encoder=small_run, size=16) == 0

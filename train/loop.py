@@ -105,7 +105,7 @@ def train(config: TrainConfig) -> Path:
         while state.step < config.steps:
             # dropout in the network: a pure function of the step, as all other randomness
             torch.manual_seed((config.seed << 32) + state.step)
-            total = torch.zeros((), device=device)
+            total, aligned = torch.zeros((), device=device), torch.zeros((), device=device)
             for _ in range(config.accumulate):
                 batch = measure.waiting(feed)
                 for path, why in batch["bad"]:
@@ -120,8 +120,9 @@ def train(config: TrainConfig) -> Path:
                 weighted = zip((config.align, config.repa), others, strict=True)
                 sum((weight * loss for weight, loss in weighted if loss is not None), denoising).backward()
                 total += denoising.detach()
+                aligned += 0.0 if others[1] is None else others[1].detach()
             norm = state.update()
-            measure.step(total, norm)
+            measure.step(total, norm, aligned if config.repa else None)
             bar.update()
             step, last = state.step, state.step == config.steps
             if step % config.log_every == 0 or last:
@@ -160,6 +161,7 @@ class Measure:
         self.steps = 0
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
+        self.aligned: list[Tensor] = []
 
     def start(self) -> None:
         self.began = time.perf_counter()
@@ -170,9 +172,11 @@ class Measure:
         self.waited += time.perf_counter() - began
         return batch
 
-    def step(self, loss: Tensor, norm: Tensor) -> None:
+    def step(self, loss: Tensor, norm: Tensor, aligned: Tensor | None = None) -> None:
         self.losses.append(loss)
         self.norms.append(norm)
+        if aligned is not None:
+            self.aligned.append(aligned)
         self.finite &= torch.isfinite(loss) & torch.isfinite(norm)
         self.steps += 1
         self.busy += time.perf_counter() - self.began
@@ -200,6 +204,8 @@ class Measure:
             "peak_flops": self.peak,
             "peak_flops_source": self.peak_source,
         }
+        if self.aligned:
+            row["repa_loss"] = torch.stack(self.aligned).mean().item()
         self.reset()
         return row
 
