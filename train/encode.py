@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -30,7 +30,7 @@ from semantica.errors import UserError
 from semantica.images import BadImage, fit, load_image, to_tensor
 from semantica.runfolder import read_json
 from semantica.train.checkpoint import sha256, write_aside
-from semantica.train.data import open_data
+from semantica.train.data import _start_worker, open_data
 from semantica.train.folders import PairData
 from semantica.train.objective import compile_blocks
 from semantica.train.pages.config import PairsConfig
@@ -66,7 +66,7 @@ class Pictures(Dataset):
         return len(self.refs)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray | None, str, bytes, int, int]:
-        ref, size, mtime = self.refs[i], 0, 0
+        ref, digest, size, mtime = self.refs[i], bytes(MARK), 0, 0
         try:
             if isinstance(self.data, ShardData):
                 digest = self.data.sha[ref].tobytes()
@@ -77,8 +77,9 @@ class Pictures(Dataset):
                 content = path.read_bytes()
                 size, digest = len(content), hashlib.sha256(content).digest()[:MARK]
                 image = load_image(io.BytesIO(content), near=self.side)
-        except BadImage as error:
-            return None, error.reason, digest, size, mtime
+        except (BadImage, OSError) as error:
+            reason = error.reason if isinstance(error, BadImage) else f"cannot be read: {error.strerror}"
+            return None, reason, digest, size, mtime
         return fit(image, self.side), "", digest, size, mtime
 
 
@@ -106,6 +107,8 @@ def store_tokens(config: PairsConfig) -> None:
         "encoder": described(encoder, config), "arithmetic": {**arithmetic, "batch": BATCH},
     }  # fmt: skip
     begin(out, identity, encoder)
+    for name, reason in data.bad:
+        tqdm.write(f"left out, {name}: {reason}")
     todo = units(data, picture_bytes(shape))
     left = [unit for unit in todo if not finished(out, unit, data)]
     total = sum(len(unit.refs) for unit in todo)
@@ -217,8 +220,6 @@ def finished(out: Path, unit: Unit, data: PairData | ShardData) -> bool:
             return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    from safetensors.numpy import load
-
     table = Table(**load(content))
     if isinstance(data, ShardData):
         return np.array_equal(table.picture, data.sha[list(unit.refs)])
@@ -232,7 +233,7 @@ def loaded(data: PairData | ShardData, refs: tuple, side: int, workers: int) -> 
     """The pictures in batches, decoded by other processes."""
     loader = DataLoader(
         Pictures(data, refs, side), batch_size=BATCH, num_workers=workers if len(refs) > BATCH else 0,
-        collate_fn=list, generator=torch.Generator(),
+        collate_fn=list, generator=torch.Generator(), worker_init_fn=_start_worker,
     )  # fmt: skip
     return iter(loader)
 

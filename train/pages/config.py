@@ -36,7 +36,7 @@ class PairsConfig:
     inputs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """WARC files (.warc, .warc.gz), WACZ files, folders of saved pages, img2dataset's .tar files or its folder."""
     out: Path | None = None
-    """Folder of shards to write; with --urls-only a .parquet file."""
+    """Folder of shards to write; with --urls-only a .parquet file; with --tokens the folder of tokens."""
     encoder: Annotated[str, tyro.conf.arg(metavar="NAME")] = "facebook/dinov2-small"
     """What similarity is measured with: DINOv2, CLIP or SigLIP by hub name or local folder; "colour-and-shape", a
     classical descriptor that needs no download and knows no meaning; or "none": pairs are then not filtered."""
@@ -57,7 +57,7 @@ class PairsConfig:
     engine: Literal["local", "ray"] = "local"
     """Processes of this machine, or a Ray cluster (the one in RAY_ADDRESS, else this machine)."""
     processes: int | None = None
-    """Processes of the local engine; by default one per processor."""
+    """Processes of the local engine, by default one per processor; with --tokens, those that decode pictures."""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """Where the encoder runs."""
     tokens: str | None = None
