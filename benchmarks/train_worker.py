@@ -103,7 +103,7 @@ class Trainer:
         waited = time.perf_counter() - began
         logsnr = noise_levels(batch["u"], self.schedule).to(self.device)
         with self.autocast():
-            losses, _ = self.objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])
+            losses, *_ = self.objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])
         loss = losses.mean()
         loss.backward()
         self.state.update()

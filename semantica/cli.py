@@ -98,7 +98,10 @@ def pairs(arguments: list[str]) -> None:
 
     config = parse(PairsConfig, "pairs", arguments).check()
     try:
-        from semantica.train.pages.command import run
+        if config.tokens is not None:
+            from semantica.train.encode import store_tokens as run
+        else:
+            from semantica.train.pages.command import run
     except ImportError as error:
         raise UserError(f"'semantica pairs' needs {error.name}: install semantica-diffusion[pairs]") from error
 

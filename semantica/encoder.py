@@ -1,5 +1,8 @@
 """Image encoders: frozen DINOv2, CLIP or SigLIP through transformers, and a small trainable ViT."""
 
+import hashlib
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from semantica.condition import Stream
 from semantica.errors import UserError
 from semantica.layers import MLP, RMSNorm, SelfAttention, block_runner, rotary_grid
+from semantica.runfolder import UNSAFE, read_json
 
 # model type -> (configuration class, model class) of transformers; nothing outside this table is ever built
 PRETRAINED = {
@@ -74,6 +78,11 @@ class ViTEncoder(ModelMixin, ConfigMixin):
     @property
     def image_size(self) -> int:
         return self.config.image_size
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens of an image, a square grid row by row; they come last."""
+        return (self.config.image_size // self.config.patch_size) ** 2
 
     def forward(self, images: Tensor) -> Stream:
         """Images `[B, 3, S, S]` in [-1, 1] to tokens `[B, (S / patch)^2, C]` and their mean as the pooled vector."""
@@ -172,6 +181,11 @@ class PretrainedEncoder(ModelMixin, ConfigMixin):
         return encoder
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """The tower's repeated layers."""
+        return next(module for module in self.tower.encoder.children() if isinstance(module, nn.ModuleList))
+
+    @property
     def token_dim(self) -> int:
         return self.tower.config.hidden_size
 
@@ -195,6 +209,59 @@ class PretrainedEncoder(ModelMixin, ConfigMixin):
         first = tokens.shape[1] - self.patches
         pooled = out.pooler_output if out.pooler_output is not None else tokens[:, 0]
         return Stream(tokens[:, first:] if self.config.tokens == "patches" else tokens, pooled)
+
+
+# what `save_pretrained` of this package names in an encoder's config.json
+OWN = {"ViTEncoder": ViTEncoder, "PretrainedEncoder": PretrainedEncoder}
+
+
+def frozen_encoder(source: str, image_size: int | None = None, tokens: str = "patches") -> nn.Module:
+    """An encoder that is not trained (any more).
+
+    Args:
+        source: a hub name or folder as `PretrainedEncoder.from_source` takes it, or a run folder of this package, or
+            the encoder folder in one, whose size and tokens are fixed.
+        image_size, tokens: see `PretrainedEncoder.from_source`.
+
+    Raises:
+        UserError: nothing safe can be loaded from there, or the size or tokens do not fit.
+    """
+    folder = own_folder(source)
+    if folder is None:
+        return PretrainedEncoder.from_source(source, image_size=image_size, tokens=tokens)
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in UNSAFE:
+            raise UserError(f"{path} is refused: only safetensors and JSON are read from there; remove it")
+    kind = OWN[read_json(folder / "config.json")["_class_name"]]
+    try:
+        encoder = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"encoder {source!r} cannot be loaded: {reason}") from error
+    fixed = getattr(encoder.config, "tokens", "patches")
+    if image_size not in (None, encoder.image_size) or tokens != fixed:
+        raise UserError(
+            f"encoder {source!r} of a run has image size {encoder.image_size} and tokens {fixed!r}: leave the size out "
+            "and ask for these tokens"
+        )
+    encoder.trainable = False
+    return encoder.requires_grad_(False).eval()
+
+
+def own_folder(source: str) -> Path | None:
+    """The folder of an encoder that this package saved, where `source` is one or a run folder that has one."""
+    for folder in (Path(source) / "encoder", Path(source)):
+        if (folder / "config.json").is_file() and read_json(folder / "config.json").get("_class_name") in OWN:
+            return folder
+    return None
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """64 hex digits over the names and bytes of a module's weights."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def encode_images(encoder: nn.Module, images: Tensor) -> Stream:

@@ -128,13 +128,17 @@ class SemanticaPipeline(DiffusionPipeline):
         return self
 
     @torch.no_grad()
-    def encode(self, image: Tensor | Picture | Sequence[Picture]) -> Stream:
+    def encode(self, image: Tensor | Stream | Picture | Sequence[Picture]) -> Stream:
         """Condition images to one stream `[B, M, C]`.
 
         Args:
             image: a picture, a list of pictures (one sample each; a nested list is several pictures for one sample),
-                or a tensor `[B, 3, S, S]` in [-1, 1] (`[B, K, 3, S, S]` for K pictures in each sample).
+                a tensor `[B, 3, S, S]` in [-1, 1] (`[B, K, 3, S, S]` for K pictures in each sample), or a stream that
+                was encoded before.
         """
+        if isinstance(image, Stream):
+            device, dtype = self._execution_device, self.unet.dtype
+            return Stream(image.tokens.to(device, dtype), image.pooled.to(device, dtype), image.lengths)
         encoder = self.encoder if self._fast is None else self._fast[1]
         if isinstance(image, Tensor):
             return self._widened(encode_images(encoder, image.to(self._execution_device, encoder.dtype)))
@@ -164,7 +168,7 @@ class SemanticaPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Tensor | Picture | Sequence[Picture],
+        image: Tensor | Stream | Picture | Sequence[Picture],
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 20,
         guidance_scale: float = 1.5,

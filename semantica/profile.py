@@ -99,13 +99,19 @@ def cost(model: UViT, tokens: int = 256, batch: int = 1, dtype: torch.dtype = to
 def step_flops(unet: UViT, encoder: nn.Module, encodings: int = 1, conditions: int = 1) -> int:
     """Operations of one sample in a training step with so many encodings (forward only where frozen), of which
     `conditions` are attended to."""
+    flops, tokens = encoding_cost(encoder)
+    return encodings * flops + cost(unet, conditions * tokens)["flops_step"]
+
+
+def encoding_cost(encoder: nn.Module) -> tuple[int, int]:
+    """Operations that an encoder takes for one image, backward included where it is trained, and its tokens."""
     twin = on_meta(encoder)
     images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
     with FlopCounterMode(display=False) as counter:
         stream = twin(images)
         if encoder.trainable:
             stream.tokens.sum().backward()
-    return encodings * counter.get_total_flops() + cost(unet, conditions * stream.tokens.shape[1])["flops_step"]
+    return counter.get_total_flops(), stream.tokens.shape[1]
 
 
 # dense bf16 rates of the data sheets, operations per second

@@ -154,16 +154,20 @@ class UViT(ModelMixin, ConfigMixin):
             return Condition((), (), like.new_zeros(batch, self.config.emb_dim), None, ())
         return self.condition(streams, torch.ones(batch, dtype=torch.bool, device=like.device))
 
-    def forward(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
+    def forward(
+        self, z: Tensor, logsnr: Tensor, condition: Condition, hidden: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict v = alpha * eps - sigma * x.
 
         Args:
             z: `[B, 3, S, S]` noised image.
             logsnr: `[B]` log signal-to-noise ratio.
             condition: from `condition()` or `null_condition()`.
+            hidden: return hidden states too, those after so many transformer blocks (at least one).
 
         Returns:
-            `[B, 3, S, S]` in z's dtype: fp32 latents keep their digits in front of a network of lower precision.
+            `[B, 3, S, S]` in z's dtype: fp32 latents keep their digits in front of a network of lower precision. With
+            `hidden` also the hidden states `[B, N, C]` of the transformer's grid, row by row.
         """
         emb = F.silu(self.embed_noise(logsnr) + condition.emb)
         # latents may stay fp32 in front of a network of half precision; under autocast this changes nothing
@@ -181,6 +185,8 @@ class UViT(ModelMixin, ConfigMixin):
         for i, block in enumerate(self.transformer_blocks):
             keys_values = (condition.keys[i], condition.values[i]) if self.use_tokens else None
             x = run(block, x, emb, rope, keys_values, condition.sizes, condition.lengths)
+            if i + 1 == hidden:
+                states = x
         x = x.transpose(1, 2).unflatten(2, (height, width))
 
         for blocks, up in zip(reversed(self.up_blocks), reversed(self.upsamplers)):
@@ -191,7 +197,8 @@ class UViT(ModelMixin, ConfigMixin):
         # a narrow network cannot carry the noise of a patch through to v, but the image it can name
         wide = torch.promote_types(z.dtype, torch.float32)
         alpha, sigma = alpha_sigma(logsnr.to(wide)[:, None, None, None])
-        return ((alpha * z.to(wide) - x.to(wide)) / sigma.clamp(min=SIGMA_MIN)).to(z.dtype)
+        v = ((alpha * z.to(wide) - x.to(wide)) / sigma.clamp(min=SIGMA_MIN)).to(z.dtype)
+        return v if hidden is None else (v, states)
 
     def _tokens(self, name: str, tokens: Tensor, drop: Tensor | None) -> Tensor:
         tokens = self.norm_tokens[name](tokens)

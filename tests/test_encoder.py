@@ -1,12 +1,14 @@
 """Encoders: the trainable one, and the real loading code on small random DINOv2, CLIP and SigLIP towers."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
 
 from semantica import PretrainedEncoder, UserError, ViTEncoder
+from semantica.encoder import frozen_encoder
 
 
 def pictures(size, batch=2):
@@ -92,3 +94,43 @@ def test_the_trainable_encoder_learns_from_every_parameter():
     assert all(p.grad is not None and p.grad.any() for p in encoder.parameters())
     with pytest.raises(UserError, match="patch_size=6"):
         ViTEncoder(image_size=30, patch_size=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "size"), [("dinov2", 70), ("clip", 64), ("siglip", 64)])
+def test_the_layers_of_a_tower_compile_whole_and_as_one_graph(tmp_path, save_tower, kind, size):
+    from semantica.train.objective import compile_blocks
+
+    save_tower(tmp_path, kind)
+    encoder = PretrainedEncoder.from_source(str(tmp_path), image_size=size)
+    expected = encoder(pictures(size))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(encoder)
+    for _ in range(2):
+        torch.testing.assert_close(encoder(pictures(size)).tokens, expected.tokens, rtol=0, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = encoder(pictures(size)).tokens
+    assert not tokens.requires_grad
+    torch.testing.assert_close(tokens.float(), expected.tokens, rtol=0, atol=0.05)
+
+
+def test_the_encoder_of_a_run_is_loaded_frozen_and_nothing_else_is(small_run, tmp_path):
+    for source in (small_run, small_run / "encoder"):
+        encoder = frozen_encoder(str(source))
+        assert isinstance(encoder, ViTEncoder) and not encoder.trainable and not encoder.training
+        assert not any(p.requires_grad for p in encoder.parameters()) and encoder.patches == 16
+    copy = tmp_path / "run"
+    shutil.copytree(small_run, copy)
+    with pytest.raises(UserError, match="has image size 16 and tokens 'patches'"):
+        frozen_encoder(str(copy), 32)
+    (copy / "encoder" / "more.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match="more.pt is refused"):
+        frozen_encoder(str(copy))
+    (copy / "encoder" / "more.pt").unlink()
+    weights = copy / "encoder" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:99])
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        frozen_encoder(str(copy))
+    assert "\n" not in str(caught.value)

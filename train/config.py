@@ -16,6 +16,7 @@ FREE = {
     "out",
     "data",
     "val",
+    "tokens",
     "workers",
     "log_every",
     "save_every",
@@ -57,11 +58,15 @@ class TrainConfig:
     accumulate: int = 1
     """Parts that each batch is split into, to save memory; may change when a run without --align is continued."""
     encoder: str = "vit"
-    """"vit" (small, trained along), or a frozen DINOv2, CLIP or SigLIP by hub name or local folder."""
+    """"vit" (small, trained along), or a frozen one: a DINOv2, CLIP or SigLIP by hub name or local folder, or the
+    encoder of a run folder."""
     encoder_size: int | None = None
     """Side of the images that a frozen encoder sees."""
     encoder_tokens: Literal["patches", "all"] = "patches"
     """Tokens of a frozen encoder: patches only, or the class and register tokens too."""
+    tokens: str | None = None
+    """Folder of tokens that `semantica pairs --tokens` stored for --data with the same --encoder: it then never runs.
+    Conditions are the centre of their pictures, mirrored at random like before; targets are cut as ever."""
     conditioning: Literal["tokens", "global", "both", "none"] = "tokens"
     """How the condition enters: cross-attention to tokens, pooled vector, both, or not at all."""
     drop: float = 0.1
@@ -82,14 +87,21 @@ class TrainConfig:
     """What the weight of the noise levels makes the loss equal to; "x" learns content first, "eps" and "v" detail."""
     align: float = 0.0
     """Weight of a contrastive loss between the encodings of a pair, for the encoder that is trained along."""
+    repa: float = 0.0
+    """Weight of representation alignment (REPA, arXiv 2410.06940; the paper's is 0.5): hidden states are drawn to a
+    frozen encoder's tokens of the target. With --tokens it reads the target's, and so needs --crop centre."""
+    repa_encoder: str | None = None
+    """Frozen encoder that --repa aligns to, as for --encoder; by default --encoder, where that is frozen."""
+    repa_depth: int | None = None
+    """Transformer blocks before the states that --repa aligns; by default 2 of 7, the paper's share (8 of 28)."""
     reference: int = 64
     """Image size whose noise schedule is taken as it is; a smaller one means noisier training at every size."""
     scales: tuple[int, ...] = ()
     """Sides for the multi-scale loss, such as 32 64 128 256; empty = full size only."""
     flip: bool = True
     """Mirror pictures at random."""
-    crop: float = 1.0
-    """Smallest random crop, as a share of the shorter side."""
+    crop: Annotated[float | Literal["centre"], tyro.conf.arg(metavar="FLOAT|centre")] = 1.0
+    """Smallest random crop, as a share of the shorter side; "centre" never crops at random."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """"auto" is bf16 autocast where the processor multiplies bf16 natively."""
     compile: bool = False
@@ -131,7 +143,8 @@ class TrainConfig:
         if self.batch % (self.accumulate * processes):
             each = f"--batch {self.batch} in --accumulate {self.accumulate}"
             raise UserError(f"{each} parts cannot be split among {processes} processes: give a multiple of both")
-        for name, low, high in (("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1), ("crop", 1e-3, 1)):
+        shares = [("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1)]
+        for name, low, high in shares + ([("crop", 1e-3, 1)] if self.crop != "centre" else []):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {low} to {high}")
         for name in ("lr", "clip", "timeout"):
@@ -139,9 +152,22 @@ class TrainConfig:
                 raise UserError(f"--{name} is {getattr(self, name)}: give a positive number")
         if self.align < 0 or (self.align and self.encoder != "vit"):
             raise UserError(f"--align {self.align} needs the trainable encoder (--encoder vit) and a positive weight")
+        if not self.repa >= 0 or (not self.repa and (self.repa_encoder, self.repa_depth) != (None, None)):
+            raise UserError(f"--repa is {self.repa}: give a positive weight, or no --repa-encoder and --repa-depth")
+        if self.repa and self.encoder == "vit" and not self.repa_encoder:
+            raise UserError("--repa aligns to a frozen encoder: give one as --encoder or as --repa-encoder")
+        if self.repa_from_store and self.crop != "centre":
+            raise UserError("--repa with --tokens reads what targets show at their centre: give --crop centre too")
+        if self.tokens and self.encoder == "vit":
+            raise UserError(f"--tokens {self.tokens} come from a frozen encoder: give the --encoder that made them")
         if self.warmup < 0 or self.weight_decay < 0 or (self.workers or 0) < 0 or self.seed < 0:
             raise UserError("--warmup, --weight-decay, --workers and --seed must not be negative")
         return self
+
+    @property
+    def repa_from_store(self) -> bool:
+        """Whether the tokens that hidden states are aligned to are among the stored ones."""
+        return bool(self.repa and self.tokens and self.repa_encoder in (None, self.encoder))
 
     def record(self) -> dict:
         """As JSON values."""

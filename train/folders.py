@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,9 @@ from PIL import Image
 from semantica.errors import UserError
 from semantica.images import BadImage, load_image, probe_image
 from semantica.train.draws import PAIR, SPLIT, Pair, View, generator, order
+
+if TYPE_CHECKING:
+    from semantica.train.tokens import Tokens
 
 MODES = ("folders", "reconstruct")
 SIDE_FILES = {".json", ".jsonl", ".txt", ".tsv", ".csv", ".md"}
@@ -27,11 +30,12 @@ class PairData:
     """What `scan` found.
 
     root, mode: as given to `scan`.
-    remote: whether pictures are worth fetching ahead.
+    kind: what the data is, in a word. remote: whether pictures are worth fetching ahead.
     groups: label -> paths relative to root, in natural order; "" holds the pictures directly in root.
     sizes: bytes of each picture, by path.
     bad: (path, reason) of each file that cannot be used.
     alone: labels left out because they hold a single picture.
+    tokens: what a frozen encoder made of the pictures, where it was stored.
     """
 
     root: Path
@@ -40,6 +44,8 @@ class PairData:
     sizes: dict[str, int]
     bad: tuple[tuple[str, str], ...] = ()
     alone: tuple[str, ...] = ()
+    tokens: "Tokens | None" = None
+    kind: ClassVar[str] = "folders"
     remote: ClassVar[bool] = False
 
     def __len__(self) -> int:
@@ -62,16 +68,18 @@ class PairData:
 
     def describe(self) -> str:
         """In words, for the log."""
-        return f"{len(self)} pictures in {len(self.groups)} groups"
+        stored = ", tokens stored" if self.tokens else ""
+        return f"{len(self)} pictures in {len(self.groups)} groups{stored}"
 
     def keep(self, groups: dict[str, tuple[str, ...]]) -> "PairData":
         """The same folder with only these groups, whose paths are among its own."""
         sizes = {path: self.sizes[path] for paths in groups.values() for path in paths}
-        return PairData(self.root, self.mode, groups, sizes)
+        return PairData(self.root, self.mode, groups, sizes, tokens=self.tokens)
 
     def digest(self) -> str:
-        """16 hex digits over the listing (relative paths and sizes), so that a resumed run can refuse other data."""
-        listing = hashlib.sha256()
+        """16 hex digits over the listing (relative paths and sizes) and the stored tokens, so that a resumed run can
+        refuse other data."""
+        listing = hashlib.sha256(self.tokens.digest().encode() if self.tokens else b"")
         for path in sorted(self.sizes):
             listing.update(os.fsencode(path) + b"\0%d\0" % self.sizes[path])
         return listing.hexdigest()[:16]

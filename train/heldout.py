@@ -1,8 +1,12 @@
 """A fixed set of held-out pairs, each with a partner from another group."""
 
-import torch
+import copy
 
-from semantica.train.data import Pairs, collate
+import torch
+from torch import nn
+
+from semantica.encoder import encode_images
+from semantica.train.data import Pairs, collate, streamed
 from semantica.train.folders import PairData
 from semantica.train.shards import ShardData
 
@@ -16,16 +20,18 @@ def held_out_batches(
     image_size: int,
     device: torch.device,
     conditions: int = 1,
+    encoder: nn.Module | None = None,
 ) -> list[dict]:
     """At most 256 pairs (one per held-out target picture) in batches of at most 64, centre crops, no flips.
 
     Each batch has `other [B]`: the place in the batch of a sample from another group. Noise levels are stratified
-    over the whole set, and all is a function of the seed.
+    over the whole set, and all is a function of the seed. Conditions are pictures, or streams where tokens are stored
+    or where an encoder is given, which then runs once; `shown` are their pictures.
     """
     count = min(PAIRS, max(2, len(data)))
     pairs = Pairs(
         data, seed=seed, image_size=image_size, condition_size=condition_size,
-        conditions=conditions, global_batch=count, drop=0.0, flip=False, crop=None,
+        conditions=conditions, global_batch=count, drop=0.0, flip=False, crop=None, pixels=True,
     )  # fmt: skip
     result = []
     for start in range(0, count, BATCH):
@@ -33,8 +39,21 @@ def held_out_batches(
         batch = collate([pairs[i] for i in indices])
         batch["group"] = [data.draw(seed, i).group for i in indices]
         batch["other"] = partners(batch["group"], data.mode)
-        result.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+        result.append(streamed({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}))
+    if encoder is not None and data.tokens is None:
+        encoder.to(device)
+        with torch.no_grad():
+            for batch in result:
+                batch["shown"], batch["condition"] = batch["condition"], encode_images(encoder, batch["condition"])
+        encoder.to("cpu")
     return result
+
+
+def examples(pairs: Pairs, count: int) -> dict:
+    """The first samples of a run with their conditions' pictures, for when nothing is held out."""
+    pairs = copy.copy(pairs)
+    pairs.pixels = True
+    return streamed(collate([pairs[i] for i in range(count)]))
 
 
 def partners(groups: list[str | int], mode: str) -> torch.Tensor:

@@ -18,10 +18,10 @@ from semantica.kernels import implementations
 from semantica.pipeline import SemanticaPipeline
 from semantica.profile import count_parameters, step_flops
 from semantica.train import checkpoint
-from semantica.train.build import build
+from semantica.train.build import alignment, build
 from semantica.train.config import TrainConfig
-from semantica.train.data import Pairs, batches, collate, open_data
-from semantica.train.heldout import held_out_batches
+from semantica.train.data import Pairs, batches, open_data
+from semantica.train.heldout import examples, held_out_batches
 from semantica.train.objective import Objective, PairHead, compile_blocks, held_out_loss
 from semantica.train.parallel import LostProcess, Ranks, Word, facts, first_line, local_device, lost, start
 from semantica.train.run import SAMPLE_CONDITIONS, Measure, Run
@@ -72,7 +72,7 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
     ranks.settle(lambda: config.check(ranks.world))
     ranks.same(facts(config))
     device = ranks.settle(lambda: pick_device(local_device(config.device, ranks)))
-    data = ranks.settle(lambda: open_data(config.data, config.mode, config.low, config.high))
+    data = ranks.settle(lambda: open_data(config.data, config.mode, config.low, config.high, config.tokens))
     config = dataclasses.replace(config, mode=data.mode)
     held = ranks.settle(lambda: open_data(config.val, config.mode, config.low, config.high) if config.val else None)
     bad = [*data.bad, *(held.bad if held else ())]
@@ -81,6 +81,7 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
     ranks.same({"the pictures in --data": data.digest(), "those held out": held and held.digest()})
     # to be split, a model is made on the host: no device has to hold it whole
     unet, encoder, scheduler = ranks.settle(lambda: build(config, torch.device("cpu") if ranks.splits else device))
+    repa, teacher = ranks.settle(lambda: alignment(config, unet, encoder, device))
     dtype = pick_precision(config.precision, device)
     backend, reason = ranks.settle(
         lambda: set_attention(torch.nn.ModuleList([unet, encoder]), config.attention, device, dtype)
@@ -100,15 +101,17 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
         f"denoiser {count_parameters(unet) / 1e6:.1f} M parameters, encoder {count_parameters(encoder) / 1e6:.1f} M"
     )
 
-    flops = step_flops(unet, encoder, encodings=config.conditions + bool(config.align), conditions=config.conditions)
     head = PairHead(encoder.token_dim, across=ranks.world > 1).to(device) if config.align else None
-    if not encoder.trainable:
+    heads = {name: module for name, module in (("head", head), ("repa", repa)) if module is not None}
+    encodings = 0 if config.tokens else config.conditions + bool(head) + (teacher is encoder)
+    flops = step_flops(unet, encoder, encodings=encodings, conditions=config.conditions)
+    if not encoder.trainable and not config.tokens:
         # frozen, it stays whole: it has neither gradients nor moments, and to gather it would cost every step
         encoder.to(device)
-    modules = {"unet": unet, "encoder": encoder} | ({"head": head} if head else {})
+    modules = {"unet": unet, "encoder": encoder} | heads
     kinds = {name: type(module) for name, module in modules.items()}
     state = TrainState(config, modules, ranks.shard(dtype, device))
-    objective = Objective(unet, encoder, config.loss, config.scales, head).train()
+    objective = Objective(unet, encoder, config.loss, config.scales, head, repa, teacher).train()
     if config.compile:
         compile_blocks(objective)
     if config.checkpointing:
@@ -130,11 +133,13 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
     fixed = []
     if held:
         sizes = encoder.image_size, unet.config.image_size
-        fixed = held_out_batches(held, config.seed, *sizes, device, config.conditions)
+        once = encoder if config.tokens else None
+        fixed = held_out_batches(held, config.seed, *sizes, device, config.conditions, once)
 
     pairs = Pairs(
         data, seed=config.seed, image_size=unet.config.image_size, condition_size=encoder.image_size,
-        conditions=config.conditions, global_batch=config.batch, drop=config.drop, flip=config.flip, crop=config.crop,
+        conditions=config.conditions, global_batch=config.batch, drop=config.drop, flip=config.flip,
+        crop=None if config.crop == "centre" else config.crop, target_tokens=config.repa_from_store,
     )  # fmt: skip
     share = (os.cpu_count() or 2) // 2 // ranks.local_world
     feed = Feed(
@@ -151,7 +156,7 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
         while state.step < config.steps:
             # dropout in the network: a pure function of the step and of the process
             torch.manual_seed(((config.seed << 32) + state.step) ^ (ranks.rank << 48))
-            total = torch.zeros((), device=device)
+            total, aligned = torch.zeros((), device=device), torch.zeros((), device=device)
             for part in range(config.accumulate):
                 final = part == config.accumulate - 1
                 batch = measure.waiting(feed)
@@ -164,17 +169,19 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
                 images = [ranks.place(batch[name]) for name in ("condition", "target", "noise")]
                 with ranks.reducing(call, final):
                     with autocast():
-                        losses = call(*images, logsnr, batch["drop"])
-                    denoising, pairing = (a if a is None else a.mean() / config.accumulate for a in losses)
-                    (denoising if pairing is None else denoising + config.align * pairing).backward()
+                        losses = call(*images, logsnr, batch["drop"], batch.get("target_tokens"))
+                    denoising, *others = (a if a is None else a.mean() / config.accumulate for a in losses)
+                    weighted = zip((config.align, config.repa), others, strict=True)
+                    sum((weight * loss for weight, loss in weighted if loss is not None), denoising).backward()
                 total += denoising.detach()
+                aligned += 0.0 if others[1] is None else others[1].detach()
             word = ranks.hear_word()
             if word == Word.BROKEN:
                 ranks.settle(feed.fail)
             if word == Word.SAVE_FAILED:
                 ranks.settle(saver.wait)
             norm = state.update()
-            measure.step(total, norm)
+            measure.step(total, norm, aligned if config.repa else None)
             bar.update()
             step, last = state.step, state.step == config.steps
             if step % config.log_every == 0 or last:
@@ -191,7 +198,7 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
                 break
             if step % config.sample_every == 0:
                 pipeline = SemanticaPipeline(averaged.unet, averaged.encoder, scheduler)
-                shown = fixed[0] if fixed else collate([pairs[i] for i in range(SAMPLE_CONDITIONS)])
+                shown = fixed[0] if fixed else examples(pairs, SAMPLE_CONDITIONS)
                 # in the precision of the training: the attention backend may know no other
                 with autocast():
                     run.sample(pipeline, shown, step)

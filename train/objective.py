@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from semantica.condition import Stream
 from semantica.diffusion import add_noise, loss_weight, multiscale_loss, noise_levels, v_target
-from semantica.encoder import EncoderBlock, encode_images
+from semantica.encoder import EncoderBlock, PretrainedEncoder, encode_images
 from semantica.layers import ResBlock, TransformerBlock
+from semantica.train.repa import RepaHead, last_patches, patch_tokens
 from semantica.uvit import UViT
 
 REPEATED = (TransformerBlock, ResBlock, EncoderBlock)
@@ -21,6 +22,10 @@ def compile_blocks(module: nn.Module) -> None:
     """Compile the repeated blocks in place: one graph serves all blocks of a kind, so that compiling takes seconds."""
     for block in repeated(module):
         block.compile(fullgraph=True)
+    for encoder in module.modules():
+        if isinstance(encoder, PretrainedEncoder):
+            for layer in encoder.layers:
+                layer.compile(fullgraph=True)
 
 
 def repeated(module: nn.Module) -> Iterator[nn.Module]:
@@ -79,6 +84,8 @@ class Objective(nn.Module):
         loss: weight of the noise levels, see `semantica.diffusion.loss_weight`.
         scales: sides of the multi-scale loss; empty for the full size only.
         head: gives the contrastive loss too, for an encoder that is trained along.
+        repa: gives the alignment loss too.
+        repa_encoder: the frozen encoder that it aligns to; it does not run where targets' tokens are stored.
     """
 
     def __init__(
@@ -88,28 +95,52 @@ class Objective(nn.Module):
         loss: str = "x",
         scales: tuple[int, ...] = (),
         head: PairHead | None = None,
+        repa: RepaHead | None = None,
+        repa_encoder: nn.Module | None = None,
     ):
         super().__init__()
         self.unet, self.encoder, self.head = unet, encoder, head
+        self.repa, self.repa_encoder = repa, repa_encoder
         self.loss, self.scales = loss, scales or (unet.config.image_size,)
         # -3 at 512 pixels (SiD2), moved with the resolution as the noise schedule is
         self.bias = -3 + 2 * math.log(512 / unet.config.image_size)
 
     def forward(
-        self, condition: Tensor, target: Tensor, noise: Tensor, logsnr: Tensor, drop: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Denoising loss `[B]`, and contrastive loss `[B]` where there is a head.
+        self,
+        condition: Tensor | Stream,
+        target: Tensor,
+        noise: Tensor,
+        logsnr: Tensor,
+        drop: Tensor,
+        target_tokens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Denoising loss `[B]`, contrastive loss `[B]` where there is a head, alignment loss `[B]` where there is repa.
 
-        Images are `[B, 3, S, S]`, conditions also `[B, K, 3, S, S]`, noise levels `[B]`; `drop` `[B]` says which
-        samples get no condition.
+        Images are `[B, 3, S, S]`, conditions also `[B, K, 3, S, S]` or a stream that was encoded before, noise levels
+        `[B]`; `drop` `[B]` says which samples get no condition; `target_tokens` `[B, M, D]` are the stored tokens of
+        the targets.
         """
-        stream = encode_images(self.encoder, condition)
+        if isinstance(condition, Stream):
+            # stored as fp16
+            stream = Stream(condition.tokens.float(), condition.pooled.float())
+        else:
+            stream = encode_images(self.encoder, condition)
         names = self.unet.stream_names
         values = self.unet.condition({name: Stream(stream.tokens, stream.pooled) for name in names}, drop)
-        v = self.unet(add_noise(target, noise, logsnr), logsnr, values)
+        z, aligned = add_noise(target, noise, logsnr), None
+        if self.repa is None:
+            v = self.unet(z, logsnr, values)
+        else:
+            v, states = self.unet(z, logsnr, values, self.repa.depth)
+            if target_tokens is None:
+                tokens = patch_tokens(self.repa_encoder, target)
+            else:
+                tokens = last_patches(self.repa_encoder, target_tokens)
+            aligned = self.repa(states, tokens)
         weight = loss_weight(logsnr, self.loss, self.bias)
         losses = multiscale_loss(v.float(), v_target(target, noise, logsnr), weight, self.scales)
-        return losses, None if self.head is None else self.head(stream.pooled, self.encoder(target).pooled)
+        pairing = None if self.head is None else self.head(stream.pooled, self.encoder(target).pooled)
+        return losses, pairing, aligned
 
 
 @torch.no_grad()
@@ -124,9 +155,16 @@ def held_out_loss(objective: Objective, batches: list[dict], schedule, autocast)
         logsnr = noise_levels(batch["u"], schedule).to(batch["target"].device)
         keep = torch.zeros_like(batch["drop"])
         for name in sums:
-            condition = batch["condition"] if name == "right" else batch["condition"][batch["other"]]
+            condition = batch["condition"] if name == "right" else take(batch["condition"], batch["other"])
             with autocast():
-                losses, _ = objective(condition, batch["target"], batch["noise"], logsnr, keep)
+                losses, *_ = objective(condition, batch["target"], batch["noise"], logsnr, keep)
             sums[name] += losses.double().sum().item()
         count += len(logsnr)
     return {name: total / count for name, total in sums.items()}
+
+
+def take(condition: Tensor | Stream, index: Tensor) -> Tensor | Stream:
+    """Some samples of a batch of conditions."""
+    if isinstance(condition, Stream):
+        return Stream(condition.tokens[index], condition.pooled[index])
+    return condition[index]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 import semantica
+from semantica.condition import Stream
 from semantica.errors import ArtifactError, UserError
 from semantica.layers import CrossAttention
 from semantica.train.config import TrainConfig
@@ -31,7 +32,7 @@ from semantica.train.objective import Objective, repeated
 
 LAUNCH = "torchrun --nproc-per-node N --no-python semantica train ..."
 # each process may have these of its own
-LOCAL = {"data", "val", "workers", "device"}
+LOCAL = {"data", "val", "tokens", "workers", "device"}
 Result = TypeVar("Result")
 
 
@@ -240,8 +241,8 @@ class Ranks:
                     module.set_requires_gradient_sync(last)
         return objective.no_sync() if self.mode == "ddp" and not last else nullcontext()
 
-    def place(self, images: Tensor) -> Tensor:
-        """Images `[B, 3, S, S]` as the first convolution should see them.
+    def place(self, images: Tensor | Stream) -> Tensor | Stream:
+        """Images `[B, 3, S, S]` as the first convolution should see them; a stream as it is.
 
         Elsewhere the weights' own channels-last layout decides the layout of what follows.
         """

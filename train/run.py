@@ -21,6 +21,7 @@ from semantica.train import checkpoint
 from semantica.train.config import FORMAT, FREE, TrainConfig
 from semantica.train.data import bad_record
 from semantica.train.folders import PairData
+from semantica.train.objective import take
 from semantica.train.parallel import Ranks
 from semantica.train.shards import ShardData
 
@@ -42,6 +43,7 @@ class Measure:
         self.steps = 0
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
+        self.aligned: list[Tensor] = []
 
     def start(self) -> None:
         self.began = time.perf_counter()
@@ -52,9 +54,11 @@ class Measure:
         self.waited += time.perf_counter() - began
         return batch
 
-    def step(self, loss: Tensor, norm: Tensor) -> None:
+    def step(self, loss: Tensor, norm: Tensor, aligned: Tensor | None = None) -> None:
         self.losses.append(loss)
         self.norms.append(norm)
+        if aligned is not None:
+            self.aligned.append(aligned)
         self.finite &= torch.isfinite(loss) & torch.isfinite(norm)
         self.steps += 1
         self.busy += time.perf_counter() - self.began
@@ -83,6 +87,8 @@ class Measure:
             "peak_flops": self.peak,
             "peak_flops_source": self.peak_source,
         }
+        if self.aligned:
+            row["repa_loss"] = self.ranks.mean(torch.stack(self.aligned).mean()).item()
         self.reset()
         return row
 
@@ -210,11 +216,13 @@ class Run:
     def sample(self, pipeline: SemanticaPipeline, batch: dict, step: int) -> None:
         """A grid: each condition (or several), its target, its variations. All processes make it: a sharded network
         needs them all."""
-        conditions, targets = (batch[name][:SAMPLE_CONDITIONS] for name in ("condition", "target"))
+        few = torch.arange(min(SAMPLE_CONDITIONS, len(batch["target"])))
+        conditions, targets = take(batch["condition"], few), batch["target"][few]
+        pictures = batch.get("shown", batch["condition"])[few]
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.config.seed)
         # several conditions [B, K, 3, C, C] are shown one after the other
-        columns = conditions.reshape(len(conditions), -1, *conditions.shape[-3:])
+        columns = pictures.reshape(len(pictures), -1, *pictures.shape[-3:])
         made = pipeline(
             conditions,
             num_images_per_prompt=SAMPLE_VARIATIONS,
@@ -227,7 +235,7 @@ class Run:
         size = targets.shape[-1]
         shown = torch.nn.functional.interpolate(columns.flatten(0, 1), (size, size), mode="bilinear", antialias=True)
         shown = to_uint8(shown).reshape(*columns.shape[:2], size, size, 3)
-        made = to_uint8(made * 2 - 1).reshape(len(conditions), SAMPLE_VARIATIONS, size, size, 3)
+        made = to_uint8(made * 2 - 1).reshape(len(targets), SAMPLE_VARIATIONS, size, size, 3)
         rows = [[*c, t, *m] for c, t, m in zip(shown, to_uint8(targets), made, strict=True)]
         (self.out / "samples").mkdir(exist_ok=True)
         save_png(grid(rows, apart=1), self.out / "samples" / f"step-{step:08d}.png")

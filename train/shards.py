@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,9 @@ from safetensors.numpy import load
 from semantica.errors import UserError
 from semantica.images import BadImage, load_image
 from semantica.train.draws import CYCLE, PAIR, SPLIT, Pair, View, generator, order
+
+if TYPE_CHECKING:
+    from semantica.train.tokens import Tokens
 
 FORMAT = 1
 # where shards may be read from; others can run programs or chain to such as can
@@ -51,6 +55,7 @@ class ShardData:
     first similarity. offset, size [N], sha [N, 16], cosine: as in the shards' tables, one after the other.
     page [U]: the pages in use, in the order of the shards. targets [N]: pictures that have a partner.
     bad: (shard, reason) of shards that cannot be used.
+    tokens: what a frozen encoder made of the pictures, where it was stored.
     """
 
     root: str
@@ -72,6 +77,8 @@ class ShardData:
     page: np.ndarray
     identity: str
     bad: tuple[tuple[str, str], ...] = ()
+    tokens: "Tokens | None" = None
+    kind: ClassVar[str] = "shards"
 
     def __len__(self) -> int:
         """Samples of an epoch: of each page the square root of its number of targets, rounded up."""
@@ -94,11 +101,13 @@ class ShardData:
     def describe(self) -> str:
         """In words, for the log."""
         pairs = "" if self.low is None and self.high is None else f", similarity {self.low} to {self.high}"
-        return f"{int(self.usable.sum())} pictures on {len(self.page)} pages{pairs}"
+        stored = ", tokens stored" if self.tokens else ""
+        return f"{int(self.usable.sum())} pictures on {len(self.page)} pages{pairs}{stored}"
 
     def digest(self) -> str:
-        """16 hex digits over the shards' hashes and the thresholds."""
-        return hashlib.sha256(f"{self.identity} {self.low} {self.high}".encode()).hexdigest()[:16]
+        """16 hex digits over the shards' hashes, the thresholds and the stored tokens."""
+        stored = f" {self.tokens.digest()}" if self.tokens else ""
+        return hashlib.sha256(f"{self.identity} {self.low} {self.high}{stored}".encode()).hexdigest()[:16]
 
     def keep(self, page: np.ndarray) -> "ShardData":
         return replace(self, page=np.sort(page))

@@ -4,11 +4,14 @@ from semantica.train.pages.config import PairsConfig
 from semantica.train.pages.mine import mine
 from semantica.train.pages.report import show
 from semantica.train.pages.urls import write_urls
+from semantica.train.tokencost import report
 
 
 def run(config: PairsConfig) -> None:
     """Mine, list URLs, or report. Raises `UserError` as these do."""
-    if config.report is not None:
+    if config.report is not None and (config.report / "identity.json").exists():
+        report(config.report)
+    elif config.report is not None:
         show(config.report, config.low, config.high)
     elif config.urls_only:
         write_urls(config)

@@ -36,7 +36,7 @@ class PairsConfig:
     inputs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """WARC files (.warc, .warc.gz), WACZ files, folders of saved pages, img2dataset's .tar files or its folder."""
     out: Path | None = None
-    """Folder of shards to write; with --urls-only a .parquet file."""
+    """Folder of shards to write; with --urls-only a .parquet file; with --tokens the folder of tokens."""
     encoder: Annotated[str, tyro.conf.arg(metavar="NAME")] = "facebook/dinov2-small"
     """What similarity is measured with: DINOv2, CLIP or SigLIP by hub name or local folder; "colour-and-shape", a
     classical descriptor that needs no download and knows no meaning; or "none": pairs are then not filtered."""
@@ -57,11 +57,24 @@ class PairsConfig:
     engine: Literal["local", "ray"] = "local"
     """Processes of this machine, or a Ray cluster (the one in RAY_ADDRESS, else this machine)."""
     processes: int | None = None
-    """Processes of the local engine; by default one per processor."""
+    """Processes of the local engine, by default one per processor; with --tokens, those that decode pictures."""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """Where the encoder runs."""
+    tokens: str | None = None
+    """Store what --encoder makes of every picture of this data (shards, or a folder that `semantica train --data`
+    takes) in --out, by default beside it as DATA.tokens, for `semantica train --tokens`. A token belongs to a view:
+    the centre of each picture and its mirror image are stored, so that flips of conditions stay random."""
+    encoder_size: int | None = None
+    """With --tokens: side of the images that the encoder sees."""
+    encoder_tokens: Literal["patches", "all"] = "patches"
+    """With --tokens: patches only, or the class and register tokens too."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """With --tokens: "auto" is bf16 where the processor multiplies it natively."""
+    compile: bool = False
+    """With --tokens: compile the encoder's layers; pays from some thousand pictures on."""
     report: Path | None = None
-    """Show what --low and --high would keep of these shards, and write their report.html again."""
+    """Show what --low and --high would keep of these shards, and write their report.html again; or show what stored
+    tokens cost and save."""
     low: float | None = None
     """With --report: smallest similarity (cosine) of a pair."""
     high: float | None = None
@@ -70,8 +83,10 @@ class PairsConfig:
     def check(self) -> "PairsConfig":
         """Raises `UserError` for impossible options."""
         if self.report is not None:
-            if self.inputs or self.out:
-                raise UserError("--report takes shards and no other input: leave out INPUT and --out")
+            if self.inputs or self.out or self.tokens:
+                raise UserError("--report takes one folder and no other input: leave out INPUT, --out and --tokens")
+        elif self.tokens is not None:
+            self._check_tokens()
         elif not self.inputs or self.out is None:
             raise UserError("nothing to do: give crawls to read and --out SHARDS, or --report SHARDS")
         elif self.low is not None or self.high is not None:
@@ -88,6 +103,14 @@ class PairsConfig:
         if self.processes is not None and self.processes < 1:
             raise UserError(f"--processes is {self.processes}: give at least 1")
         return self
+
+    def _check_tokens(self) -> None:
+        if self.inputs or self.urls_only or self.engine != "local" or (self.low, self.high) != (None, None):
+            raise UserError("--tokens takes no crawl: leave out INPUT, --urls-only, --engine, --low and --high")
+        if self.encoder in ("colour-and-shape", "none"):
+            raise UserError(f"--encoder {self.encoder} has no tokens: give a DINOv2, CLIP or SigLIP")
+        if "://" in self.tokens and self.out is None:
+            raise UserError(f"--tokens {self.tokens} is not on this machine: give --out, a folder that is")
 
     def rules(self) -> "Rules":
         """The options that decide what the shards hold."""

@@ -1,6 +1,5 @@
 """One vector per picture, from an encoder or a classical descriptor; always in batches of one size."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,16 +41,14 @@ def describe_encoder(name: str, device: str) -> Encoder:
     if name == CLASSICAL:
         return Encoder(name, "1", CLASSICAL_SIDE, "cpu")
     from semantica.device import pick_device
+    from semantica.encoder import weights_sha256
 
     where = pick_device(device).type
     try:
         encoder = network(name, where)
     except UserError as error:
         raise UserError(f"{error}; or give --encoder {CLASSICAL} (no download, not semantic) or {NONE}") from error
-    weights = hashlib.sha256()
-    for key, value in sorted(encoder.state_dict().items()):
-        weights.update(key.encode() + value.cpu().numpy().tobytes())
-    return Encoder(name, weights.hexdigest()[:16], encoder.image_size, where)
+    return Encoder(name, weights_sha256(encoder)[:16], encoder.image_size, where)
 
 
 @lru_cache(maxsize=1)
