@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -208,8 +209,7 @@ def start(torchrun, arguments: list[str], *how: str) -> subprocess.Popen:
 
 def children(process: subprocess.Popen) -> list[int]:
     """The processes that torchrun started, by rank."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return sorted(int(pid) for pid in found.stdout.split())
+    return sorted(child.pid for child in psutil.Process(process.pid).children())
 
 
 @pytest.mark.slow
