@@ -206,6 +206,7 @@ def test_a_run_continues_where_the_tokens_moved_and_refuses_others(home, stored,
         train(config(home, out, steps=3, held_out=0.0))
 
 
+@pytest.mark.slow
 def test_pictures_held_out_elsewhere_are_encoded_once(home, stored, tmp_path):
     shutil.copytree(home / "photos" / "g0", tmp_path / "val" / "a")
     shutil.copytree(home / "photos" / "g1", tmp_path / "val" / "b")

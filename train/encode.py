@@ -168,10 +168,14 @@ def described(encoder: nn.Module, config: PairsConfig) -> dict:
 
 def begin(out: Path, identity: dict, encoder: nn.Module) -> None:
     """Make the folder, or see that it holds tokens of the same identity."""
-    path = out / "identity.json"
+    path, recorded = out / "identity.json", None
     if path.exists():
         before = read_json(path)
-        before.get("encoder", {}).pop("files", None)
+        made = before.get("encoder", {})
+        recorded = made.pop("files", None)
+        if made.get("origin") == identity["encoder"]["origin"]:
+            # the same weights by another path
+            identity["encoder"]["source"] = made.get("source")
         if before != identity:
             changed = [k for k in ("encoder", "arithmetic", "data", "format") if before.get(k) != identity[k]]
             name = (changed or ["shape"])[0]
@@ -185,13 +189,16 @@ def begin(out: Path, identity: dict, encoder: nn.Module) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for stale in out.glob(".*.incomplete"):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        if not path.exists():
+        if recorded is None or hashes(out / "encoder") != recorded:
             write_aside(out / "encoder", lambda folder: encoder.save_pretrained(folder, safe_serialization=True))
-        files = {p.name: sha256(p) for p in sorted((out / "encoder").iterdir())}
-        identity["encoder"]["files"] = files
+        identity["encoder"]["files"] = hashes(out / "encoder")
         write_json(path, identity)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out") from error
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.glob("*"))}
 
 
 def brief(value) -> str:
