@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -118,6 +119,8 @@ def runs(photos, together, tmp_path_factory):
     shutil.copytree(photos, other)
     Image.new("RGB", (36, 36)).save(other / "g0" / "more.png")
     broken = tmp_path_factory.mktemp("broken")
+    lost = tmp_path_factory.mktemp("lost") / "photos"
+    shutil.copytree(photos, lost)
     fine = config(photos, root / "refused")
     jobs = {
         "ddp": job(config(photos, root / "ddp", parallel="ddp")),
@@ -128,6 +131,7 @@ def runs(photos, together, tmp_path_factory):
         "data": job(fine, here={1: {"data": str(other)}}),
         "no data": job(fine, here={1: {"data": str(broken)}}),
         "batch": job(dataclasses.replace(fine, batch=6)),
+        "lost": job(config(photos, root / "lost", save_every=2), here={1: {"data": str(lost)}}, lose={1: str(lost)}),
         "other run": job(config(photos, root / "one", steps=12, lr=2e-4, parallel="fsdp")),
     }
     return root, dict(zip(jobs, together(list(jobs.values()))))
@@ -224,6 +228,14 @@ def test_what_processes_refuse_one_says_and_all_leave(runs, case, message):
     first, second = ended[case]
     assert message in first["error"] and "\n" not in first["error"] and second == {"left": 2}
     assert not (root / "refused").exists() and len(losses(root / "one")) == 10
+
+
+def test_data_lost_by_one_process_ends_the_run_of_all_in_one_line(runs):
+    root, ended = runs
+    first, second = ended["lost"]
+    assert re.match("process 1 of 2: no readable pair after .*cannot be read", first["error"]), ended["lost"]
+    assert second == {"left": 2}
+    assert [p.name for p in (root / "lost" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_each_process_takes_its_part_of_every_batch(photos):

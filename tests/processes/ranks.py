@@ -1,10 +1,12 @@
 """One of several processes that torchrun starts: trains what a file lists, and writes down how each training ended.
 
-Usage: ranks.py JOBS, a JSON list of {"config": ..., "here": {rank: changes}, "recompile": step after which none may}.
+Usage: ranks.py JOBS, a JSON list of {"config", "here": {rank: changes}, "stop": {rank: step}, "lose": {rank: folder}}:
+what one process is told otherwise, when it is asked to stop, and data that it loses in its third step.
 """
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,6 +33,8 @@ def attempt(job: dict, rank: int) -> dict:
         # asked once in each step: how many graphs there are by then
         calls["graphs"].append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         calls["count"] += 1
+        if calls["count"] == 3 and str(rank) in job.get("lose", {}):
+            shutil.rmtree(job["lose"][str(rank)])
         return calls["count"] == job.get("stop", {}).get(str(rank))
 
     try:
