@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +308,34 @@ def test_sharded_networks_keep_channels_last_and_the_fused_operators(photos, tmp
     finally:
         dist.destroy_process_group()
         mesh.cache_clear()
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_split_inside_and_copy_between(photos, tmp_path):
+    train(config(photos, tmp_path / "one"))
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([job(config(photos, tmp_path / "hsdp", parallel="hsdp"))]))
+    worker = Path(__file__).parent / "processes" / "ranks.py"
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    command = [
+        sys.executable, "-P", "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}", "--no-python", sys.executable, "-P", str(worker), str(jobs),
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    folder = newest(tmp_path / "hsdp")
+    assert furthest(folder, newest(tmp_path / "one")) < 1e-5
+    # two parts of each weight, and no part twice, though four processes hold one
+    places = []
+    for path in folder.glob("unet.*"):
+        with safe_open(path, "pt") as file:
+            held = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+        places += [held[key]["saved_offsets"] for key in held if key == "conv_out.weight"]
+    assert len(places) == 2 and places[0] != places[1]
 
 
 @pytest.mark.slow

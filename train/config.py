@@ -109,10 +109,10 @@ class TrainConfig:
     checkpointing: bool = False
     """Compute the repeated blocks again in the backward pass instead of keeping their activations: less memory, up to
     a third more computing."""
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How several processes started by torchrun share the work: "ddp" copies the model to each, "fsdp" (FSDP2) splits
-    weights, averages and optimizer state among them. "auto" is ddp where there are several. It may change when a run
-    is continued, and so may their number."""
+    weights, averages and optimizer state among them, "hsdp" among those of each node, with copies on the others.
+    "auto" is ddp where there are several. It may change when a run is continued, and so may their number."""
     timeout: float = 600.0
     """Seconds after which a process that does not answer ends the run."""
     attention: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"

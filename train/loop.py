@@ -70,7 +70,7 @@ def train(config: TrainConfig, stop: Callable[[], bool] = never) -> Path:
 def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) -> Path:
     """`train` in a process that has joined the others."""
     ranks.settle(lambda: config.check(ranks.world))
-    ranks.same(facts(config))
+    ranks.same(facts(config, ranks))
     device = ranks.settle(lambda: pick_device(local_device(config.device, ranks)))
     data = ranks.settle(lambda: open_data(config.data, config.mode, config.low, config.high, config.tokens))
     config = dataclasses.replace(config, mode=data.mode)

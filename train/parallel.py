@@ -50,7 +50,7 @@ class Ranks:
     """The processes of a run, of which this is one.
 
     Args:
-        mode: "ddp" or "fsdp", or None for one process.
+        mode: "ddp", "fsdp" or "hsdp", or None for one process.
         backend: of the process group: gloo moves CPU tensors, nccl those on CUDA.
         timeout: seconds that any exchange may take.
 
@@ -88,7 +88,7 @@ class Ranks:
     @property
     def splits(self) -> bool:
         """Whether weights are split among the processes."""
-        return self.mode == "fsdp"
+        return self.mode in ("fsdp", "hsdp")
 
     def close(self) -> None:
         for group in (self.control, self.saving) if self.mode else ():
@@ -192,7 +192,8 @@ class Ranks:
 
         types = {} if dtype == torch.float32 else {"param_dtype": dtype, "reduce_dtype": torch.float32}
         policy = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
-        options = {"mesh": mesh(device.type, self.world), "mp_policy": policy}
+        within = self.local_world if self.mode == "hsdp" else self.world
+        options = {"mesh": mesh(device.type, self.world, within), "mp_policy": policy}
 
         def shard(module: nn.Module) -> None:
             # FSDP2 knows contiguous parameters only; activations keep channels last, see `place`
@@ -324,9 +325,11 @@ def local_device(name: str, ranks: Ranks) -> str:
     return f"cuda:{place}"
 
 
-def facts(config: TrainConfig) -> dict[str, Any]:
+def facts(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     """What must be the same everywhere, by the name that a message calls it."""
     options = {f"--{k.replace('_', '-')}": v for k, v in config.record().items() if k not in LOCAL}
+    if ranks.mode == "hsdp":
+        options["--nproc-per-node"] = ranks.local_world
     return {**options, "versions": versions(), "the package's code": code_digest()}
 
 
@@ -345,10 +348,13 @@ def code_digest() -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def mesh(device: str, world: int):
+def mesh(device: str, world: int, within: int):
+    """All processes, or, where weights are split within so many of them, rows of copies and columns of parts."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(device, (world,))
+    if within == world:
+        return init_device_mesh(device, (world,))
+    return init_device_mesh(device, (world // within, within), mesh_dim_names=("copy", "part"))
 
 
 def is_sharded(tensor: Tensor) -> bool:
