@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from semantica.train.pages.config import PairsConfig
-from semantica.train.pages.mine import mine
+from semantica.train.pages.mine import locked, mine
 
 FIXED = ("tar", "safetensors", "index.json", "stats.json")
 
@@ -83,19 +83,18 @@ def test_twenty_kills_at_random_moments_change_no_byte(crawls, tmp_path):
 
 
 def test_one_run_at_a_time(crawls, tmp_path):
-    process = subprocess.Popen(command(crawls, tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while not (tmp_path / "out" / "work" / "lock").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(0.2)
-        second = subprocess.run(command(crawls, tmp_path / "out"), capture_output=True, text=True, timeout=60)
+    def run() -> subprocess.CompletedProcess:
+        return subprocess.run(command(crawls, tmp_path / "out"), capture_output=True, text=True, timeout=60)
+
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    # as another run holds it, for as long as this one needs to notice
+    with locked(tmp_path / "out"):
+        second = run()
         assert second.returncode == 2 and "another run is writing" in second.stderr
-    finally:
-        process.wait(60)
-    # and a third finds nothing to do
-    third = subprocess.run(command(crawls, tmp_path / "out"), capture_output=True, text=True, timeout=60)
-    assert third.returncode == 0 and "nothing to do" in third.stdout
+    assert run().returncode == 0 and shards_of(tmp_path / "out")
+    # and one more finds nothing to do
+    again = run()
+    assert again.returncode == 0 and "nothing to do" in again.stdout
 
 
 @pytest.mark.slow

@@ -25,9 +25,11 @@ from semantica.train import checkpoint
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
 from semantica.train.data import Pairs, batches
+from semantica.train.encode import store_tokens
 from semantica.train.folders import scan
 from semantica.train.loop import train
 from semantica.train.objective import Objective
+from semantica.train.pages.config import PairsConfig
 from semantica.train.parallel import Ranks, mesh
 
 FILES = ("unet", "encoder", "head", "ema_unet", "ema_encoder", "ema_head", "optimizer")
@@ -308,6 +310,32 @@ def test_sharded_networks_keep_channels_last_and_the_fused_operators(photos, tmp
     finally:
         dist.destroy_process_group()
         mesh.cache_clear()
+
+
+@pytest.mark.slow
+def test_alignment_and_stored_tokens_in_two_processes(photos, together, tmp_path):
+    """REPA to a frozen encoder that runs along, and conditions from stored tokens: as in one process."""
+    train(config(photos, tmp_path / "teacher", steps=1))
+    source = str(tmp_path / "teacher")
+    place = tmp_path / "tokens"
+    store_tokens(PairsConfig(tokens=str(photos), encoder=source, out=place, device="cpu", precision="fp32"))
+    kinds = {
+        "repa": dict(repa=0.5, repa_encoder=source),
+        "stored": dict(encoder=source, tokens=str(place), align=0.0),
+    }
+    for kind, options in kinds.items():
+        train(config(photos, tmp_path / f"{kind}-one", **options))
+    jobs = [
+        job(config(photos, tmp_path / f"{kind}-{mode}", parallel=mode, **options))
+        for kind, options in kinds.items()
+        for mode in ("ddp", "fsdp")
+    ]
+    assert all("error" not in ended for each in together(jobs) for ended in each)
+    files = {"repa": (*FILES, "repa"), "stored": ("unet", "ema_unet", "optimizer")}
+    for kind in kinds:
+        for mode in ("ddp", "fsdp"):
+            pair = (newest(tmp_path / f"{kind}-{name}") for name in (mode, "one"))
+            assert furthest(*pair, files[kind]) < 1e-5, (kind, mode)
 
 
 @pytest.mark.slow
