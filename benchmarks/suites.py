@@ -91,7 +91,7 @@ def run_suite(plan, module: ModuleType) -> dict:
 
 
 def publish(config, plan, content: dict, columns: tuple[str, ...], cells: Callable, page: Callable, figure: Callable):
-    """Store, show and draw what a suite found, as `json`, `html` and `png` of a configuration ask; returns the rows.
+    """Store, show and draw what a suite found, as `json`, `html` and `png` of a configuration ask.
 
     Args:
         columns, cells: heads of the table, and `(row, rows) -> tuple of text`.
@@ -104,12 +104,12 @@ def publish(config, plan, content: dict, columns: tuple[str, ...], cells: Callab
     for name, reason in plan.absent.items():
         print(f"absent: {name} ({reason})")
     for row in plan.wrong:
-        print(f"WRONG, not timed: {row['problem']} {row['impl']}: {row['reason']}")
+        which = " ".join(filter(None, (row["problem"], row.get("direction"), row["impl"])))
+        print(f"WRONG, not timed: {which}: {row['reason']}")
     if config.html is not None:
         page(config.html, rows, plan)
     if config.png is not None and rows:
         figure(rows).savefig(config.png, dpi=150)
-    return rows
 
 
 def show(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -79,9 +79,11 @@ class Engine(ABC):
         Arguments, result and errors as `semantica.sampler.sample`; the engine's own errors as calling it.
         """
         null = self.null(len(z)) if guidance != 1 else None
-        return sampler.sample(
-            self, z, condition, null, plan, guidance, interval, thresholding, clip_range, ratio, noise
-        )
+        return self.run(z, condition, null, plan, guidance, interval, thresholding, clip_range, ratio, noise)
+
+    def run(self, z: Array, condition: Condition, null: Condition | None, *settings: Any) -> Array:
+        """The loop: everything that `semantica.sampler.sample` takes after the denoiser."""
+        return sampler.sample(self, z, condition, null, *settings)
 
     def check(self, name: str, array: Array, batch: int) -> None:
         expected = self.bundle.shape_of(name, batch)
