@@ -113,7 +113,7 @@ class SemanticaPipeline(DiffusionPipeline):
         """Sample faster from now on: through a `FastSampler`, the encoder in the same precision; returns the pipeline.
 
         Call it on the device where sampling happens. The networks are copied, and the pipeline's own stay as they are.
-        The first call of each batch size compiles, for half a minute to minutes; guiders and callbacks are refused.
+        The first call of each batch size compiles, for ten seconds to minutes; guiders and callbacks are refused.
 
         Args:
             dtype: of weights and activations; by default bf16 where the processor has instructions for it, else fp32.

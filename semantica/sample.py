@@ -35,7 +35,7 @@ class SampleConfig:
     solver: Literal["dpmpp_2m", "ddim", "ddpm"] = "dpmpp_2m"
     engine: Literal["auto", "torch", "torch-compile", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor"] = "auto"
     """What runs a bundle. A run folder runs in torch: eager in fp32 by default; torch-compile is several times faster
-    (bf16 where the processor has it) once it has compiled, which takes from half a minute to minutes."""
+    (bf16 where the processor has it) once it has compiled, which takes from ten seconds to minutes."""
     device: str = "auto"
 
     def check(self) -> "SampleConfig":
