@@ -50,10 +50,12 @@ def train(config: TrainConfig, stop: Callable[[], bool] = never) -> Path:
     ranks = start(config)
     try:
         out = run_together(config, ranks, stop)
-    except FloatingPointError as error:
-        if ranks.lead:
-            raise
-        raise SystemExit(1) from error
+    except (UserError, FloatingPointError, SystemExit) as error:
+        # all processes agreed on it: none is within an exchange
+        ranks.close()
+        if isinstance(error, FloatingPointError) and not ranks.lead:
+            raise SystemExit(1) from error
+        raise
     except (RuntimeError, checkpoint.CheckpointException) as error:
         if ranks.world == 1 or not lost(error):
             raise

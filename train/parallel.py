@@ -91,6 +91,7 @@ class Ranks:
         return self.mode in ("fsdp", "hsdp")
 
     def close(self) -> None:
+        """Leave the groups. Whoever exits within one may be aborted by the threads that serve it."""
         for group in (self.control, self.saving) if self.mode else ():
             dist.destroy_process_group(group)
         if self.own:
