@@ -1,11 +1,13 @@
 """`semantica bench train`: training steps, from a plain loop to the trainer, and where a step's time goes."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from semantica.benchmarks import scaling
 from semantica.benchmarks.suites import device_kind, need, publish, run_suite, show, writable
 from semantica.errors import UserError
 
@@ -15,13 +17,15 @@ COLUMNS = (
 )  # fmt: skip
 # left out of the README
 DETAILS = ("operator", "p20 - p80", "steps", "loss")
+SCALING = f"'semantica train --compile' in several processes, {scaling.ROUNDS} rounds in turn"
 SHARES = ("operator", "ms a step", "share", "calls a step")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Time training steps: a plain loop (fp32, contiguous, no fused operators), that loop compiled in bf16 (strong),
-    then each optimisation added to the plain one in turn, up to what `semantica train --compile` runs.
+    then each optimisation added to the plain one in turn, up to what `semantica train --compile` and, with the network
+    compiled as one graph, `--compile-scope network` run.
 
     Each rung runs in a process of its own, in turns of a few steps, on the same samples from the same weights; one
     whose losses are not those of the plain loop is listed and not timed. Then the last one is profiled.
@@ -34,6 +38,8 @@ class TrainConfig:
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     workers: int = 1
     """Processes that load data, for each rung."""
+    processes: tuple[int, ...] = ()
+    """Also train with so many processes under torchrun, such as 1 2: each with --batch pictures a step."""
     json: Path | None = None
     """Store the rows."""
     html: Path | None = None
@@ -55,17 +61,27 @@ def train(config: TrainConfig) -> int:
             raise UserError(f"--{name} is {getattr(config, name)}: give at least 1")
     if config.workers < 0:
         raise UserError(f"--workers is {config.workers}: give 0 or more")
+    if any(count < 1 for count in config.processes) or len(set(config.processes)) < len(config.processes):
+        raise UserError(f"--processes is {' '.join(map(str, config.processes))}: give different numbers from 1 on")
 
     from semantica.benchmarks import suite_train
     from semantica.benchmarks.train_worker import rungs
 
     device = device_kind(config.device)
     plan = suite_train.Plan(config.preset, config.batch, config.steps, device, config.workers, tuple(rungs()))
+    if config.processes:
+        with tempfile.TemporaryDirectory() as place:
+            plan.scaling = scaling.measure(
+                config.processes, config.preset, config.batch, config.steps, device, Path(place)
+            )
     content = run_suite(plan, suite_train)
     publish(config, plan, content, COLUMNS, cells, page, figure)
     if plan.shares:
         print(f"\na step of {plan.shares['rung']!r}, by kind of work and by operator (PyTorch's profiler)")
         show(SHARES, shares(plan.shares))
+    if plan.scaling:
+        print(f"\n{SCALING}")
+        show(scaling.COLUMNS, scaling.cells(plan.scaling))
     return 1 if plan.wrong else 0
 
 
@@ -131,6 +147,8 @@ def page(path: Path, rows: list[dict], plan) -> None:
         parts.append(Part(rows[0]["shape"], columns=COLUMNS[2:], rows=body))
     if plan.shares:
         parts.append(Part(f"A step of {plan.shares['rung']!r}", columns=SHARES, rows=tuple(shares(plan.shares))))
+    if plan.scaling:
+        parts.append(Part(SCALING, columns=scaling.COLUMNS, rows=tuple(scaling.cells(plan.scaling))))
     wrong = tuple((row["impl"], row["reason"]) for row in plan.wrong)
     parts.append(Part("Wrong, not timed", columns=("implementation", "reason"), rows=wrong))
     if rows:

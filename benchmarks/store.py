@@ -51,7 +51,7 @@ SAMPLING = ("fast.py", "fast_sampler.py", "sampler.py", "solvers.py")
 SOURCES = {
     "sample": (*NETWORK, *SAMPLING),
     "sample_ladder": (*NETWORK, *SAMPLING, "benchmarks/stock.py"),
-    "train": (*NETWORK, "diffusion.py", "train/objective.py", "train/state.py", "train/loop.py"),
+    "train": (*NETWORK, "diffusion.py", "memory.py", "train/objective.py", "train/state.py", "train/loop.py"),
 }
 
 

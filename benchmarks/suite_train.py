@@ -7,13 +7,14 @@ that its first losses must be those of the plain loop, within what the precision
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
 
 from semantica.benchmarks import timing
 from semantica.benchmarks.processes import Ceilings, Process, Wrong
+from semantica.benchmarks.scaling import Scaled
 from semantica.benchmarks.store import Replay, environment, source_hash
 
 PLUGIN = "semantica-bench-train"
@@ -36,6 +37,7 @@ class Plan:
     workers: int
     rungs: tuple[str, ...]
     shares: dict = field(default_factory=dict)
+    scaling: list[Scaled] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     wrong: list[dict] = field(default_factory=list)
 
@@ -44,7 +46,8 @@ class Plan:
         return f"{self.preset} batch {self.batch}"
 
     def pytest_benchmark_update_json(self, output_json: dict) -> None:
-        output_json["semantica"] = {"wrong": self.wrong, "shares": self.shares}
+        scaling = [asdict(row) for row in self.scaling]
+        output_json["semantica"] = {"wrong": self.wrong, "shares": self.shares, "scaling": scaling}
         output_json["machine_info"].get("cpu", {}).pop("flags", None)
 
     def pytest_runtest_logreport(self, report) -> None:

@@ -17,12 +17,13 @@ from semantica.benchmarks.processes import peak_memory, serve
 from semantica.benchmarks.stock import rebuild
 from semantica.benchmarks.suites import cumulative
 from semantica.diffusion import noise_levels
+from semantica.memory import keep_freed_memory
 from semantica.profile import step_flops
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
 from semantica.train.data import Pairs, batches
 from semantica.train.folders import scan
-from semantica.train.objective import Objective, compile_blocks
+from semantica.train.objective import Objective, compile_in_place
 from semantica.train.state import TrainState
 
 STRONG = "strong"
@@ -37,12 +38,15 @@ class Switches:
     fused_attention: bool = False
     compile: bool = False
     bf16: bool = False
+    kept_memory: bool = False
+    whole_network: bool = False
+    """Compiled as one graph, not by block."""
 
 
 def rungs() -> dict[str, Switches]:
     """The ladder, and after the plain loop what most would write first: that loop in bf16, compiled as a whole."""
     ladder = cumulative(Switches)
-    return {"plain": ladder.pop("plain"), STRONG: Switches(compile=True, bf16=True), **ladder}
+    return {"plain": ladder.pop("plain"), STRONG: Switches(compile=True, bf16=True, whole_network=True), **ladder}
 
 
 def group_of(name: str) -> str:
@@ -71,6 +75,8 @@ class Trainer:
     def build(self, rung: str, data: str, preset: str, batch: int, device: str, workers: int) -> dict:
         switches = rungs()[rung]
         self.device = torch.device(device)
+        if switches.kept_memory and device == "cpu":
+            keep_freed_memory()
         config = TrainConfig(Path(data), Path("unused"), preset=preset, batch=batch, workers=workers)
         unet, encoder, scheduler = build(config, self.device)
         self.flops = step_flops(unet, encoder)
@@ -83,10 +89,8 @@ class Trainer:
         self.autocast = functools.partial(torch.autocast, device, dtype) if switches.bf16 else nullcontext
         self.state = TrainState(config, {"unet": unet, "encoder": encoder})
         self.objective = Objective(unet, encoder, config.loss).train()
-        if rung == STRONG:
-            self.objective.compile()
-        elif switches.compile:
-            compile_blocks(self.objective)
+        if switches.compile:
+            compile_in_place(self.objective, "network" if switches.whole_network else "blocks")
         pairs = Pairs(
             scan(config.data, "folders"), seed=0, image_size=unet.config.image_size,
             condition_size=encoder.image_size, global_batch=batch, drop=config.drop, flip=True, crop=1.0,

@@ -13,7 +13,7 @@ from semantica.layers import SelfAttention
 # best first: flash-attn 4, 3, 2, from the hub's prebuilt kernels or as installed packages
 FLASH = ("flash_4_hub", "_flash_3_hub", "_flash_3", "flash_hub", "flash")
 NATIVE, MATH = "native", "_native_math"
-# up to here PyTorch's unfused attention trains faster on a CPU: its fused bf16 backward pass took 4 times as long
+# up to here PyTorch's unfused attention trains faster in bf16 on a CPU: the fused backward pass took 4 times as long
 SHORT = 64
 
 
@@ -61,8 +61,8 @@ def choose(
     """The backend that "auto" means on a device, for some head dims and a number of tokens: (name, reason)."""
     if torch.device(device).type != "cuda":
         why = "flash-attention needs a CUDA device"
-        if tokens <= SHORT:
-            return MATH, f"PyTorch SDPA, unfused: {why}; faster than the fused one for {tokens} tokens on a CPU"
+        if tokens <= SHORT and dtype == torch.bfloat16:
+            return MATH, f"PyTorch SDPA, unfused: {why}; faster than the fused one for {tokens} tokens in bf16 on a CPU"
         return NATIVE, f"PyTorch SDPA: {why}"
     problems = []
     for name in FLASH:

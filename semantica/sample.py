@@ -80,10 +80,13 @@ def load_pipeline(model: Path, device_name: str, solver: str):
     import torch
 
     from semantica.device import pick_device
+    from semantica.memory import keep_freed_memory
     from semantica.pipeline import SemanticaPipeline
     from semantica.scheduler import SemanticaScheduler
 
     device = pick_device(device_name)
+    if device.type == "cpu":
+        keep_freed_memory()
     pipeline = SemanticaPipeline.from_pretrained(model).to(device)
     pipeline.scheduler = SemanticaScheduler.from_config(pipeline.scheduler.config, solver=solver)
     pipeline.unet.to(memory_format=torch.channels_last)

@@ -1,12 +1,15 @@
 """`semantica bench train`: rungs train alike, wrong ones are caught, a step's time is told apart by kind of work."""
 
+import json
 import math
 from contextlib import nullcontext
 
 import pytest
 
-from semantica.benchmarks import bench_train, store, suite_train
+from semantica import UserError
+from semantica.benchmarks import bench_train, scaling, store, suite_train
 from semantica.benchmarks.processes import Wrong
+from semantica.benchmarks.scaling import Scaled
 from semantica.benchmarks.suite_train import Plan, Result, compare_losses, describe
 from semantica.benchmarks.suites import run_suite
 from semantica.benchmarks.train_worker import Switches, Trainer, group_of, rungs
@@ -16,9 +19,9 @@ from semantica.cli import main
 
 def test_rungs_are_cumulative_and_the_last_has_everything():
     ladder = rungs()
-    assert vars(ladder.pop("strong")) == vars(Switches(compile=True, bf16=True))
+    assert vars(ladder.pop("strong")) == vars(Switches(compile=True, bf16=True, whole_network=True))
     switches = [list(vars(s).values()) for s in ladder.values()]
-    assert switches[0] == [False] * 5 and switches[-1] == [True] * 5
+    assert not any(switches[0]) and all(switches[-1])
     assert all(sum(b) == sum(a) + 1 for a, b in zip(switches, switches[1:]))
 
 
@@ -92,6 +95,27 @@ def test_figures_follow_from_the_samples(monkeypatch):
     assert row["median_us"] == 2e6 and set(store.IDENTITY) <= set(row)
 
 
+def test_speed_up_is_against_the_first_number_of_processes():
+    scaled = [Scaled(1, 2, 8, (90.0, 100.0, 130.0), (0.01,) * 3), Scaled(4, 2, 32, (300.0, 310.0, 200.0), (0.5,) * 3)]
+    assert scaling.cells(scaled) == [
+        ("1", "2", "8", "100.0", "90.0 - 130.0", "1.00x", "100%", "1.0%"),
+        ("4", "2", "32", "300.0", "200.0 - 310.0", "3.00x", "75%", "50.0%"),
+    ]
+
+
+@pytest.mark.slow
+def test_scaling_is_read_from_the_log_of_runs(tmp_path):
+    one, two = scaling.measure((1, 2), "tiny", 2, 5, "cpu", tmp_path, rounds=1)
+    assert (one.processes, one.batch, two.processes, two.batch) == (1, 2, 2, 4) and one.threads == two.threads
+    rows = [json.loads(line) for line in (tmp_path / "2-0" / "metrics.jsonl").read_text().splitlines()]
+    # five steps are two rows of four, after the first
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    speeds = sorted(row["images_per_s"] for row in rows[1:])
+    assert two.images_per_s == (pytest.approx(sum(speeds) / 2),)
+    with pytest.raises(UserError, match="training in 2 processes failed: --batch is 0"):
+        scaling.run(2, 1, [f"--data={tmp_path / 'web' / 'train'}", "--batch=0"], tmp_path / "never")
+
+
 @pytest.mark.slow
 def test_a_race_of_two_rungs(tmp_path):
     plan = Plan("tiny", 2, 3, "cpu", 0, ("plain", "strong", "+ channels last"))
@@ -107,7 +131,12 @@ def test_a_race_of_two_rungs(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [(("--batch", "0"), "--batch is 0"), (("--workers", "-1"), "--workers is -1"), (("--preset", "huge"), "huge")],
+    [
+        (("--batch", "0"), "--batch is 0"),
+        (("--workers", "-1"), "--workers is -1"),
+        (("--preset", "huge"), "huge"),
+        (("--processes", "1", "0"), "--processes is 1 0"),
+    ],
 )
 def test_mistakes_are_one_line(options, reason, capsys):
     assert main(["bench", "train", *options]) == 2

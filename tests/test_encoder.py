@@ -99,14 +99,14 @@ def test_the_trainable_encoder_learns_from_every_parameter():
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), [("dinov2", 70), ("clip", 64), ("siglip", 64)])
 def test_the_layers_of_a_tower_compile_whole_and_as_one_graph(tmp_path, save_tower, kind, size):
-    from semantica.train.objective import compile_blocks
+    from semantica.train.objective import compile_in_place
 
     save_tower(tmp_path, kind)
     encoder = PretrainedEncoder.from_source(str(tmp_path), image_size=size)
     expected = encoder(pictures(size))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compile_blocks(encoder)
+    compile_in_place(encoder)
     for _ in range(2):
         torch.testing.assert_close(encoder(pictures(size)).tokens, expected.tokens, rtol=0, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

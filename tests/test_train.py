@@ -257,6 +257,7 @@ def test_another_configuration_data_or_folder_is_refused(photos, tmp_path):
         (dict(encoder="/no/such/encoder"), "encoder '/no/such/encoder' cannot be loaded"),
         (dict(encoder_size=64), "--encoder-size is for frozen encoders"),
         (dict(held_out=0.99), "cannot hold out 6 of 6"),
+        (dict(compile_scope="network"), "--compile-scope network is nothing without --compile"),
     ],
 )
 def test_impossible_options_write_nothing(photos, tmp_path, changes, message):
@@ -335,6 +336,22 @@ def test_held_out_batches_pair_each_sample_with_another_group(photos, tmp_path):
     for batch in found:
         assert all(batch["group"][i] != batch["group"][j] for i, j in enumerate(batch["other"].tolist()))
         assert not batch["drop"].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [dict(conditioning="both", align=0.1), dict(conditions=2, scales=(16, 32), checkpointing=True)], ids=str
+)
+def test_a_run_compiled_as_one_graph_is_the_same_run(photos, tmp_path, changes):
+    for name, scope in (("eager", {}), ("compiled", dict(compile=True, compile_scope="network"))):
+        train(config(photos, tmp_path / name, accumulate=1, **changes, **scope))
+    eager, compiled = (
+        [{k: v for k, v in row.items() if not isinstance(v, str)} for row in rows(tmp_path / name)]
+        for name in ("eager", "compiled")
+    )
+    assert [a.keys() for a in eager] == [b.keys() for b in compiled]
+    for a, b in zip(eager, compiled):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_the_training_step_compiles_whole_and_once(photos):

@@ -105,7 +105,10 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """"auto" is bf16 autocast where the processor multiplies bf16 natively."""
     compile: bool = False
-    """torch.compile the repeated blocks in place."""
+    """torch.compile the network in place."""
+    compile_scope: Literal["blocks", "network"] = "blocks"
+    """What is compiled as one: each kind of repeated block, in seconds, or the whole step's forward and backward pass,
+    in a minute or more for a few percent of speed (one process only)."""
     checkpointing: bool = False
     """Compute the repeated blocks again in the backward pass instead of keeping their activations: less memory, up to
     a third more computing."""
@@ -143,6 +146,9 @@ class TrainConfig:
         if self.batch % (self.accumulate * processes):
             each = f"--batch {self.batch} in --accumulate {self.accumulate}"
             raise UserError(f"{each} parts cannot be split among {processes} processes: give a multiple of both")
+        if self.compile_scope == "network" and (not self.compile or processes > 1):
+            what = "is for one process" if self.compile else "is nothing without --compile"
+            raise UserError(f"--compile-scope network {what}: leave it out, or give --compile in one process")
         shares = [("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1)]
         for name, low, high in shares + ([("crop", 1e-3, 1)] if self.crop != "centre" else []):
             if not low <= getattr(self, name) <= high:

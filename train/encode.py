@@ -32,7 +32,7 @@ from semantica.runfolder import read_json
 from semantica.train.checkpoint import sha256, write_aside
 from semantica.train.data import _start_worker, open_data
 from semantica.train.folders import PairData
-from semantica.train.objective import compile_blocks
+from semantica.train.objective import compile_in_place
 from semantica.train.pages.config import PairsConfig
 from semantica.train.shards import ShardData
 from semantica.train.tokencost import measure, report
@@ -134,7 +134,7 @@ def picture_bytes(shape: tuple[int, int]) -> int:
 def encoding(encoder: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> Encode:
     """The encoder as it runs in the pass: no gradients, autocast where the precision is lower, compiled per block."""
     if compiled:
-        compile_blocks(encoder)
+        compile_in_place(encoder)
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from semantica.device import pick_device, pick_precision
 from semantica.diffusion import noise_levels
 from semantica.errors import UserError
 from semantica.kernels import implementations
+from semantica.memory import keep_freed_memory
 from semantica.pipeline import SemanticaPipeline
 from semantica.profile import count_parameters, step_flops
 from semantica.train import checkpoint
@@ -22,7 +23,7 @@ from semantica.train.build import alignment, build
 from semantica.train.config import TrainConfig
 from semantica.train.data import Pairs, batches, open_data
 from semantica.train.heldout import examples, held_out_batches
-from semantica.train.objective import Objective, PairHead, compile_blocks, held_out_loss
+from semantica.train.objective import Objective, PairHead, compile_in_place, held_out_loss
 from semantica.train.parallel import LostProcess, Ranks, Word, facts, first_line, local_device, lost, start
 from semantica.train.run import SAMPLE_CONDITIONS, Measure, Run
 from semantica.train.state import TrainState
@@ -74,6 +75,8 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
     ranks.settle(lambda: config.check(ranks.world))
     ranks.same(facts(config, ranks))
     device = ranks.settle(lambda: pick_device(local_device(config.device, ranks)))
+    if device.type == "cpu":
+        keep_freed_memory()
     data = ranks.settle(lambda: open_data(config.data, config.mode, config.low, config.high, config.tokens))
     config = dataclasses.replace(config, mode=data.mode)
     held = ranks.settle(lambda: open_data(config.val, config.mode, config.low, config.high) if config.val else None)
@@ -115,7 +118,7 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
     state = TrainState(config, modules, ranks.shard(dtype, device))
     objective = Objective(unet, encoder, config.loss, config.scales, head, repa, teacher).train()
     if config.compile:
-        compile_blocks(objective)
+        compile_in_place(objective, config.compile_scope)
     if config.checkpointing:
         for module in (unet, encoder) if encoder.trainable else (unet,):
             module.enable_gradient_checkpointing()

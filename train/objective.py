@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,12 @@ from semantica.uvit import UViT
 REPEATED = (TransformerBlock, ResBlock, EncoderBlock)
 
 
-def compile_blocks(module: nn.Module) -> None:
-    """Compile the repeated blocks in place: one graph serves all blocks of a kind, so that compiling takes seconds."""
+def compile_in_place(module: nn.Module, scope: Literal["blocks", "network"] = "blocks") -> None:
+    """Compile the repeated blocks, where one graph serves all of a kind, or the whole module as one graph."""
+    if scope == "network":
+        # all batches of a run have one shape
+        module.compile(fullgraph=True, dynamic=False)
+        return
     for block in repeated(module):
         block.compile(fullgraph=True)
     for encoder in module.modules():
