@@ -134,6 +134,7 @@ def runs(photos, together, tmp_path_factory):
         "fsdp-ddp": job(config(photos, root / "fsdp-ddp", parallel="ddp")),
         "spoiled-ddp": job(config(photos, root / "spoiled-ddp", parallel="ddp", **spoiled), spoil={"1": 3}),
         "spoiled-fsdp": job(config(photos, root / "spoiled-fsdp", parallel="fsdp", **spoiled), spoil={"1": 3}),
+        "full": job(config(photos, root / "full", parallel="fsdp", save_every=1), full={"1": 3}),
         "code": job(fine, code={"1": str(more)}),
         "options": job(fine, here={1: {"lr": 2e-4}}),
         "data": job(fine, here={1: {"data": str(other)}}),
@@ -288,6 +289,15 @@ def test_data_lost_by_one_process_ends_the_run_of_all_in_one_line(runs):
     assert re.match("process 1 of 2: no readable pair after .*cannot be read", first["error"]), ended["lost"]
     assert second == {"left": 2}
     assert [p.name for p in (root / "lost" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_disk_that_is_full_for_one_process_ends_the_run_of_all_in_one_line(runs):
+    """Also where the next save is due before the one that failed was asked about."""
+    root, ended = runs
+    first, second = ended["full"]
+    assert first["error"].startswith("no space left to write ") and second == {"left": 2}, ended["full"]
+    assert [p.name for p in checkpoint.folders(root / "full" / "checkpoints")] == ["step-00000001", "step-00000002"]
+    assert checkpoint.load_newest(root / "full" / "checkpoints", Ranks(), pytest.fail)[0]["step"] == 2
 
 
 def test_held_out_pictures_that_one_process_cannot_read_end_the_run_of_all_in_one_line(runs):

@@ -1,10 +1,12 @@
 """One of several processes that torchrun starts: trains what a file lists, and writes down how each training ended.
 
 Usage: ranks.py JOBS, a JSON list of {"config", "here": {rank: changes}, "stop": {rank: step}, "lose": {rank: folder},
-"spoil": {rank: step}, "code": {rank: folder}}: what one process is told otherwise, when it is asked to stop, data that
-it loses in its third step, a step in which its loss alone is infinite, and further sources of the package.
+"spoil": {rank: step}, "full": {rank: step}, "code": {rank: folder}}: what one process is told otherwise, when it is
+asked to stop, data that it loses in its third step, a step in which its loss alone is infinite, one whose checkpoint
+finds no space, and further sources of the package.
 """
 
+import errno
 import json
 import math
 import os
@@ -23,6 +25,13 @@ from semantica.train import loop
 from semantica.train.config import TrainConfig
 from semantica.train.objective import Objective, held_out_loss
 
+no_space = {"in": None}
+
+
+def opening(name: str, details: tuple) -> None:
+    if name == "open" and no_space["in"] and no_space["in"] in str(details[0]):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
 
 def settings(job: dict, rank: int) -> TrainConfig:
     given = {**job["config"], **job.get("here", {}).get(str(rank), {})}
@@ -34,7 +43,9 @@ def attempt(job: dict, rank: int) -> dict:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     calls = {"count": 0, "graphs": [], "held_out": []}
-    stop, lose, spoil, code = (job.get(kind, {}).get(str(rank)) for kind in ("stop", "lose", "spoil", "code"))
+    kinds = ("stop", "lose", "spoil", "full", "code")
+    stop, lose, spoil, full, code = (job.get(kind, {}).get(str(rank)) for kind in kinds)
+    no_space["in"] = f".step-{full:08d}.incomplete" if full else None
 
     def graphs() -> bool:
         # asked once in each step: how many graphs there are by then
@@ -72,6 +83,7 @@ def attempt(job: dict, rank: int) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    sys.addaudithook(opening)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     path = Path(sys.argv[1])
