@@ -1,5 +1,6 @@
 """The `semantica` command: each verb's module is imported only when that verb runs."""
 
+import atexit
 import contextlib
 import io
 import os
@@ -124,8 +125,14 @@ def train(arguments: list[str]) -> None:
             raise
 
         from semantica.train.loop import train
+        from semantica.train.parallel import LostProcess, leave
 
-        train(config, stop)
+        try:
+            train(config, stop)
+        except (LostProcess, SystemExit) as error:
+            # once its line is printed
+            atexit.register(leave, getattr(error, "code", 1))
+            raise
 
 
 def sample(arguments: list[str]) -> None:

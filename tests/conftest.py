@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,45 @@ def torchrun():
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def side_by_side():
+    """A function that starts one process of a group for each command, as Slurm does: no torchrun ends any of them."""
+
+    def start(*commands: list[str], world: int | None = None, first: int = 0) -> list[subprocess.Popen]:
+        """world: more processes than are started; first: the rank of the first command."""
+        with socket.socket() as place:
+            place.bind(("127.0.0.1", 0))
+            port = place.getsockname()[1]
+        size = str(world or len(commands))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        return [
+            subprocess.Popen(
+                [sys.executable, "-P", *command],
+                env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, command in enumerate(commands, first)
+        ]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """24 small pictures in six groups, each of a colour of its own; to be copied before anything is changed in them."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for group in range(6):
+        (root / f"g{group}").mkdir()
+        base = rng.integers(0, 256, 3)
+        for i in range(4):
+            noise = rng.integers(-30, 30, (36, 36, 3))
+            Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8)).save(root / f"g{group}" / f"{i}.png")
+    return root
 
 
 @pytest.fixture(scope="session")

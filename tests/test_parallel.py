@@ -35,23 +35,10 @@ from semantica.train.parallel import Ranks, mesh
 FILES = ("unet", "encoder", "head", "ema_unet", "ema_encoder", "ema_head", "optimizer")
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for group in range(6):
-        (root / f"g{group}").mkdir()
-        base = rng.integers(0, 256, 3)
-        for i in range(4):
-            noise = rng.integers(-30, 30, (36, 36, 3))
-            Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8)).save(root / f"g{group}" / f"{i}.png")
-    return root
-
-
 def config(photos, out, **changes) -> TrainConfig:
     options = dict(
         data=str(photos), out=out, steps=10, batch=8, accumulate=2, warmup=0, lr=1e-4, align=0.05, precision="fp32",
-        held_out=0.2, log_every=1, save_every=5, eval_every=10, sample_every=100, workers=0, device="cpu", timeout=60.0,
+        held_out=0.2, log_every=1, save_every=5, eval_every=3, sample_every=100, workers=0, device="cpu", timeout=60.0,
     )  # fmt: skip
     return TrainConfig(**{**options, **changes})
 
@@ -127,17 +114,34 @@ def runs(photos, together, tmp_path_factory):
     broken = tmp_path_factory.mktemp("broken")
     lost = tmp_path_factory.mktemp("lost") / "photos"
     shutil.copytree(photos, lost)
+    # of the same listing, but no picture is whole
+    unreadable = tmp_path_factory.mktemp("unreadable") / "photos"
+    shutil.copytree(photos, unreadable)
+    for path in unreadable.glob("*/*.png"):
+        path.write_bytes(path.read_bytes()[:60].ljust(path.stat().st_size, b"\0"))
+    more = tmp_path_factory.mktemp("more")
+    (more / "more.py").write_text("changed = True")
     fine = config(photos, root / "refused")
+    spoiled = dict(save_every=2, log_every=100, eval_every=100)
     jobs = {
         "ddp": job(config(photos, root / "ddp", parallel="ddp")),
         "fsdp": job(config(photos, root / "fsdp", parallel="fsdp", checkpointing=True, sample_every=10)),
         "one-fsdp": job(config(photos, root / "one-fsdp", parallel="fsdp")),
         "stopped": job(config(photos, root / "stopped", parallel="fsdp", save_every=100), stop={"1": 3}),
+        "ddp, begun": job(config(photos, root / "ddp-fsdp", parallel="ddp"), stop={"0": 4}),
+        "ddp-fsdp": job(config(photos, root / "ddp-fsdp", parallel="fsdp")),
+        "fsdp, begun": job(config(photos, root / "fsdp-ddp", parallel="fsdp"), stop={"1": 4}),
+        "fsdp-ddp": job(config(photos, root / "fsdp-ddp", parallel="ddp")),
+        "spoiled-ddp": job(config(photos, root / "spoiled-ddp", parallel="ddp", **spoiled), spoil={"1": 3}),
+        "spoiled-fsdp": job(config(photos, root / "spoiled-fsdp", parallel="fsdp", **spoiled), spoil={"1": 3}),
+        "full": job(config(photos, root / "full", parallel="fsdp", save_every=1), full={"1": 3}),
+        "code": job(fine, code={"1": str(more)}),
         "options": job(fine, here={1: {"lr": 2e-4}}),
         "data": job(fine, here={1: {"data": str(other)}}),
         "no data": job(fine, here={1: {"data": str(broken)}}),
         "batch": job(dataclasses.replace(fine, batch=6)),
         "lost": job(config(photos, root / "lost", save_every=2), here={1: {"data": str(lost)}}, lose={1: str(lost)}),
+        "held out": job(config(photos, root / "no-val", val=str(photos)), here={1: {"val": str(unreadable)}}),
         "other run": job(config(photos, root / "one", steps=12, lr=2e-4, parallel="fsdp")),
     }
     return root, dict(zip(jobs, together(list(jobs.values()))))
@@ -212,6 +216,48 @@ def test_a_run_of_one_process_continues_in_two_and_back(runs, photos, tmp_path, 
     assert furthest(newest(tmp_path / "back"), newest(root / "one")) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["ddp-fsdp", "fsdp-ddp"])
+def test_a_run_moves_between_ddp_and_fsdp(runs, kind):
+    """After four steps, saved as wholes or as parts: the end is that of runs that were never moved."""
+    root, ended = runs
+    begun = ended[f"{kind[: kind.index('-')]}, begun"]
+    assert [len(e["graphs"]) for e in begun] == [4, 4] and [len(e["graphs"]) for e in ended[kind]] == [6, 6]
+    assert furthest(newest(root / kind), newest(root / "one")) < 1e-5
+    assert losses(root / kind) == pytest.approx(losses(root / "one"), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "one-fsdp", "ddp-fsdp", "fsdp-ddp"])
+def test_held_out_figures_are_those_of_one_process_on_each(runs, kind):
+    root, ended = runs
+    first, second = (e["held_out"] for e in ended[kind])
+    assert first == second and first
+    one, other = (held_out(root / name) for name in ("one", kind))
+    assert len(other) == 4 and [f for figures in first for f in figures.values()] == sum(other, [])[-2 * len(first) :]
+    assert np.abs(np.subtract(one, other)).max() < 1e-5
+    # averages that stood still would show, also between two evaluations without a save in between
+    assert min(abs(one[0][0] - one[1][0]), abs(one[1][0] - one[2][0])) > 1e-4
+
+
+def held_out(out: Path) -> list[list[float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [[row["held_out_loss"], row["held_out_loss_shuffled"]] for row in rows if "held_out_loss" in row]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_loss_that_is_infinite_on_one_process_ends_the_run_of_all(runs, kind):
+    """Gradients stay finite, so that only one process sees it; the checkpoint before is that of an undisturbed run."""
+    root, ended = runs
+    first, second = ended[f"spoiled-{kind}"]
+    assert first["kind"] == "FloatingPointError" and "nothing was saved since" in first["error"]
+    assert "\n" not in first["error"] and second == {"left": 1}
+    folder = root / f"spoiled-{kind}" / "checkpoints"
+    assert [p.name for p in folder.iterdir()] == ["step-00000002"]
+    state, _ = checkpoint.load_newest(folder, Ranks(), pytest.fail)
+    assert state["step"] == 2
+    assert furthest(folder / "step-00000002", root / "lost" / "checkpoints" / "step-00000002") < 1e-5
+    assert not (root / f"spoiled-{kind}" / "model_index.json").exists()
+
+
 def test_all_stop_after_the_step_in_which_one_was_told_to(runs):
     root, ended = runs
     assert [len(e["graphs"]) for e in ended["stopped"]] == [3, 3]
@@ -223,6 +269,7 @@ def test_all_stop_after_the_step_in_which_one_was_told_to(runs):
     ("case", "message"),
     [
         ("options", "the processes disagree on --lr: 0.0001 on process 0, 0.0002 on process 1"),
+        ("code", "the processes disagree on the package's code: "),
         ("data", "the processes disagree on the pictures in --data"),
         ("no data", "process 1 of 2: "),
         ("batch", "--batch 6 in --accumulate 2 parts cannot be split among 2 processes"),
@@ -242,6 +289,22 @@ def test_data_lost_by_one_process_ends_the_run_of_all_in_one_line(runs):
     assert re.match("process 1 of 2: no readable pair after .*cannot be read", first["error"]), ended["lost"]
     assert second == {"left": 2}
     assert [p.name for p in (root / "lost" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_disk_that_is_full_for_one_process_ends_the_run_of_all_in_one_line(runs):
+    """Also where the next save is due before the one that failed was asked about."""
+    root, ended = runs
+    first, second = ended["full"]
+    assert first["error"].startswith("no space left to write ") and second == {"left": 2}, ended["full"]
+    assert [p.name for p in checkpoint.folders(root / "full" / "checkpoints")] == ["step-00000001", "step-00000002"]
+    assert checkpoint.load_newest(root / "full" / "checkpoints", Ranks(), pytest.fail)[0]["step"] == 2
+
+
+def test_held_out_pictures_that_one_process_cannot_read_end_the_run_of_all_in_one_line(runs):
+    root, ended = runs
+    first, second = ended["held out"]
+    assert re.match("process 1 of 2: no readable pair after ", first["error"]), ended["held out"]
+    assert second == {"left": 2} and not (root / "no-val" / "checkpoints").exists()
 
 
 def test_each_process_takes_its_part_of_every_batch(photos):
@@ -276,6 +339,35 @@ def test_checkpointed_blocks_train_to_the_same_bits(photos, tmp_path):
     for name in FILES:
         a, b = (load_file(newest(tmp_path / n) / f"{name}.safetensors") for n in ("kept", "again"))
         assert all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def test_checkpointed_blocks_keep_less_for_the_backward_pass(photos, tmp_path):
+    """Bytes that one forward pass leaves for the backward pass, weights aside; gradients are the same bits."""
+    unet, encoder, _ = build(config(photos, tmp_path), torch.device("cpu"))
+    objective = Objective(unet, encoder)
+    weights = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+    g = torch.Generator().manual_seed(0)
+    images, logsnr = [torch.randn(4, 3, 32, 32, generator=g) for _ in range(3)], torch.randn(4, generator=g)
+    found = []
+    for again in (False, True):
+        for module in (unet, encoder) if again else ():
+            module.enable_gradient_checkpointing()
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses, *_ = objective(*images, logsnr, torch.zeros(4, dtype=torch.bool))
+        losses.mean().backward()
+        gradients = [p.grad.clone() for p in objective.parameters() if p.grad is not None]
+        objective.zero_grad()
+        found.append((sum(n for place, n in kept.items() if place not in weights), gradients))
+    (whole, expected), (least, actual) = found
+    assert len(expected) > 100 and all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    assert whole > 3 * least, (whole, least)
 
 
 def test_sharded_networks_keep_channels_last_and_the_fused_operators(photos, tmp_path):

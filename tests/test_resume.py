@@ -11,11 +11,9 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from semantica import UserError
@@ -24,17 +22,6 @@ from semantica.train import checkpoint, storage
 from semantica.train.parallel import Ranks
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for group in range(6):
-        (root / f"g{group}").mkdir()
-        for i in range(4):
-            Image.fromarray(rng.integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(root / f"g{group}" / f"{i}.png")
-    return root
 
 
 def options(data: Path, out: Path, **changes) -> list[str]:
@@ -212,19 +199,85 @@ def children(process: subprocess.Popen) -> list[int]:
     return sorted(child.pid for child in psutil.Process(process.pid).children())
 
 
+@pytest.fixture(scope="module")
+def straight(photos, tmp_path_factory, torchrun) -> Path:
+    """A run of two processes with FSDP2 that nothing disturbed."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    process = start(torchrun, options(photos, out, parallel="fsdp"))
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out
+
+
+def said_by(process: subprocess.Popen) -> tuple[str, list[str]]:
+    """What a process printed, and its lines on the other stream that are ours or tell of an accident."""
+    out, err = process.communicate(timeout=200)
+    return out, [line for line in err.splitlines() if re.match("semantica: |Traceback|terminate called|Fatal", line)]
+
+
+def newest_whole(out: Path) -> int:
+    """The step of the newest checkpoint, which is whole, as are all others."""
+    root = out / "checkpoints"
+    state, _ = checkpoint.load_newest(root, Ranks(), pytest.fail)
+    return state["step"]
+
+
 @pytest.mark.slow
-def test_a_process_killed_while_saving_costs_the_steps_since_the_last_checkpoint(photos, tmp_path, torchrun):
+def test_a_process_killed_while_saving_costs_the_steps_since_the_last_checkpoint(photos, tmp_path, torchrun, straight):
     """SIGKILL of one of two in the middle of a save, torchrun starts both again: the same bytes in the end."""
-    killed, straight = (options(photos, tmp_path / name, parallel="fsdp") for name in ("killed", "straight"))
-    process = torchrun(str(HERE / "processes" / "killed.py"), "4", *killed, options=("--max-restarts=1",))
+    killed = options(photos, tmp_path / "killed", parallel="fsdp")
+    process = torchrun(str(HERE / "processes" / "struck.py"), "save", "4", *killed, options=("--max-restarts=1",))
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "continuing from step 2" in out and "exitcode: -9" in err
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
-    process = start(torchrun, straight)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    same_end(tmp_path / "killed", tmp_path / "straight")
+    same_end(tmp_path / "killed", straight)
+
+
+@pytest.mark.slow
+def test_a_process_killed_in_a_step_ends_the_other_and_the_same_command_continues(
+    photos, tmp_path, side_by_side, straight
+):
+    given = options(photos, tmp_path / "run", parallel="fsdp", timeout=20.0)
+    both = side_by_side(*[[str(HERE / "processes" / "struck.py"), "step", "5", *given]] * 2)
+    assert both[1].wait(100) == -signal.SIGKILL
+    both[0].wait(20 + 10)
+    (_, lines), (_, others) = map(said_by, both)
+    assert both[0].returncode == 1 and not others
+    assert len(lines) == 1 and lines[0].startswith("semantica: another of the 2 processes ended")
+    # the save at step 4 may not have been complete
+    step = newest_whole(tmp_path / "run")
+    assert step in (2, 4)
+    both = side_by_side(*[["-m", "semantica.cli", *given]] * 2)
+    (out, _), _ = map(said_by, both)
+    assert [p.returncode for p in both] == [0, 0] and f"continuing from step {step}" in out
+    same_end(tmp_path / "run", straight)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_on_one_of_two_ends_both_in_one_line(photos, tmp_path, side_by_side):
+    given = options(photos, tmp_path / "run", log_every=100)
+    both = side_by_side(*[[str(HERE / "processes" / "struck.py"), "loss", "3", *given]] * 2)
+    (_, lines), (_, others) = map(said_by, both)
+    assert [p.returncode for p in both] == [1, 1] and not others
+    assert len(lines) == 1 and lines[0].startswith("semantica: the loss or a gradient is not finite any more")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert newest_whole(tmp_path / "run") == 2 and not (tmp_path / "run" / "model_index.json").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_refuse_or_find_no_other_leave_with_the_code_that_is_meant(photos, tmp_path, side_by_side):
+    command = ["-m", "semantica.cli", *options(photos, tmp_path / "run")]
+    both = side_by_side(command, [*command, "--lr=0.1"])
+    (_, lines), (_, others) = map(said_by, both)
+    assert [p.returncode for p in both] == [2, 2] and not others
+    assert len(lines) == 1 and "the processes disagree on --lr: 0.0003 on process 0, 0.1 on process 1" in lines[0]
+    for rank, count in ((0, 1), (1, 0)):
+        (alone,) = side_by_side([*command, "--timeout=2"], world=2, first=rank)
+        _, lines = said_by(alone)
+        assert alone.returncode == 1 and len(lines) == count
+        assert all("the processes did not come together within 2 s" in line for line in lines)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,19 +24,6 @@ from semantica.train.loop import train
 from semantica.train.objective import Objective
 from semantica.train.parallel import Ranks
 from semantica.train.run import Measure
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for group in range(6):
-        (root / f"g{group}").mkdir()
-        base = rng.integers(0, 256, 3)
-        for i in range(4):
-            noise = rng.integers(-30, 30, (36, 36, 3))
-            Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8)).save(root / f"g{group}" / f"{i}.png")
-    return root
 
 
 def config(photos, out, **changes) -> TrainConfig:

@@ -139,7 +139,7 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
     if held:
         sizes = encoder.image_size, unet.config.image_size
         once = encoder if config.tokens else None
-        fixed = held_out_batches(held, config.seed, *sizes, device, config.conditions, once)
+        fixed = ranks.settle(lambda: held_out_batches(held, config.seed, *sizes, device, config.conditions, once))
 
     pairs = Pairs(
         data, seed=config.seed, image_size=unet.config.image_size, condition_size=encoder.image_size,
@@ -198,12 +198,14 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
                 run.log({"step": step, "held_out_loss": losses["right"], "held_out_loss_shuffled": losses["shuffled"]})
             if step % config.save_every == 0 or last or word == Word.STOP:
                 measure.check()
+                # what went wrong with the save before, one says
+                ranks.settle(saver.wait)
                 saver.save(step, state.tensors(), {"seed": config.seed})
             if word == Word.STOP and not last:
                 break
             if step % config.sample_every == 0:
                 pipeline = SemanticaPipeline(averaged.unet, averaged.encoder, scheduler)
-                shown = fixed[0] if fixed else examples(pairs, SAMPLE_CONDITIONS)
+                shown = fixed[0] if fixed else ranks.settle(lambda: examples(pairs, SAMPLE_CONDITIONS))
                 # in the precision of the training: the attention backend may know no other
                 with autocast():
                     run.sample(pipeline, shown, step)

@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -72,6 +73,8 @@ class Ranks:
             # groups of their own for words and for checkpoints: those are exchanged while gradients are
             self.control, self.saving = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
         except (dist.DistError, RuntimeError) as error:
+            if self.own and dist.is_initialized():
+                dist.destroy_process_group()
             if os.environ.get("RANK", "0") != "0":
                 raise SystemExit(1) from error
             problem = f"the processes did not come together within {timeout:g} s: {first_line(error)}"
@@ -310,6 +313,14 @@ def start(config: TrainConfig) -> Ranks:
     timeout = config.timeout if config.timeout > 0 else TrainConfig.timeout
     mode = "ddp" if config.parallel == "auto" else config.parallel
     return Ranks(mode, "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout)
+
+
+def leave(code: int) -> None:
+    """End this process here and now: of an exchange that another process broke off, threads may still be at work, and
+    whatever tensors they let go of while the interpreter ends abort it (pytorch/pytorch pull request 179291)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def local_device(name: str, ranks: Ranks) -> str:
