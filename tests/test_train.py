@@ -1,5 +1,9 @@
 """The trainer: exact resume, what it writes, what it refuses."""
 
+import builtins
+import dataclasses
+import errno
+import io
 import json
 import os
 import re
@@ -266,6 +270,30 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(photos, tmp_pa
     assert all(s < 40 for s in (int(p.name[5:]) for p in checkpoint.folders(tmp_path / "run" / "checkpoints")))
     for folder in checkpoint.folders(tmp_path / "run" / "checkpoints"):
         assert all(v.isfinite().all() for v in load_file(folder / "unet.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [(".config.json.incomplete", 2), ("metrics.jsonl", 2), ("samples/", 4), ("unet/config.json", 4)],
+)
+def test_a_disk_that_fills_up_is_one_line_and_loses_nothing(photos, tmp_path, monkeypatch, name, saved):
+    def no_space(function):
+        def call(path, mode="r", *arguments, **more):
+            if mode != "r" and name in str(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return function(path, mode, *arguments, **more)
+
+        return call
+
+    settings = config(photos, tmp_path / "run", log_every=4, sample_every=4)
+    train(dataclasses.replace(settings, steps=2))
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="(?i)no space left") as caught:
+        for owner in (builtins, io):
+            patched.setattr(owner, "open", no_space(open))
+        train(settings)
+    assert "\n" not in str(caught.value) and newest(tmp_path / "run").name == f"step-{saved:08d}"
+    train(settings)
+    assert SemanticaPipeline.from_pretrained(tmp_path / "run") and newest(tmp_path / "run").name == "step-00000004"
 
 
 def test_bad_pictures_are_named_counted_and_left_out(photos, tmp_path):

@@ -215,7 +215,7 @@ def run_together(config: TrainConfig, ranks: Ranks, stop: Callable[[], bool]) ->
         run.say(f"stopped: {run.out} is saved at step {state.step} of {config.steps}; the same command continues it")
         return run.out
     whole = ranks.whole(averaged.unet, kinds["unet"]), ranks.whole(averaged.encoder, kinds["encoder"])
-    ranks.ask_lead(lambda: run.publish(SemanticaPipeline(*whole, scheduler)))
+    run.publish(functools.partial(SemanticaPipeline, *whole, scheduler))
     run.say(f"done: {run.out} after {state.step} steps")
     return run.out
 

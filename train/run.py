@@ -5,7 +5,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -127,15 +128,11 @@ class Run:
             self._compare(path, record)
         elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise UserError(f"{self.out} exists and is not a run folder: choose another --out")
-        try:
+        with self._writing("choose another --out"):
             self.out.mkdir(parents=True, exist_ok=True)
             aside = self.out / ".config.json.incomplete"
             aside.write_text(json.dumps(record, indent=1))
             aside.replace(path)
-        except OSError as error:
-            raise UserError(
-                f"run folder {self.out} cannot be written ({error.strerror}): choose another --out"
-            ) from error
         self.known_bad = self._known_bad()
         self.board = self._board()
 
@@ -173,6 +170,22 @@ class Run:
             return None
         return SummaryWriter(str(self.out / "logs"))
 
+    @contextmanager
+    def _writing(self, advice: str = "make room, then the same command continues") -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"run folder {self.out} cannot be written ({error.strerror}): {advice}") from error
+
+    def _lead_writes(self, work: Callable[[], None]) -> None:
+        """The first process writes; where it cannot, all of them end."""
+
+        def write() -> None:
+            with self._writing():
+                work()
+
+        self.ranks.settle(write if self.ranks.lead else lambda: None)
+
     def say(self, line: str) -> None:
         if self.ranks.lead:
             tqdm.write(line)
@@ -185,18 +198,21 @@ class Run:
         if not self.ranks.lead:
             self.found_bad.append((path, reason))
             return
-        with (self.out / "bad_samples.jsonl").open("a") as file:
+        with self._writing(), (self.out / "bad_samples.jsonl").open("a") as file:
             file.write(json.dumps(bad_record(path, reason)) + "\n")
         self.say(f"bad picture {path}: {reason}")
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after the step that the run continues from."""
         path = self.out / "metrics.jsonl"
-        if self.ranks.lead and path.exists():
+
+        def rewrite() -> None:
             kept = [line for line in path.read_text().splitlines() if json_step(line) <= step]
             aside = path.with_name(".metrics.jsonl.incomplete")
             aside.write_text("".join(f"{line}\n" for line in kept))
             aside.replace(path)
+
+        self._lead_writes(lambda: rewrite() if path.exists() else None)
 
     def log(self, row: dict) -> None:
         """Write a row; all processes call this."""
@@ -204,8 +220,9 @@ class Run:
             for path, reason in found if self.ranks.lead and rank else ():
                 self.bad_sample(path, reason)
         self.found_bad = []
-        if not self.ranks.lead:
-            return
+        self._lead_writes(lambda: self._log(row))
+
+    def _log(self, row: dict) -> None:
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.board is not None:
@@ -230,8 +247,10 @@ class Run:
             generator=generator,
             output_type="pt",
         ).images
-        if not self.ranks.lead:
-            return
+        self._lead_writes(lambda: self._save_grid(columns, targets, made, step))
+
+    def _save_grid(self, columns: Tensor, targets: Tensor, made: Tensor, step: int) -> None:
+        """Conditions `[B, K, 3, C, C]`, targets `[B, 3, S, S]` and variations `[B n, 3, S, S]`, those in [0, 1]."""
         size = targets.shape[-1]
         shown = torch.nn.functional.interpolate(columns.flatten(0, 1), (size, size), mode="bilinear", antialias=True)
         shown = to_uint8(shown).reshape(*columns.shape[:2], size, size, 3)
@@ -240,8 +259,12 @@ class Run:
         (self.out / "samples").mkdir(exist_ok=True)
         save_png(grid(rows, apart=1), self.out / "samples" / f"step-{step:08d}.png")
 
-    def publish(self, pipeline: SemanticaPipeline) -> None:
-        """Write the pipeline, on the first process; its index, which makes the folder usable, comes last."""
+    def publish(self, make: Callable[[], SemanticaPipeline]) -> None:
+        """Write the pipeline that the first process makes; its index, which makes the folder usable, comes last. All
+        processes call this."""
+        self._lead_writes(lambda: self._publish(make()))
+
+    def _publish(self, pipeline: SemanticaPipeline) -> None:
         index = self.out / "model_index.json"
         index.unlink(missing_ok=True)
 
