@@ -110,7 +110,9 @@ def present_gpu() -> str | None:
     """Architecture of the GPU that is here, such as "sm_89"."""
     import torch
 
-    return "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+    from semantica.kernels.launch import architecture
+
+    return architecture(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
 def check_precision(backend: str, bundle: Bundle) -> None:

@@ -325,6 +325,10 @@ def test_each_process_takes_its_part_of_every_batch(photos):
 def test_a_mode_without_torchrun_is_refused(photos, tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="WORLD_SIZE are set and MASTER_PORT is not"):
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+            patched.setenv(name, value)
+        train(config(photos, tmp_path / "run"))
     with pytest.raises(UserError, match="--parallel fsdp needs several processes: start them with 'torchrun"):
         train(config(photos, tmp_path / "run", parallel="fsdp"))
     with pytest.raises(UserError, match="--timeout is 0"):

@@ -298,7 +298,7 @@ def start(config: TrainConfig) -> Ranks:
     """Join the other processes that torchrun started; one process alone is not distributed.
 
     Raises:
-        UserError: a mode was asked for without torchrun.
+        UserError: a mode was asked for without torchrun, or only a part of what torchrun says is there.
         LostProcess: the others did not come within the timeout.
     """
     launched = dist.is_initialized() or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
@@ -309,6 +309,9 @@ def start(config: TrainConfig) -> Ranks:
     alone = not dist.is_initialized() and os.environ["WORLD_SIZE"] == "1"
     if config.parallel == "auto" and alone:
         return Ranks()
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and not dist.is_initialized():
+        raise UserError(f"RANK and WORLD_SIZE are set and {missing[0]} is not: start with '{LAUNCH}', or unset them")
     cuda = torch.cuda.is_available() and config.device != "cpu"
     timeout = config.timeout if config.timeout > 0 else TrainConfig.timeout
     mode = "ddp" if config.parallel == "auto" else config.parallel

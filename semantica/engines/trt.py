@@ -14,6 +14,7 @@ from semantica.engines.built import open_built
 from semantica.engines.bundle import NULL, Bundle
 from semantica.engines.engine import Engine
 from semantica.errors import UserError
+from semantica.kernels.launch import architecture
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 FILES = {"encode": "condition.engine", "denoise": "denoise.engine"}
@@ -24,9 +25,8 @@ def load(bundle: Bundle, backend: str, device: str) -> "TensorRTEngine":
     if device == "cpu" or not torch.cuda.is_available():
         raise UserError(f"engine {backend!r} needs an NVIDIA GPU and a CUDA build of torch: use another --engine")
     place = torch.device("cuda" if device == "auto" else device)
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(place))
     version = importlib.import_module(MODULES[backend]).__version__
-    return TensorRTEngine(bundle, *open_built(bundle, backend, arch, version), place)
+    return TensorRTEngine(bundle, *open_built(bundle, backend, architecture(place), version), place)
 
 
 class TensorRTEngine(Engine):
