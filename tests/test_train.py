@@ -304,8 +304,14 @@ def test_bad_pictures_are_named_counted_and_left_out(photos, tmp_path):
     (data / "g0" / "broken.jpg").write_text("no picture")
     Image.new("RGB", (1, 1)).save(data / "g1" / "dot.png")
     train(config(data, tmp_path / "run", steps=2))
-    bad = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    named = tmp_path / "run" / "bad_samples.jsonl"
+    bad = [json.loads(line) for line in named.read_text().splitlines()]
     assert [b["path"] for b in bad] == ["g0/broken.jpg", "g1/dot.png"] and all(b["reason"] for b in bad)
+    # as a crash leaves it; none is named twice
+    cut = named.read_text() + '{"pa'
+    named.write_text(cut)
+    train(config(data, tmp_path / "run", steps=4))
+    assert named.read_text() == cut
 
 
 def test_reconstruct_mode_and_a_frozen_encoder(photos, tmp_path):

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -133,8 +133,8 @@ class Run:
             aside = self.out / ".config.json.incomplete"
             aside.write_text(json.dumps(record, indent=1))
             aside.replace(path)
-        self.known_bad = self._known_bad()
-        self.board = self._board()
+            self.known_bad = self._known_bad()
+            self.board = self._board()
 
     def _compare(self, path: Path, record: dict) -> None:
         try:
@@ -160,7 +160,12 @@ class Run:
 
     def _known_bad(self) -> set[str]:
         path = self.out / "bad_samples.jsonl"
-        return {json.loads(line)["path"] for line in path.read_text().splitlines()} if path.exists() else set()
+        found = set()
+        for line in path.read_text().splitlines() if path.exists() else ():
+            # one that a crash or a full disk cut short names nothing
+            with suppress(ValueError):
+                found.add(json.loads(line)["path"])
+        return found
 
     def _board(self):
         try:
