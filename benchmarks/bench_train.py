@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> int:
     if config.processes:
         with tempfile.TemporaryDirectory() as place:
             plan.scaling = scaling.measure(
-                config.processes, config.preset, config.batch, config.steps, device, Path(place)
+                config.processes, config.preset, config.batch, config.steps, device, config.workers, Path(place)
             )
     content = run_suite(plan, suite_train)
     publish(config, plan, content, COLUMNS, cells, page, figure)

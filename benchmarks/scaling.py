@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from semantica.errors import UserError
+from semantica.errors import ArtifactError, UserError
 
 # of each number of processes in turn, so that a slow spell hits all alike
 ROUNDS = 3
@@ -41,32 +43,49 @@ def run(processes: int, threads: int, arguments: list[str], out: Path) -> list[d
     """One training run; returns the rows of its log that hold a speed.
 
     Raises:
-        UserError: it failed, with its own words.
+        UserError: it was refused, with its own words.
+        ArtifactError: it broke.
     """
     command, environment = launch(processes, threads)
     command += ["train", f"--out={out}", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("semantica: ")]
-        reason = said[0].removeprefix("semantica: ") if said else f"exit code {done.returncode}"
-        raise UserError(f"training in {processes} processes failed: {reason}")
+        if said:
+            raise UserError(f"training in {processes} processes failed: {said[0].removeprefix('semantica: ')}")
+        broken = re.findall(r"^(?:\[rank\d+\]: )?([\w.]+(?:Error|Exception)\b.*)", done.stderr, re.MULTILINE)
+        reason = broken[0] if broken else f"exit code {done.returncode}"
+        raise ArtifactError(f"training in {processes} processes broke: {reason}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(out)
     return [row for row in rows if "images_per_s" in row]
 
 
 def measure(
-    counts: tuple[int, ...], preset: str, batch: int, steps: int, device: str, place: Path, rounds: int = ROUNDS
+    counts: tuple[int, ...],
+    preset: str,
+    batch: int,
+    steps: int,
+    device: str,
+    workers: int,
+    place: Path,
+    rounds: int = ROUNDS,
 ) -> list[Scaled]:
     """Train with each number of processes, `batch` pictures a step in each of them; at least `steps` count.
 
     On a CPU all processes have as many threads as the largest number of them leaves for one.
 
     Raises:
-        UserError: a run failed.
+        UserError: more processes than GPUs, or a run was refused.
+        ArtifactError: a run broke.
     """
+    import torch
+
     from semantica.benchmarks.web import draw_web
 
-    threads = max(1, len(os.sched_getaffinity(0)) // max(counts)) if device == "cpu" else 0
+    if device == "cuda" and max(counts) > torch.cuda.device_count():
+        raise UserError(f"--processes {max(counts)} on {torch.cuda.device_count()} GPUs: give at most one for each")
+    threads = max(1, torch.get_num_threads() // max(counts)) if device == "cpu" else 0
     draw_web(place / "web", groups=16, images_per_group=16)
     found: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
     for turn in range(rounds):
@@ -74,7 +93,7 @@ def measure(
             arguments = [
                 f"--data={place / 'web' / 'train'}", f"--preset={preset}", f"--batch={batch * count}",
                 f"--steps={EVERY * (1 + -(-steps // EVERY))}", f"--device={device}", "--compile", "--held-out=0",
-                f"--log-every={EVERY}", "--sample-every=1000000", "--save-every=1000000",
+                f"--workers={workers}", f"--log-every={EVERY}", "--sample-every=1000000", "--save-every=1000000",
             ]  # fmt: skip
             rows = run(count, threads, arguments, place / f"{count}-{turn}")[1:]
             speeds, waits = ([row[name] for row in rows] for name in ("images_per_s", "data_wait"))

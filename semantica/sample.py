@@ -68,7 +68,9 @@ def make_variations(config: SampleConfig, pictures: list) -> np.ndarray:
 
     from semantica.engines import load_engine
     from semantica.engines.pipeline import BundlePipeline
+    from semantica.memory import keep_freed_memory
 
+    keep_freed_memory()
     pipeline = BundlePipeline(load_engine(config.model, config.engine, config.device))
     made = pipeline(pictures, config.n, config.steps, config.guidance, config.seed, solver=config.solver).images
     arrays = np.stack([np.asarray(image) for image in made])

@@ -59,6 +59,8 @@ def torchrun():
 def side_by_side():
     """A function that starts one process of a group for each command, as Slurm does: no torchrun ends any of them."""
 
+    started = []
+
     def start(*commands: list[str], world: int | None = None, first: int = 0) -> list[subprocess.Popen]:
         """world: more processes than are started; first: the rank of the first command."""
         with socket.socket() as place:
@@ -66,7 +68,7 @@ def side_by_side():
             port = place.getsockname()[1]
         size = str(world or len(commands))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        return [
+        processes = [
             subprocess.Popen(
                 [sys.executable, "-P", *command],
                 env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
@@ -76,8 +78,12 @@ def side_by_side():
             )
             for rank, command in enumerate(commands, first)
         ]
+        started.extend(processes)
+        return processes
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
 
 
 @pytest.fixture(scope="session")

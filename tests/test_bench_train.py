@@ -1,6 +1,5 @@
 """`semantica bench train`: rungs train alike, wrong ones are caught, a step's time is told apart by kind of work."""
 
-import json
 import math
 from contextlib import nullcontext
 
@@ -104,14 +103,22 @@ def test_speed_up_is_against_the_first_number_of_processes():
 
 
 @pytest.mark.slow
-def test_scaling_is_read_from_the_log_of_runs(tmp_path):
-    one, two = scaling.measure((1, 2), "tiny", 2, 5, "cpu", tmp_path, rounds=1)
+def test_scaling_is_read_from_the_log_of_runs(tmp_path, monkeypatch):
+    logs = []
+
+    def run(*arguments):
+        logs.append(read(*arguments))
+        return logs[-1]
+
+    read = scaling.run
+    monkeypatch.setattr(scaling, "run", run)
+    one, two = scaling.measure((1, 2), "tiny", 2, 5, "cpu", 1, tmp_path, rounds=1)
     assert (one.processes, one.batch, two.processes, two.batch) == (1, 2, 2, 4) and one.threads == two.threads
-    rows = [json.loads(line) for line in (tmp_path / "2-0" / "metrics.jsonl").read_text().splitlines()]
     # five steps are two rows of four, after the first
-    assert [row["step"] for row in rows] == [4, 8, 12]
-    speeds = sorted(row["images_per_s"] for row in rows[1:])
+    assert [[row["step"] for row in rows] for rows in logs] == [[4, 8, 12]] * 2
+    speeds = [row["images_per_s"] for row in logs[1][1:]]
     assert two.images_per_s == (pytest.approx(sum(speeds) / 2),)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["web"]
     with pytest.raises(UserError, match="training in 2 processes failed: --batch is 0"):
         scaling.run(2, 1, [f"--data={tmp_path / 'web' / 'train'}", "--batch=0"], tmp_path / "never")
 

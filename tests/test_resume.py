@@ -240,10 +240,8 @@ def test_a_process_killed_in_a_step_ends_the_other_and_the_same_command_continue
 ):
     given = options(photos, tmp_path / "run", parallel="fsdp", timeout=20.0)
     both = side_by_side(*[[str(HERE / "processes" / "struck.py"), "step", "5", *given]] * 2)
-    assert both[1].wait(100) == -signal.SIGKILL
-    both[0].wait(20 + 10)
     (_, lines), (_, others) = map(said_by, both)
-    assert both[0].returncode == 1 and not others
+    assert [p.returncode for p in both] == [1, -signal.SIGKILL] and not others
     assert len(lines) == 1 and lines[0].startswith("semantica: another of the 2 processes ended")
     # the save at step 4 may not have been complete
     step = newest_whole(tmp_path / "run")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,6 +257,13 @@ def test_impossible_options_write_nothing(photos, tmp_path, changes, message):
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("parallel", "processes"), [("auto", 2), ("ddp", 2), ("fsdp", 1)])
+def test_one_graph_is_for_one_whole_process(photos, tmp_path, parallel, processes):
+    settings = config(photos, tmp_path, compile=True, compile_scope="network", parallel=parallel)
+    with pytest.raises(UserError, match="--compile-scope network is for one process"):
+        settings.check(processes)
+
+
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(photos, tmp_path):
     settings = config(photos, tmp_path / "run")
     measure = Measure(settings, torch.device("cpu"), torch.float32, 10**9, Ranks())
@@ -274,7 +282,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(photos, tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "saved"),
-    [(".config.json.incomplete", 2), ("metrics.jsonl", 2), ("samples/", 4), ("unet/config.json", 4)],
+    [(".config.json", 2), ("metrics.jsonl", 2), ("bad_samples", 2), ("samples/", 4), ("unet/config.json", 4)],
 )
 def test_a_disk_that_fills_up_is_one_line_and_loses_nothing(photos, tmp_path, monkeypatch, name, saved):
     def no_space(function):
@@ -285,8 +293,11 @@ def test_a_disk_that_fills_up_is_one_line_and_loses_nothing(photos, tmp_path, mo
 
         return call
 
-    settings = config(photos, tmp_path / "run", log_every=4, sample_every=4)
+    shutil.copytree(photos, tmp_path / "data")
+    (tmp_path / "data" / "g0" / "broken.jpg").write_text("no picture")
+    settings = config(tmp_path / "data", tmp_path / "run", log_every=4, sample_every=4)
     train(dataclasses.replace(settings, steps=2))
+    (tmp_path / "run" / "bad_samples.jsonl").unlink()
     with monkeypatch.context() as patched, pytest.raises(UserError, match="(?i)no space left") as caught:
         for owner in (builtins, io):
             patched.setattr(owner, "open", no_space(open))
@@ -297,8 +308,6 @@ def test_a_disk_that_fills_up_is_one_line_and_loses_nothing(photos, tmp_path, mo
 
 
 def test_bad_pictures_are_named_counted_and_left_out(photos, tmp_path):
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(photos, data)
     (data / "g0" / "broken.jpg").write_text("no picture")
@@ -307,11 +316,12 @@ def test_bad_pictures_are_named_counted_and_left_out(photos, tmp_path):
     named = tmp_path / "run" / "bad_samples.jsonl"
     bad = [json.loads(line) for line in named.read_text().splitlines()]
     assert [b["path"] for b in bad] == ["g0/broken.jpg", "g1/dot.png"] and all(b["reason"] for b in bad)
-    # as a crash leaves it; none is named twice
-    cut = named.read_text() + '{"pa'
-    named.write_text(cut)
-    train(config(data, tmp_path / "run", steps=4))
-    assert named.read_text() == cut
+    # as a crash leaves it: none is named twice, and what is cut is named again
+    text = named.read_text()
+    for steps, cut in ((4, text + '{"pa'), (6, text[:-9])):
+        named.write_text(cut)
+        train(config(data, tmp_path / "run", steps=steps))
+        assert named.read_text() == text
 
 
 def test_reconstruct_mode_and_a_frozen_encoder(photos, tmp_path):
@@ -360,11 +370,25 @@ def test_held_out_batches_pair_each_sample_with_another_group(photos, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [dict(conditioning="both", align=0.1), dict(conditions=2, scales=(16, 32), checkpointing=True)], ids=str
+    "changes",
+    [
+        dict(conditioning="both", align=0.1),
+        dict(conditions=2, scales=(16, 32), checkpointing=True),
+        dict(encoder="dinov2", encoder_size=28, repa=0.5),
+    ],
+    ids=str,
 )
-def test_a_run_compiled_as_one_graph_is_the_same_run(photos, tmp_path, changes):
+def test_a_run_compiled_as_one_graph_is_the_same_run(photos, tmp_path, save_tower, changes):
+    if "encoder" in changes:
+        save_tower(tmp_path / "tower", changes["encoder"])
+        changes = {**changes, "encoder": str(tmp_path / "tower")}
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     for name, scope in (("eager", {}), ("compiled", dict(compile=True, compile_scope="network"))):
+        assert counters["stats"]["unique_graphs"] == 0
         train(config(photos, tmp_path / name, accumulate=1, **changes, **scope))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     eager, compiled = (
         [{k: v for k, v in row.items() if not isinstance(v, str)} for row in rows(tmp_path / name)]
         for name in ("eager", "compiled")

@@ -148,10 +148,14 @@ def load(reader: Reader, tensors: dict[str, Tensor], group: dist.ProcessGroup | 
     """Fill tensors, or this process' parts of them, with what a checkpoint holds.
 
     Raises:
-        UserError: the checkpoint holds other tensors.
+        UserError: the checkpoint holds other tensors. Of several processes the first raises it, the others
+            `SystemExit` with code 2.
     """
     held = {key: entry.size for key, entry in reader.metadata.state_dict_metadata.items()}
     if held != {key: tensor.shape for key, tensor in tensors.items()}:
+        # all processes find the same: the first says it
+        if group is not None and dist.get_rank(group):
+            raise SystemExit(2)
         raise UserError("the checkpoint belongs to another model: give the options it was trained with")
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
@@ -215,9 +219,12 @@ def load_newest(root: Path, ranks: Ranks, say: Callable[[str], None]) -> tuple[d
             return state, Reader(root / name, list(state["sha256"]))
         except Damaged as problem:
             say(f"checkpoint {name} is damaged ({problem}); trying the one before")
-    if found:
-        raise UserError(f"every checkpoint in {root} is damaged: remove that folder to start again")
+    ranks.settle(lambda: refuse(root) if found else None)
     return None
+
+
+def refuse(root: Path) -> None:
+    raise UserError(f"every checkpoint in {root} is damaged: remove that folder to start again")
 
 
 def look(folder: Path) -> tuple[dict | None, str]:

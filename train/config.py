@@ -108,7 +108,7 @@ class TrainConfig:
     """torch.compile the network in place."""
     compile_scope: Literal["blocks", "network"] = "blocks"
     """What is compiled as one: each kind of repeated block, in seconds, or the whole step's forward and backward pass,
-    in a minute or more for a few percent of speed (one process only)."""
+    in a minute or more for a few percent of speed; such a run stays in one process."""
     checkpointing: bool = False
     """Compute the repeated blocks again in the backward pass instead of keeping their activations: less memory, up to
     a third more computing."""
@@ -146,9 +146,11 @@ class TrainConfig:
         if self.batch % (self.accumulate * processes):
             each = f"--batch {self.batch} in --accumulate {self.accumulate}"
             raise UserError(f"{each} parts cannot be split among {processes} processes: give a multiple of both")
-        if self.compile_scope == "network" and (not self.compile or processes > 1):
-            what = "is for one process" if self.compile else "is nothing without --compile"
-            raise UserError(f"--compile-scope network {what}: leave it out, or give --compile in one process")
+        if self.compile_scope == "network":
+            if not self.compile:
+                raise UserError("--compile-scope network is nothing without --compile: give that too")
+            if processes > 1 or self.parallel in ("fsdp", "hsdp"):
+                raise UserError("--compile-scope network is for one process that holds all weights: leave it out")
         shares = [("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1)]
         for name, low, high in shares + ([("crop", 1e-3, 1)] if self.crop != "centre" else []):
             if not low <= getattr(self, name) <= high:

@@ -1,12 +1,13 @@
 """What a run leaves behind: its folder, its logs, its figures."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -106,11 +107,12 @@ def peak_memory(device: torch.device) -> int:
 class Run:
     """The run folder: configuration, logs, sample grids, and the pipeline at the end.
 
-    Of several processes the first one writes; on the others every method is nothing, but what they found bad is
-    collected where all of them call `log`.
+    Of several processes the first one writes. All of them call `log`, `rewind`, `sample` and `publish`, and where it
+    cannot write all of them end; what each found bad is collected in `log`.
 
     Raises:
-        UserError: the folder holds a run of another configuration, or something else.
+        UserError: the folder holds a run of another configuration, or something else, or cannot be written. Then also
+            from the methods that write.
     """
 
     def __init__(self, config: TrainConfig, data: PairData | ShardData, ranks: Ranks):
@@ -128,7 +130,7 @@ class Run:
             self._compare(path, record)
         elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise UserError(f"{self.out} exists and is not a run folder: choose another --out")
-        with self._writing("choose another --out"):
+        with self._writing("make room" if path.exists() else "choose another --out"):
             self.out.mkdir(parents=True, exist_ok=True)
             aside = self.out / ".config.json.incomplete"
             aside.write_text(json.dumps(record, indent=1))
@@ -160,12 +162,14 @@ class Run:
 
     def _known_bad(self) -> set[str]:
         path = self.out / "bad_samples.jsonl"
-        found = set()
-        for line in path.read_text().splitlines() if path.exists() else ():
-            # one that a crash or a full disk cut short names nothing
-            with suppress(ValueError):
-                found.add(json.loads(line)["path"])
-        return found
+        text = path.read_text() if path.exists() else ""
+        whole, _, cut = text.rpartition("\n")
+        if cut:
+            # by a crash or a full disk: it names nothing, and the next line must not stick to it
+            aside = path.with_name(".bad_samples.jsonl.incomplete")
+            aside.write_text(whole + "\n" * bool(whole))
+            aside.replace(path)
+        return {json.loads(line)["path"] for line in whole.splitlines()}
 
     def _board(self):
         try:
@@ -196,16 +200,11 @@ class Run:
             tqdm.write(line)
 
     def bad_sample(self, path: str, reason: str) -> None:
-        """Name a bad picture once."""
-        if path in self.known_bad:
-            return
-        self.known_bad.add(path)
-        if not self.ranks.lead:
+        """Name a bad picture once; the next `log` writes it down."""
+        if path not in self.known_bad:
+            self.known_bad.add(path)
             self.found_bad.append((path, reason))
-            return
-        with self._writing(), (self.out / "bad_samples.jsonl").open("a") as file:
-            file.write(json.dumps(bad_record(path, reason)) + "\n")
-        self.say(f"bad picture {path}: {reason}")
+            self.say(f"bad picture {path}: {reason}")
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after the step that the run continues from."""
@@ -221,13 +220,19 @@ class Run:
 
     def log(self, row: dict) -> None:
         """Write a row; all processes call this."""
-        for rank, found in enumerate(self.ranks.gather(self.found_bad)):
-            for path, reason in found if self.ranks.lead and rank else ():
-                self.bad_sample(path, reason)
+        own, *others = self.ranks.gather(self.found_bad)
         self.found_bad = []
+        if self.ranks.lead:
+            self.found_bad = own
+            for path, reason in itertools.chain(*others):
+                self.bad_sample(path, reason)
         self._lead_writes(lambda: self._log(row))
+        self.found_bad = []
 
     def _log(self, row: dict) -> None:
+        if self.found_bad:
+            with (self.out / "bad_samples.jsonl").open("a") as file:
+                file.writelines(json.dumps(bad_record(*found)) + "\n" for found in self.found_bad)
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.board is not None:
