@@ -229,7 +229,8 @@ def test_a_process_killed_while_saving_costs_the_steps_since_the_last_checkpoint
     process = torchrun(str(HERE / "processes" / "struck.py"), "save", "4", *killed, options=("--max-restarts=1",))
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert "continuing from step 2" in out and "exitcode: -9" in err
+    # torchrun names the killed one or, where that was as quick, the other that lost it
+    assert "continuing from step 2" in out and re.search(r"failed \(exitcode: (-9|1)\)", err)
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
     same_end(tmp_path / "killed", straight)
 
