@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> int:
     from semantica.benchmarks.train_worker import rungs
 
     device = device_kind(config.device)
-    plan = suite_train.Plan(config.preset, config.batch, config.steps, device, config.workers, tuple(rungs()))
+    plan = suite_train.Plan(config.preset, config.batch, config.steps, device, config.workers, tuple(rungs(device)))
     if config.processes:
         with tempfile.TemporaryDirectory() as place:
             plan.scaling = scaling.measure(

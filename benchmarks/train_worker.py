@@ -43,9 +43,10 @@ class Switches:
     """Compiled as one graph, not by block."""
 
 
-def rungs() -> dict[str, Switches]:
-    """The ladder, and after the plain loop what most would write first: that loop in bf16, compiled as a whole."""
-    ladder = cumulative(Switches)
+def rungs(device: str) -> dict[str, Switches]:
+    """The ladder, and after the plain loop what most would write first: that loop in bf16, compiled as a whole. What
+    the host does with freed memory is nothing to a GPU."""
+    ladder = cumulative(Switches, ("kept_memory",) if device == "cuda" else ())
     return {"plain": ladder.pop("plain"), STRONG: Switches(compile=True, bf16=True, whole_network=True), **ladder}
 
 
@@ -73,9 +74,9 @@ class Trainer:
     """A training run without its log, checkpoints and figures."""
 
     def build(self, rung: str, data: str, preset: str, batch: int, device: str, workers: int) -> dict:
-        switches = rungs()[rung]
+        switches = rungs(device)[rung]
         self.device = torch.device(device)
-        if switches.kept_memory and device == "cpu":
+        if switches.kept_memory:
             keep_freed_memory()
         config = TrainConfig(Path(data), Path("unused"), preset=preset, batch=batch, workers=workers)
         unet, encoder, scheduler = build(config, self.device)

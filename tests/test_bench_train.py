@@ -17,7 +17,8 @@ from semantica.cli import main
 
 
 def test_rungs_are_cumulative_and_the_last_has_everything():
-    ladder = rungs()
+    assert rungs("cpu").keys() - rungs("cuda").keys() == {"+ kept memory"}
+    ladder = rungs("cpu")
     assert vars(ladder.pop("strong")) == vars(Switches(compile=True, bf16=True, whole_network=True))
     switches = [list(vars(s).values()) for s in ladder.values()]
     assert not any(switches[0]) and all(switches[-1])
