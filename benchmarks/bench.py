@@ -6,8 +6,11 @@ from typing import Annotated
 
 import tyro
 
-from semantica.benchmarks import bench_kernels, bench_sample, bench_train, bench_tune
-from semantica.benchmarks.suites import show
+from semantica.benchmarks.harness.suite import show
+from semantica.benchmarks.kernels import command as bench_kernels
+from semantica.benchmarks.kernels import tune_command as bench_tune
+from semantica.benchmarks.sampling import command as bench_sample
+from semantica.benchmarks.training import command as bench_train
 from semantica.errors import UserError
 
 USAGE = """usage: semantica bench kernels [options]           time the operators beside other implementations
@@ -49,7 +52,7 @@ def compare(config: CompareConfig) -> int:
     Raises:
         UserError: a file is not ours, or the two have no row in common.
     """
-    from semantica.benchmarks import store
+    from semantica.benchmarks.harness import store
 
     if config.fail is not None and not config.fail >= 0:
         raise UserError(f"--fail is {config.fail}: give a percentage of at least 0")
@@ -82,8 +85,8 @@ def table(config: TableConfig) -> int:
     Raises:
         UserError: no file, or one that is not ours.
     """
-    from semantica.benchmarks import store
-    from semantica.benchmarks.summary import COLUMNS, summary
+    from semantica.benchmarks.harness import store
+    from semantica.benchmarks.harness.summary import COLUMNS, summary
     from semantica.report import markdown
 
     if not config.files:
@@ -108,7 +111,7 @@ def machine_of(row: dict) -> tuple:
 
 def every(rows: list[dict]) -> None:
     """Print each row, a table for each kind."""
-    from semantica.benchmarks import store
+    from semantica.benchmarks.harness import store
     from semantica.report import markdown
 
     kinds: dict = {}

@@ -49,7 +49,7 @@ def build(config: BuildConfig) -> Path:
     began = time.perf_counter()
     with tidy(out.parent), aside(out) as folder:
         if config.backend == "inductor":
-            from semantica.export.inductor import compile_packages
+            from semantica.export.builders.inductor import compile_packages
 
             record = compile_packages(bundle, folder)
         else:
@@ -155,7 +155,7 @@ def run_worker(request: dict[str, Any], place: Path, backend: str, name: str) ->
     place.write_text(json.dumps(request))
     answer = place.with_suffix(".result")
     # -P: nothing from the folder that the user stands in is imported
-    command = [sys.executable, "-P", "-m", "semantica.export.trt_worker", str(place)]
+    command = [sys.executable, "-P", "-m", "semantica.export.builders.tensorrt_worker", str(place)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode < 0:

@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from semantica.export.graph import MODULE, enclosing
+from semantica.export.onnx import MODULE, enclosing
 
 
 def reference_outputs(module: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from semantica import sampler, solvers
+from semantica import solvers
 from semantica.condition import Condition
 from semantica.engines.bundle import REFERENCE, Bundle
+from semantica.sampling import loop as sampler
 
 GUIDANCE = 1.5
 # samples a call at the noise levels, and pictures of the sampling runs (guidance doubles them)

@@ -13,7 +13,7 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from semantica.condition import Condition
-from semantica.export.graph import enclosing
+from semantica.export.onnx import enclosing
 from semantica.export.program import DTYPES, Captured
 
 aten = torch.ops.aten

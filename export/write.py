@@ -32,7 +32,7 @@ def export(config: ExportConfig) -> Path:
 
     from semantica.export.gate import gate
     from semantica.export.program import capture
-    from semantica.pipeline import SemanticaPipeline
+    from semantica.pipelines.variations import SemanticaPipeline
 
     pipeline = SemanticaPipeline.from_pretrained(config.model)
     began = time.perf_counter()
@@ -108,7 +108,7 @@ def write_graphs(captured, folder: Path) -> dict:
     """The two graphs, the weights and the null condition."""
     from safetensors.torch import save_file
 
-    from semantica.export import graph
+    from semantica.export import onnx as graph
 
     weights = graph.write_weights({"unet": captured.unet, "encoder": captured.encoder}, folder / WEIGHTS)
     names = [f"{kind}.{i}" for i in range(len(captured.unet.transformer_blocks)) for kind in "kv"]

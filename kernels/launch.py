@@ -63,7 +63,7 @@ def table(operator: str) -> dict[str, dict[str, list[dict]]]:
 
     Tuned offline and shipped: nothing is tuned at run time.
     """
-    return json.loads((Path(__file__).parent / f"{operator}.json").read_text())
+    return json.loads((Path(__file__).parent / operator / "ladder.json").read_text())
 
 
 # caches of what was planned with the tables

@@ -8,11 +8,11 @@ _EXPORTS = {
     "UserError": "semantica.errors",
     "Condition": "semantica.condition",
     "Stream": "semantica.condition",
-    "UViT": "semantica.uvit",
-    "ViTEncoder": "semantica.encoder",
-    "PretrainedEncoder": "semantica.encoder",
-    "SemanticaScheduler": "semantica.scheduler",
-    "SemanticaPipeline": "semantica.pipeline",
+    "UViT": "semantica.model.uvit",
+    "ViTEncoder": "semantica.model.encoders",
+    "PretrainedEncoder": "semantica.model.encoders",
+    "SemanticaScheduler": "semantica.sampling.scheduler",
+    "SemanticaPipeline": "semantica.pipelines.variations",
 }
 __all__ = ["__version__", *_EXPORTS]
 

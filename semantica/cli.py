@@ -88,8 +88,8 @@ def doctor(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> None:
-    from semantica.benchmarks.demo import DemoConfig
-    from semantica.benchmarks.demo import demo as run
+    from semantica.benchmarks.quality.demo import DemoConfig
+    from semantica.benchmarks.quality.demo import demo as run
 
     run(parse(DemoConfig, "demo", arguments))
 
@@ -100,7 +100,7 @@ def pairs(arguments: list[str]) -> None:
     config = parse(PairsConfig, "pairs", arguments).check()
     try:
         if config.tokens is not None:
-            from semantica.train.encode import store_tokens as run
+            from semantica.train.data.encode import store_tokens as run
         else:
             from semantica.train.pages.command import run
     except ImportError as error:
@@ -125,7 +125,7 @@ def train(arguments: list[str]) -> None:
             raise
 
         from semantica.train.loop import train
-        from semantica.train.parallel import LostProcess, leave
+        from semantica.train.processes import LostProcess, leave
 
         try:
             train(config, stop)
@@ -136,11 +136,11 @@ def train(arguments: list[str]) -> None:
 
 
 def sample(arguments: list[str]) -> None:
-    from semantica.sample import SampleConfig
+    from semantica.pipelines.sample import SampleConfig
 
     config = parse(SampleConfig, "sample", arguments)
 
-    from semantica.sample import sample
+    from semantica.pipelines.sample import sample
 
     sample(config)
 
@@ -166,7 +166,7 @@ def build(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    from semantica.benchmarks.evaluate import EvaluateConfig, evaluate
+    from semantica.benchmarks.quality.evaluate import EvaluateConfig, evaluate
 
     evaluate(parse(EvaluateConfig, "evaluate", arguments))
 

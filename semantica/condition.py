@@ -1,7 +1,7 @@
 """What conditions the denoiser, as values: streams of encoder tokens, and the keys and values made from them.
 
 The fields are numpy arrays or torch tensors, all of one kind; this module imports numpy only, so that an exported model
-can be sampled where torch is not installed. `semantica.uvit` makes both classes known to torch's pytrees.
+can be sampled where torch is not installed. `semantica.model.uvit` makes both classes known to torch's pytrees.
 """
 
 from collections.abc import Callable, Sequence

@@ -130,7 +130,7 @@ def operators() -> Iterator[tuple[str, str, Status]]:
 def attention() -> Iterator[tuple[str, str, Status]]:
     import torch
 
-    from semantica.attention import choose
+    from semantica.model.attention import choose
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend, reason = choose(device)
@@ -226,7 +226,7 @@ def run(presets: bool = False) -> int:
 
     console = Console(soft_wrap=True, highlight=False)
     if presets:
-        from semantica.profile import preset_table
+        from semantica.model.cost import preset_table
 
         rows = preset_table()
         table = Table(*rows[0])

@@ -8,9 +8,15 @@ from semantica.errors import UserError
 PIPELINE = "SemanticaPipeline"
 # component -> the (module, class) pairs that may stand there; an index that names any other is refused
 COMPONENTS = {
-    "unet": (("semantica.uvit", "UViT"),),
-    "encoder": (("semantica.encoder", "ViTEncoder"), ("semantica.encoder", "PretrainedEncoder")),
-    "scheduler": (("semantica.scheduler", "SemanticaScheduler"),),
+    "unet": (("semantica.model.uvit", "UViT"), ("semantica.uvit", "UViT")),
+    "encoder": (
+        *(("semantica.model.encoders", name) for name in ("ViTEncoder", "PretrainedEncoder")),
+        *(("semantica.encoder", name) for name in ("ViTEncoder", "PretrainedEncoder")),
+    ),
+    "scheduler": (
+        ("semantica.sampling.scheduler", "SemanticaScheduler"),
+        ("semantica.scheduler", "SemanticaScheduler"),
+    ),
 }
 CONFIGS = {"unet": "config.json", "encoder": "config.json", "scheduler": "scheduler_config.json"}
 UNSAFE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npz", ".h5", ".msgpack", ".py"}

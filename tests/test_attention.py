@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from semantica import UserError, UViT
-from semantica.attention import agree, backends, choose, probe, set_attention
-from semantica.layers import SelfAttention
+from semantica.model.attention import agree, backends, choose, probe, set_attention
+from semantica.model.layers import SelfAttention
 
 
 def model():

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from semantica import kernels
-from semantica.benchmarks import store
-from semantica.benchmarks.implementations import available
-from semantica.benchmarks.problems import Problem, problems
-from semantica.benchmarks.suite_kernels import Plan, Traffic
-from semantica.benchmarks.summary import summary
+from semantica.benchmarks.harness import store
+from semantica.benchmarks.harness.summary import summary
+from semantica.benchmarks.kernels.implementations import available
+from semantica.benchmarks.kernels.problems import Problem, problems
+from semantica.benchmarks.kernels.suite import Plan, Traffic
 from semantica.cli import main
 from semantica.kernels.cases import CrossAttentionCase, GroupNormCase
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from semantica.benchmarks import timing, verify
-from semantica.benchmarks.implementations import IMPLEMENTATIONS, Implementation
-from semantica.benchmarks.problems import Problem, reference
-from semantica.benchmarks.suite_kernels import Field, Replay, contender, returned
+from semantica.benchmarks.harness import race as timing
+from semantica.benchmarks.kernels import verify
+from semantica.benchmarks.kernels.implementations import IMPLEMENTATIONS, Implementation
+from semantica.benchmarks.kernels.problems import Problem, reference
+from semantica.benchmarks.kernels.suite import Field, Replay, contender, returned
 from semantica.kernels.cases import CrossAttentionCase, GroupNormCase
 
 PROBLEM = Problem("group_norm", GroupNormCase((2, 16, 8, 8), 4, channels_last=True), torch.float32, "cpu")

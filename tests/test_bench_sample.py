@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from semantica import SemanticaPipeline, SemanticaScheduler, UViT, ViTEncoder
-from semantica.benchmarks import bench, sample_models, store, timing
-from semantica.benchmarks.processes import Process, Wrong
-from semantica.benchmarks.sample_race import BOUND, GUIDANCE, Field, judge, psnr
-from semantica.benchmarks.samplers import Build, builder_of, ladder_names
+from semantica.benchmarks import bench
+from semantica.benchmarks.harness import race as timing
+from semantica.benchmarks.harness import store
+from semantica.benchmarks.harness.process import Process, Wrong
+from semantica.benchmarks.sampling import models as sample_models
+from semantica.benchmarks.sampling.contenders import Build, builder_of, ladder_names
+from semantica.benchmarks.sampling.race import BOUND, GUIDANCE, Field, judge, psnr
 from semantica.cli import main
 
 FEW = timing.Protocol(warmup=1, least=4, most=4, seconds=0.0)
@@ -155,7 +158,7 @@ def test_no_two_calls_have_the_same_inputs(model, monkeypatch):
 
 def test_a_process_that_ends_or_raises_is_wrong_not_a_crash(tmp_path, monkeypatch):
     (tmp_path / "bad.py").write_text(
-        "import os, sys\nfrom semantica.benchmarks.processes import serve\n"
+        "import os, sys\nfrom semantica.benchmarks.harness.process import serve\n"
         "def leave():\n    print('out of memory', file=sys.stderr, flush=True)\n    os._exit(3)\n"
         "def fail():\n    print('noise among the answers')\n    raise ValueError('two\\nlines')\n"
         "serve({'leave': leave, 'fail': fail})\n"

@@ -6,13 +6,16 @@ from contextlib import nullcontext
 import pytest
 
 from semantica import UserError
-from semantica.benchmarks import bench_train, scaling, store, suite_train
-from semantica.benchmarks.processes import Wrong
-from semantica.benchmarks.scaling import Scaled
-from semantica.benchmarks.suite_train import Plan, Result, compare_losses, describe
-from semantica.benchmarks.suites import run_suite
-from semantica.benchmarks.train_worker import Switches, Trainer, group_of, rungs
-from semantica.benchmarks.web import draw_web
+from semantica.benchmarks.harness import store
+from semantica.benchmarks.harness.process import Wrong
+from semantica.benchmarks.harness.suite import run_suite
+from semantica.benchmarks.quality.web import draw_web
+from semantica.benchmarks.training import command as bench_train
+from semantica.benchmarks.training import scaling
+from semantica.benchmarks.training import suite as suite_train
+from semantica.benchmarks.training.scaling import Scaled
+from semantica.benchmarks.training.suite import Plan, Result, compare_losses, describe
+from semantica.benchmarks.training.worker import Switches, Trainer, group_of, rungs
 from semantica.cli import main
 
 

@@ -170,7 +170,7 @@ def test_inductor_packages_run_without_the_models_code(copy, precision, tmp_path
         "import sys; from semantica.engines import load_engine; import torch\n"
         f"e = load_engine({str(bundle)!r}, 'inductor')\n"
         "e(torch.zeros(1, 3, 16, 16), torch.zeros(1), e.null(1))\n"
-        "assert not {'semantica.uvit', 'semantica.layers', 'semantica.kernels', 'diffusers'} & {*sys.modules}"
+        "assert not {'semantica.model.uvit', 'semantica.kernels', 'diffusers'} & {*sys.modules}"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr

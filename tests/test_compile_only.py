@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from semantica.benchmarks import compile_only
-from semantica.benchmarks.compile_only import LIMITS, blocks_per_sm, compile_launch, count, inspect, width
+from semantica.benchmarks.kernels import compile_only
+from semantica.benchmarks.kernels.compile_only import LIMITS, blocks_per_sm, compile_launch, count, inspect, width
 from semantica.cli import main
 from semantica.errors import UserError
 from semantica.kernels import launch as launching

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from semantica.benchmarks.compile_only import INSTRUCTION, compile_launch, disassemble  # noqa: E402
+from semantica.benchmarks.kernels.compile_only import INSTRUCTION, compile_launch, disassemble  # noqa: E402
 from semantica.kernels import launch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="compiles, and starts the interpreted tests itself")
@@ -34,7 +34,7 @@ def test_interpreted_kernels_stay_in_bounds_and_repeat(interpreted):
 def plans():
     if launch.INTERPRETED:
         return {}
-    from semantica.kernels.cross_attention_triton_backward import specimens
+    from semantica.kernels.cross_attention.backward import specimens
 
     return dict(specimens())
 
@@ -85,7 +85,7 @@ def test_every_specimen_compiles_for_later_architectures(label, arch):
 
 
 def test_the_rest_of_a_stream_is_at_most_two_tiles_and_little_waste():
-    from semantica.kernels.cross_attention_triton import stream_tiles, tail
+    from semantica.kernels.cross_attention.forward import stream_tiles, tail
 
     assert stream_tiles([257, 77, 64], 64) == ((0, 257, 16, 0, False), (257, 77, 16, 0, False), (334, 64, 0, 0, True))
     for rest in range(1, 128):

@@ -13,8 +13,8 @@ from PIL import Image
 
 from semantica.errors import UserError
 from semantica.images import load_image, to_tensor
-from semantica.train.data import PATIENCE, Pairs, bad_record, batches, collate
-from semantica.train.folders import scan
+from semantica.train.data.folders import scan
+from semantica.train.data.pairs import PATIENCE, Pairs, bad_record, batches, collate
 
 SIDE = 8
 

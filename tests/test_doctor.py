@@ -14,7 +14,7 @@ import torch
 
 import semantica
 from semantica import doctor, kernels, native
-from semantica.presets import PRESETS
+from semantica.model.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from semantica import PretrainedEncoder, UserError, ViTEncoder
-from semantica.encoder import frozen_encoder
+from semantica.model.encoders import frozen_encoder
 
 
 def pictures(size, batch=2):

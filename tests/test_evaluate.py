@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from semantica import UserError
-from semantica.benchmarks.demo import DemoConfig, demo, goals
-from semantica.benchmarks.evaluate import EvaluateConfig, Space, evaluate, spread
-from semantica.benchmarks.web import draw_web
+from semantica.benchmarks.quality.demo import DemoConfig, demo, goals
+from semantica.benchmarks.quality.evaluate import EvaluateConfig, Space, evaluate, spread
+from semantica.benchmarks.quality.web import draw_web
 from semantica.report import Part, plot, write_page
 
 
@@ -98,10 +98,10 @@ def test_the_report_escapes_what_it_shows(tmp_path):
 
 def test_the_demo_in_small_runs_and_repeats(tmp_path, monkeypatch):
     """Few steps: the whole path, its files, and the same figures when it is run again."""
-    monkeypatch.setattr("semantica.benchmarks.demo.CONDITIONS_PER_GROUP", 1)
-    monkeypatch.setattr("semantica.benchmarks.demo.VARIATIONS", 2)
-    monkeypatch.setattr("semantica.benchmarks.demo.SAMPLING_STEPS", 3)
-    monkeypatch.setattr("semantica.benchmarks.demo.LEVELS", 2)
+    monkeypatch.setattr("semantica.benchmarks.quality.demo.CONDITIONS_PER_GROUP", 1)
+    monkeypatch.setattr("semantica.benchmarks.quality.demo.VARIATIONS", 2)
+    monkeypatch.setattr("semantica.benchmarks.quality.demo.SAMPLING_STEPS", 3)
+    monkeypatch.setattr("semantica.benchmarks.quality.demo.LEVELS", 2)
     config = DemoConfig(out=tmp_path / "demo", steps=3, groups=8, compile=False)
     first = demo(config)
     names = {p.name for p in Path(config.out).iterdir()}
@@ -113,7 +113,7 @@ def test_the_demo_in_small_runs_and_repeats(tmp_path, monkeypatch):
     assert "data:image/png;base64," in page and "<svg" in page and 'src="http' not in page
     weights = (config.out / "run" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     # exported again it would be the same: what is repeated here is what comes before
-    monkeypatch.setattr("semantica.benchmarks.demo.export_bundle", lambda *_: None)
+    monkeypatch.setattr("semantica.benchmarks.quality.demo.export_bundle", lambda *_: None)
     again = demo(config)
     assert again["figures"] == first["figures"] and again["loss"] == first["loss"]
     assert (config.out / "run" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from semantica import PretrainedEncoder, SemanticaPipeline
-from semantica.benchmarks.sample_models import build
+from semantica.benchmarks.sampling.models import build
 from semantica.cli import main
 from semantica.engines import load_engine
 from semantica.engines.bundle import entries, open_bundle
@@ -24,7 +24,7 @@ from semantica.export import write
 from semantica.export.config import ExportConfig
 from semantica.export.gate import gate
 from semantica.export.program import capture
-from semantica.layers import GroupNormAct
+from semantica.model.layers import GroupNormAct
 from semantica.solvers import Schedule, make_plan, noise
 
 FEW = ["--levels", "4", "--steps", "3"]

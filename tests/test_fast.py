@@ -7,9 +7,9 @@ from PIL import Image
 
 from semantica import Stream, UserError, UViT
 from semantica.cli import main
-from semantica.fast import FastDenoiser
-from semantica.fast_sampler import BUCKETS, FastSampler, Graphs
-from semantica.sampler import sample
+from semantica.model.fast import FastDenoiser
+from semantica.sampling.compiled import BUCKETS, FastSampler, Graphs
+from semantica.sampling.loop import sample
 from semantica.solvers import Schedule, make_plan
 
 STREAMS = {"image": 24, "text": 12}

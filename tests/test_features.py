@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from semantica import features
-from semantica.benchmarks import web
+from semantica.benchmarks.quality import web
 
 
 def rng(*key):

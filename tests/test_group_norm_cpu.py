@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from semantica import _C
 from semantica.kernels import group_norm, implementations
 from semantica.kernels.cases import GroupNormCase
-from semantica.kernels.group_norm import backward_plain, forward_plain
-from semantica.kernels.group_norm_cpu import address, backward, dense, forward, shape
+from semantica.kernels.group_norm.cpu import address, backward, dense, forward, shape
+from semantica.kernels.group_norm.op import backward_plain, forward_plain
 
 TARGETS = _C.group_norm_targets()
 # how each is cut is in csrc/group_norm.cpp: chunks of 32768 values, units of up to 1 MiB in one thread's cache

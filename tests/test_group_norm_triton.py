@@ -8,9 +8,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from semantica.benchmarks.compile_only import INSTRUCTION, compile_launch, disassemble, variant  # noqa: E402
-from semantica.kernels import group_norm_tiles, group_norm_triton, group_norm_triton_backward  # noqa: E402
+from semantica.benchmarks.kernels.compile_only import INSTRUCTION, compile_launch, disassemble, variant  # noqa: E402
 from semantica.kernels import launch as launching  # noqa: E402
+from semantica.kernels.group_norm import backward as group_norm_triton_backward
+from semantica.kernels.group_norm import forward as group_norm_triton
+from semantica.kernels.group_norm import tiles as group_norm_tiles  # noqa: E402
 
 # kernels that move x or y: by how many tensors they read of its size
 READS = {"resident": 1, "partial": 1, "apply": 1, "resident_backward": 2, "partial_backward": 2, "apply_backward": 2}

@@ -291,8 +291,8 @@ def test_embeddings_are_the_encoders_own_whatever_else_is_in_the_batch(crawl, tm
     import torch
     import transformers
 
-    from semantica.encoder import PretrainedEncoder
     from semantica.images import fit, load_image, to_tensor
+    from semantica.model.encoders import PretrainedEncoder
 
     torch.manual_seed(0)
     tiny = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, patch_size=14)

@@ -20,17 +20,17 @@ from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
 from semantica import SemanticaPipeline, UserError
-from semantica.layers import GroupNormAct
-from semantica.train import checkpoint
+from semantica.model.layers import GroupNormAct
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
-from semantica.train.data import Pairs, batches
-from semantica.train.encode import store_tokens
-from semantica.train.folders import scan
+from semantica.train.data.encode import store_tokens
+from semantica.train.data.folders import scan
+from semantica.train.data.pairs import Pairs, batches
 from semantica.train.loop import train
 from semantica.train.objective import Objective
 from semantica.train.pages.config import PairsConfig
-from semantica.train.parallel import Ranks, mesh
+from semantica.train.processes import Ranks, mesh
+from semantica.train.run import checkpoint
 
 FILES = ("unet", "encoder", "head", "ema_unet", "ema_encoder", "ema_head", "optimizer")
 

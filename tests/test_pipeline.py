@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from semantica import SemanticaPipeline, SemanticaScheduler, UserError, UViT, ViTEncoder
 from semantica.runfolder import check_run
-from semantica.sampling import denoise
+from semantica.sampling.guided import denoise
 
 
 def make(conditioning="tokens"):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from semantica import UserError
 from semantica.cli import main
-from semantica.train import checkpoint, storage
-from semantica.train.parallel import Ranks
+from semantica.train.processes import Ranks
+from semantica.train.run import checkpoint, storage
 
 HERE = Path(__file__).parent
 

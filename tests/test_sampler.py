@@ -6,8 +6,8 @@ import torch
 from diffusers.guiders import ClassifierFreeGuidance
 
 from semantica import Condition, SemanticaScheduler, Stream, UserError, UViT
-from semantica.sampler import guided_steps, sample
-from semantica.sampling import denoise
+from semantica.sampling.guided import denoise
+from semantica.sampling.loop import guided_steps, sample
 from semantica.solvers import SOLVERS, Schedule, make_plan
 
 STREAMS = {"image": 24, "text": 12}

@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from semantica import solvers
 from semantica.errors import UserError
-from semantica.scheduler import SemanticaScheduler
+from semantica.sampling.scheduler import SemanticaScheduler
 
 SHAPE = (2, 3, 8, 8)
 

@@ -18,10 +18,10 @@ from PIL import Image
 
 from semantica.cli import main
 from semantica.errors import UserError
-from semantica.train.data import Pairs, batches, open_data
+from semantica.train.data.pairs import Pairs, batches, open_data
+from semantica.train.data.shards import Store, open_shards, pair_number
 from semantica.train.pages.config import PairsConfig
 from semantica.train.pages.mine import mine
-from semantica.train.shards import Store, open_shards, pair_number
 
 COUNTS = (2, 3, 5, 9, 16)
 
@@ -141,7 +141,7 @@ def test_several_conditions_are_different_while_there_are_enough(shards):
 
 
 def test_several_conditions_are_one_longer_stream():
-    from semantica.encoder import ViTEncoder, encode_images
+    from semantica.model.encoders import ViTEncoder, encode_images
 
     torch.manual_seed(0)
     encoder = ViTEncoder(image_size=16, patch_size=4, width=32, depth=1, heads=1).eval()

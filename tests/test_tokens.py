@@ -19,13 +19,13 @@ from safetensors import safe_open
 from semantica import PretrainedEncoder, SemanticaPipeline, UserError
 from semantica.cli import main
 from semantica.condition import Stream
-from semantica.encoder import frozen_encoder
 from semantica.images import fit, load_image, to_tensor
-from semantica.train import encode
+from semantica.model.encoders import frozen_encoder
 from semantica.train.config import TrainConfig
-from semantica.train.data import Pairs, batches, collate, open_data
+from semantica.train.data import encode
+from semantica.train.data.pairs import Pairs, batches, collate, open_data
+from semantica.train.data.tokens import read_index
 from semantica.train.loop import train
-from semantica.train.tokens import read_index
 
 SIDE = 28
 

@@ -20,15 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from semantica import SemanticaPipeline, UserError
-from semantica.train import checkpoint
 from semantica.train.config import TrainConfig, ema_decay, learning_rate
-from semantica.train.data import Pairs, collate
-from semantica.train.folders import scan
-from semantica.train.heldout import held_out_batches, partners
+from semantica.train.data.folders import scan
+from semantica.train.data.heldout import held_out_batches, partners
+from semantica.train.data.pairs import Pairs, collate
 from semantica.train.loop import train
 from semantica.train.objective import Objective
-from semantica.train.parallel import Ranks
-from semantica.train.run import Measure
+from semantica.train.processes import Ranks
+from semantica.train.run import checkpoint
+from semantica.train.run.folder import Measure
 
 
 def config(photos, out, **changes) -> TrainConfig:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from semantica.benchmarks import tune
+from semantica.benchmarks.kernels import tune
 from semantica.cli import main
 from semantica.errors import UserError
 from semantica.kernels import launch
 
 pytest.importorskip("triton")
-from semantica.kernels import group_norm_triton  # noqa: E402
+from semantica.kernels.group_norm import forward as group_norm_triton  # noqa: E402
 
 FOREVER = float("inf")
 

@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from semantica import Condition, Stream, UserError, UViT, ViTEncoder
-from semantica.layers import rotary_grid, rotate
-from semantica.presets import PRESETS, encoder_preset, preset
-from semantica.profile import cost, count_parameters, preset_table, step_flops
+from semantica.model.cost import cost, count_parameters, preset_table, step_flops
+from semantica.model.layers import rotary_grid, rotate
+from semantica.model.presets import PRESETS, encoder_preset, preset
 
 SMALL = dict(image_size=16, patch_size=2, channels=(32,), depths=(1,), width=64, depth=2, heads=2, emb_dim=32)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from semantica import features
-from semantica.benchmarks import web
+from semantica.benchmarks.quality import web
 from semantica.errors import UserError
 
 

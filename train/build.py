@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
-from semantica.encoder import ViTEncoder, frozen_encoder
 from semantica.errors import UserError
-from semantica.presets import encoder_preset, preset
-from semantica.scheduler import SemanticaScheduler
+from semantica.model.encoders import ViTEncoder, frozen_encoder
+from semantica.model.presets import encoder_preset, preset
+from semantica.model.uvit import UViT
+from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.config import TrainConfig
+from semantica.train.data.tokens import stored_encoder
 from semantica.train.repa import RepaHead, aligned_depth
-from semantica.train.tokens import stored_encoder
-from semantica.uvit import UViT
 
 
 def build(config: TrainConfig, device: torch.device) -> tuple[UViT, nn.Module, SemanticaScheduler]:

@@ -10,22 +10,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from semantica.attention import set_attention
 from semantica.device import pick_device, pick_precision
 from semantica.diffusion import noise_levels
 from semantica.errors import UserError
 from semantica.kernels import implementations
 from semantica.memory import keep_freed_memory
-from semantica.pipeline import SemanticaPipeline
-from semantica.profile import count_parameters, step_flops
-from semantica.train import checkpoint
+from semantica.model.attention import set_attention
+from semantica.model.cost import count_parameters, step_flops
+from semantica.pipelines.variations import SemanticaPipeline
 from semantica.train.build import alignment, build
 from semantica.train.config import TrainConfig
-from semantica.train.data import Pairs, batches, open_data
-from semantica.train.heldout import examples, held_out_batches
+from semantica.train.data.heldout import examples, held_out_batches
+from semantica.train.data.pairs import Pairs, batches, open_data
 from semantica.train.objective import Objective, PairHead, compile_in_place, held_out_loss
-from semantica.train.parallel import LostProcess, Ranks, Word, facts, first_line, local_device, lost, start
-from semantica.train.run import SAMPLE_CONDITIONS, Measure, Run
+from semantica.train.processes import LostProcess, Ranks, Word, facts, first_line, local_device, lost, start
+from semantica.train.run import checkpoint
+from semantica.train.run.folder import SAMPLE_CONDITIONS, Measure, Run
 from semantica.train.state import TrainState
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from semantica.condition import Stream
 from semantica.diffusion import add_noise, loss_weight, multiscale_loss, noise_levels, v_target
-from semantica.encoder import EncoderBlock, PretrainedEncoder, encode_images
-from semantica.layers import ResBlock, TransformerBlock
+from semantica.model.encoders import EncoderBlock, PretrainedEncoder, encode_images
+from semantica.model.layers import ResBlock, TransformerBlock
+from semantica.model.uvit import UViT
 from semantica.train.repa import RepaHead, last_patches, patch_tokens
-from semantica.uvit import UViT
 
 REPEATED = (TransformerBlock, ResBlock, EncoderBlock)
 
@@ -153,7 +153,7 @@ def held_out_loss(objective: Objective, batches: list[dict], schedule, autocast)
     """Loss with the right condition and with one of another group, on the same targets, noise levels and noise.
 
     Args:
-        batches: as `semantica.train.data.collate`, with `other`, the index in the batch of a sample of another group.
+        batches: as `train.data.pairs.collate`, with `other`, the index in the batch of a sample of another group.
     """
     sums, count = {"right": 0.0, "shuffled": 0.0}, 0
     for batch in batches:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from semantica.train.config import TrainConfig, ema_decay, learning_rate
-from semantica.train.parallel import is_sharded, local
+from semantica.train.processes import is_sharded, local
 
 SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -17,7 +17,7 @@ class TrainState:
 
     Args:
         modules: name -> module; one without trainable parameters is left out.
-        shard: splits a module among the processes in place, see `semantica.train.parallel.Ranks.shard`; averages and
+        shard: splits a module among the processes in place, see `semantica.train.processes.Ranks.shard`; averages and
             moments follow. None leaves everything whole.
     """
 

@@ -7,8 +7,8 @@ import importlib
 import importlib.util
 from pathlib import Path
 
+from semantica.engines.base import Engine
 from semantica.engines.bundle import Bundle, open_bundle
-from semantica.engines.engine import Engine
 from semantica.errors import UserError
 
 # backend -> (module of this package, importable packages that it needs, extra that brings them)

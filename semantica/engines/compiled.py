@@ -9,7 +9,7 @@ from semantica.condition import Condition
 from semantica.device import pick_device
 from semantica.engines.bundle import Bundle
 from semantica.engines.network import TorchEngine
-from semantica.fast_sampler import FastSampler
+from semantica.sampling.compiled import FastSampler
 
 
 def load(bundle: Bundle, backend: str, device: str) -> "CompiledEngine":

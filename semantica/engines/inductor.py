@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from semantica.condition import Condition
+from semantica.engines.base import Engine
 from semantica.engines.built import open_built
 from semantica.engines.bundle import NULL, Bundle
-from semantica.engines.engine import Engine
 from semantica.errors import UserError
 
 PACKAGES = {"encode": "condition.pt2", "denoise": "denoise.pt2"}

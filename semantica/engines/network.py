@@ -6,11 +6,11 @@ from torch import Tensor
 
 from semantica.condition import Condition
 from semantica.device import pick_device
-from semantica.encoder import PretrainedEncoder, ViTEncoder
+from semantica.engines.base import Engine
 from semantica.engines.bundle import WEIGHTS, Bundle
-from semantica.engines.engine import Engine
 from semantica.errors import UserError
-from semantica.uvit import UViT
+from semantica.model.encoders import PretrainedEncoder, ViTEncoder
+from semantica.model.uvit import UViT
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ENCODERS = {"ViTEncoder": ViTEncoder, "PretrainedEncoder": PretrainedEncoder}

@@ -9,8 +9,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from safetensors.numpy import load_file
 
 from semantica.condition import Condition
+from semantica.engines.base import Engine
 from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
-from semantica.engines.engine import Engine
 from semantica.errors import UserError
 
 ARITHMETIC = {

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from semantica.condition import Condition
+from semantica.engines.base import Engine
 from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
-from semantica.engines.engine import Engine
 from semantica.engines.ort import session
 from semantica.errors import UserError
 

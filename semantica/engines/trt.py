@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from semantica.condition import Condition
+from semantica.engines.base import Engine
 from semantica.engines.built import open_built
 from semantica.engines.bundle import NULL, Bundle
-from semantica.engines.engine import Engine
 from semantica.errors import UserError
 from semantica.kernels.launch import architecture
 

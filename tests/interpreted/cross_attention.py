@@ -69,8 +69,8 @@ def run_guarded(launches, inputs, outputs):
 
 @pytest.mark.parametrize("name", ["one token", "views", "absent stream", "several tiles"])
 def test_nothing_is_read_or_written_outside_and_nothing_left_unwritten(name):
-    from semantica.kernels.cross_attention_triton import plan_forward
-    from semantica.kernels.cross_attention_triton_backward import plan_backward
+    from semantica.kernels.cross_attention.backward import plan_backward
+    from semantica.kernels.cross_attention.forward import plan_forward
 
     inputs = CROSS_ATTENTION[name].inputs(torch.float16)
     expected = cross_attention(**inputs, return_lse=True)

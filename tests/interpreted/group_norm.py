@@ -14,11 +14,11 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semantica.kernels import group_norm_triton as kernels
 from semantica.kernels import launch
 from semantica.kernels.cases import GROUP_NORM, GroupNormCase
-from semantica.kernels.group_norm import group_norm_ref
-from semantica.kernels.group_norm_tiles import place
+from semantica.kernels.group_norm import forward as kernels
+from semantica.kernels.group_norm.op import group_norm_ref
+from semantica.kernels.group_norm.tiles import place
 
 oracle = runpy.run_path(str(Path(__file__).parents[1] / "test_kernels.py"))
 run, widen, assert_accurate = (oracle[name] for name in ("run", "widen", "assert_accurate"))

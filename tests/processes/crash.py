@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from semantica.train import checkpoint
+from semantica.train.run import checkpoint
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir", "os.listdir"}
 seen = {"left": None, "root": "", "names": []}

@@ -1,10 +1,10 @@
 """What `semantica pairs` does with its options."""
 
+from semantica.train.data.tokencost import report
 from semantica.train.pages.config import PairsConfig
 from semantica.train.pages.mine import mine
 from semantica.train.pages.report import show
 from semantica.train.pages.urls import write_urls
-from semantica.train.tokencost import report
 
 
 def run(config: PairsConfig) -> None:

@@ -41,7 +41,7 @@ def describe_encoder(name: str, device: str) -> Encoder:
     if name == CLASSICAL:
         return Encoder(name, "1", CLASSICAL_SIDE, "cpu")
     from semantica.device import pick_device
-    from semantica.encoder import weights_sha256
+    from semantica.model.encoders import weights_sha256
 
     where = pick_device(device).type
     try:
@@ -53,7 +53,7 @@ def describe_encoder(name: str, device: str) -> Encoder:
 
 @lru_cache(maxsize=1)
 def network(name: str, device: str):
-    from semantica.encoder import PretrainedEncoder
+    from semantica.model.encoders import PretrainedEncoder
 
     return PretrainedEncoder.from_source(name).to(device)
 

@@ -9,9 +9,9 @@ import numpy as np
 from semantica.errors import UserError
 from semantica.images import BadImage, fit, grid
 from semantica.report import Part, svg, write_page
+from semantica.train.data.shards import ShardData, allowed, open_shards
 from semantica.train.pages.stats import REASONS
 from semantica.train.pages.write import BINS
-from semantica.train.shards import ShardData, allowed, open_shards
 
 TILE, EXAMPLE_PAGES, ACROSS, EXAMPLE_PAIRS = 96, 8, 8, 8
 
@@ -51,7 +51,7 @@ def write_report(out: Path, stats: dict, index: dict, low: float | None = None, 
 
 
 def open_index(out: Path, index: dict, low: float | None = None, high: float | None = None) -> ShardData:
-    from semantica.train.shards import Store, open_listed
+    from semantica.train.data.shards import Store, open_listed
 
     return open_listed(Store(out), index, "pages", low, high)
 
@@ -110,7 +110,7 @@ def similarities(stats: dict, data: ShardData, low: float | None, high: float | 
 
 def kept(data: ShardData, low: float | None, high: float | None) -> tuple[tuple[str, str, str], ...]:
     """Rows of (what, all, kept under the thresholds)."""
-    from semantica.train.shards import with_partner
+    from semantica.train.data.shards import with_partner
 
     targets = with_partner(data.first, data.start, data.count, data.cosine, low, high)
     pages = np.add.reduceat(targets, data.first) > 0
@@ -188,7 +188,7 @@ def show(shards: Path, low: float | None, high: float | None) -> None:
         UserError: no finished shards there, or no embeddings while thresholds are given.
     """
     from semantica.runfolder import read_json
-    from semantica.train.shards import Store, read_index
+    from semantica.train.data.shards import Store, read_index
 
     index, stats = read_index(Store(shards)), read_json(shards / "stats.json")
     data = open_shards(str(shards), low=low, high=high)

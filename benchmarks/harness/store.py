@@ -1,0 +1,192 @@
+"""The one store of figures: pytest-benchmark's JSON with our fields in `extra_info`; and what is read back from it."""
+
+import datetime
+import functools
+import hashlib
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+from semantica.errors import UserError
+
+# what makes two rows of different files the same measurement
+IDENTITY = ("op", "impl", "shape", "layout", "dtype", "direction", "device")
+
+
+def kernel_hash(op: str, arch: str) -> str:
+    """Of the sources that an operator's fused implementation on an architecture is made of, and its launch settings.
+
+    arch: such as "sm_90"; anything else is a processor, where the compiled loops say themselves what they are made of.
+    """
+    from semantica import kernels
+
+    folder, digest = Path(kernels.__file__).parent, hashlib.sha256()
+    if not arch.startswith("sm_"):
+        paths = [folder / op / "op.py", *(folder / op).glob("cpu.py")]
+        digest.update(built_from().encode() if len(paths) > 1 else b"")
+    else:
+        paths = [folder / "launch.py", *(path for path in (folder / op).glob("*.py") if path.stem != "cpu")]
+        # tuning one architecture leaves the rows of others as they are
+        table = json.loads((folder / op / "ladder.json").read_text())
+        own = {kernel: ladders.get(arch, ladders["default"]) for kernel, ladders in table.items()}
+        digest.update(json.dumps(own, sort_keys=True).encode())
+    for path in sorted(paths, key=lambda path: path.name):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def built_from() -> str:
+    """What identifies the sources of `semantica._C`; empty where it is not built."""
+    try:
+        from semantica import _C
+    except ImportError:
+        return ""
+    return _C.build_info()["sources"]
+
+
+# what our rows of whole runs depend on, by folder
+NETWORK = (
+    "model/uvit.py", "model/layers.py", "model/encoders.py", "condition.py", "model/attention.py", "kernels/**/*.py",
+    "csrc/*",
+)  # fmt: skip
+SAMPLING = ("model/fast.py", "sampling/compiled.py", "sampling/loop.py", "solvers.py")
+SOURCES = {
+    "sample": (*NETWORK, *SAMPLING),
+    "sample_ladder": (*NETWORK, *SAMPLING, "benchmarks/stock.py"),
+    "train": (*NETWORK, "diffusion.py", "memory.py", "train/objective.py", "train/state.py", "train/loop.py"),
+}
+
+
+@functools.cache
+def source_hash(op: str) -> str:
+    """Of the sources that a whole run is made of."""
+    import semantica
+    from semantica import kernels
+
+    # the sub-packages lie beside the package
+    package, house = Path(semantica.__file__).parent, Path(kernels.__file__).parents[1]
+    digest = hashlib.sha256()
+    for pattern in SOURCES[op]:
+        for path in sorted((house if "/" in pattern else package).glob(pattern)):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout that this package is imported from, "+" where it was changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head, changes = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + "+" * bool(changes)
+
+
+@functools.cache
+def environment(device: str) -> dict:
+    """What every row says about where it was measured."""
+    import torch
+
+    from semantica.doctor import installed, processor
+    from semantica.kernels.launch import architecture
+
+    cuda = device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"{processor()}, {torch.get_num_threads()} threads",
+        "arch": architecture(torch.device(device)) if cuda else platform.machine(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+class Replay:
+    """A clock for pytest-benchmark that shows times measured before."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def play(self, benchmark, seconds: list[float]) -> None:
+        """Let a benchmark fixture measure the given samples."""
+        samples = iter(seconds)
+
+        def advance() -> None:
+            self.now += next(samples)
+
+        # from zero each time, so that no digits are lost in a large sum
+        def rewind() -> None:
+            self.now = 0.0
+
+        benchmark.pedantic(advance, setup=rewind, rounds=len(seconds), iterations=1)
+
+
+def read(path: Path) -> dict:
+    """A results file.
+
+    Raises:
+        UserError: no such file, no JSON, or not written by `semantica bench`.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})") from error
+    benchmarks = content.get("benchmarks") if isinstance(content, dict) else None
+    if not isinstance(benchmarks, list) or any(not set(IDENTITY) <= set(b.get("extra_info", {})) for b in benchmarks):
+        raise UserError(f"{path} holds no results of semantica bench")
+    return content
+
+
+def rows(path: Path) -> list[dict]:
+    return [benchmark["extra_info"] for benchmark in read(path)["benchmarks"]]
+
+
+def identity(row: dict) -> tuple:
+    return tuple(row[field] for field in IDENTITY)
+
+
+def stale(row: dict) -> bool:
+    """Whether the code that a row timed has changed since."""
+    if row["kernel_hash"] is None:
+        return False
+    now = source_hash(row["op"]) if row["op"] in SOURCES else kernel_hash(row["op"], row["arch"])
+    return row["kernel_hash"] != now
+
+
+def compare(before: list[dict], now: list[dict]) -> list[dict]:
+    """Ratios of time, now to before, of the rows that both have; below 1 is faster.
+
+    `low` and `high` are the band of noise: the ratio if one run had been at the 20th and the other at the 80th
+    percentile of its calls. A change is `clear` when either median lies outside the other's band.
+    """
+    found, ratios = {identity(row): row for row in before}, []
+    for row in now:
+        was = found.get(identity(row))
+        if was is None:
+            continue
+        clear = row["median_us"] > was["p80_us"] and was["median_us"] < row["p20_us"]
+        clear |= row["median_us"] < was["p20_us"] and was["median_us"] > row["p80_us"]
+        ratios.append(
+            {
+                **{field: row[field] for field in IDENTITY},
+                "before_us": was["median_us"],
+                "now_us": row["median_us"],
+                "ratio": row["median_us"] / was["median_us"],
+                "low": row["p20_us"] / was["p80_us"],
+                "high": row["p80_us"] / was["p20_us"],
+                "clear": clear,
+                # how much the machine itself differed: above 1, it moved data more slowly
+                "machine": was["copy_gbps"] / row["copy_gbps"],
+            }
+        )
+    return ratios

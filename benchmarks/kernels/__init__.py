@@ -1,0 +1,1 @@
+"""The operators: time, accuracy, and what the compiler makes of them."""

@@ -1,0 +1,165 @@
+"""Who is raced: the fused operators and what users would otherwise run, behind one interface.
+
+Every implementation is called as the operator is: `f(**Problem.inputs(seed)) -> Tensor`. Rivals are no dependencies:
+they are imported by name when they are asked for. What they do not fuse (FiLM, SiLU, the RMS norm, the sum of streams)
+is plain torch, as it would have to be.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from semantica.benchmarks.kernels.compile_only import resolve
+from semantica.benchmarks.kernels.problems import Problem, reference
+from semantica.kernels.cross_attention.op import RMS_EPS
+from semantica.kernels.group_norm.op import per_channel
+
+HALF = (torch.float16, torch.bfloat16)
+# the rule of the tests, for the fused operators and the user's own
+OWN_LEEWAY = 2.0
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator.
+
+    Attributes:
+        load: imports what it needs and returns the function; `ImportError` says that it is not installed.
+        serves: whether it can compute a problem at all.
+        compiled: whether calling it under other global settings would compile it again.
+        leeway: how many times eager's error it may have; what others ship is raced with up to four times ours, since
+            its error stands in the row, and a rival that is left out proves nothing.
+    """
+
+    name: str
+    op: str
+    load: Callable[[], Callable[..., Tensor]]
+    serves: Callable[[Problem], bool] = lambda problem: True
+    compiled: bool = False
+    leeway: float = 4 * OWN_LEEWAY
+
+
+def group_norm_native(x, groups, weight, bias, scale, shift, activation) -> Tensor:
+    """The reference without its copy to a contiguous layout: torch's own channels-last kernel."""
+    return finish(F.group_norm(x, groups, weight, bias, 1e-5), scale, shift, activation)
+
+
+def finish(y: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str) -> Tensor:
+    if scale is not None:
+        y = y * (1 + per_channel(scale, y)) + per_channel(shift, y)
+    return F.silu(y) if activation == "silu" else y
+
+
+def group_norm_fused() -> Callable:
+    from semantica.kernels import group_norm
+
+    return group_norm
+
+
+def cross_attention_fused() -> Callable:
+    from semantica.kernels import cross_attention
+
+    return cross_attention
+
+
+def compiled(function: Callable) -> Callable[[], Callable]:
+    return lambda: torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def liger() -> Callable:
+    function = import_module("liger_kernel.ops.group_norm").LigerGroupNormFunction
+
+    def group_norm(x, groups, weight, bias, scale, shift, activation):
+        y = function.apply(x, weight, bias, x.shape[1], groups, 1e-5)
+        return finish(y, scale, shift, activation)
+
+    return group_norm
+
+
+def apex() -> Callable:
+    module = import_module("apex.contrib.group_norm.group_norm")
+    one_pass, two_passes = module.cuda_group_norm_nhwc_one_pass, module.cuda_group_norm_nhwc_two_pass
+
+    def group_norm(x, groups, weight, bias, scale, shift, activation):
+        # its own module chooses so
+        run = one_pass if x.shape[2] * x.shape[3] <= 1024 else two_passes
+        if scale is None:
+            return run(x, groups, weight, bias, 1e-5, act="silu" if activation == "silu" else "")
+        return finish(run(x, groups, weight, bias, 1e-5), scale, shift, activation)
+
+    return group_norm
+
+
+def per_stream(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+    """Several streams by one attention call `(q, k, v) -> o`, all `[B, N, H, D]`, per stream."""
+
+    def cross_attention(q, k, v, sizes, lengths, gates, q_weight):
+        assert lengths is None
+        if q_weight is not None:
+            q = F.rms_norm(q, q.shape[-1:], q_weight, RMS_EPS)
+        out = None
+        for s, (k_s, v_s) in enumerate(zip(k.split(list(sizes), 1), v.split(list(sizes), 1), strict=True)):
+            o = attend(q, k_s, v_s)
+            o = o if gates is None else o * gates[:, s, None, :, None]
+            out = o if out is None else out + o
+        return out
+
+    return cross_attention
+
+
+def flash_attn() -> Callable:
+    return per_stream(import_module("flash_attn").flash_attn_func)
+
+
+def xformers() -> Callable:
+    return per_stream(import_module("xformers.ops").memory_efficient_attention)
+
+
+def on_gpu(problem: Problem) -> bool:
+    return problem.device == "cuda"
+
+
+def half_on_gpu(problem: Problem) -> bool:
+    return on_gpu(problem) and problem.dtype in HALF and problem.case.lengths is None
+
+
+IMPLEMENTATIONS = (
+    Implementation("fused", "group_norm", group_norm_fused, leeway=OWN_LEEWAY),
+    Implementation("eager", "group_norm", lambda: reference("group_norm")),
+    Implementation("compile", "group_norm", compiled(reference("group_norm")), compiled=True),
+    Implementation("native", "group_norm", lambda: group_norm_native, lambda p: p.case.channels_last),
+    Implementation("liger", "group_norm", liger, lambda p: on_gpu(p) and not p.case.channels_last),
+    Implementation("apex", "group_norm", apex, lambda p: on_gpu(p) and p.case.channels_last and len(p.case.shape) == 4),
+    Implementation("fused", "cross_attention", cross_attention_fused, leeway=OWN_LEEWAY),
+    Implementation("eager", "cross_attention", lambda: reference("cross_attention")),
+    Implementation("compile", "cross_attention", compiled(reference("cross_attention")), compiled=True),
+    Implementation("flash-attn", "cross_attention", flash_attn, half_on_gpu),
+    Implementation("xformers", "cross_attention", xformers, lambda p: on_gpu(p) and p.case.lengths is None),
+)
+
+
+def available(ops: list[str], device: str, own: tuple[str, ...]) -> tuple[list[Implementation], dict[str, str]]:
+    """Those that are installed, with the user's own "module:function"s for the one operator asked for, and why others
+    are absent: `({...}, {name: reason})`.
+
+    Raises:
+        UserError: one of the user's own functions cannot be imported.
+    """
+    present, absent = [], {}
+    for implementation in IMPLEMENTATIONS:
+        if implementation.op not in ops:
+            continue
+        try:
+            implementation.load()
+            present.append(implementation)
+        # a package built for another torch may raise anything when it is imported
+        except Exception as error:
+            absent[implementation.name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    for target in own:
+        function = resolve(target)
+        present.append(Implementation(target, ops[0], lambda function=function: function, leeway=OWN_LEEWAY))
+    return present, absent

@@ -1,0 +1,1 @@
+"""The demo, its drawn data, and figures of variations."""

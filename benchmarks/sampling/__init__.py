@@ -1,0 +1,1 @@
+"""Whole sampling runs, raced."""

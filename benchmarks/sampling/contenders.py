@@ -1,0 +1,216 @@
+"""Who is raced in sampling: how each implementation is built from a run folder, and from its exported bundle.
+
+Every implementation is `(images, noise, steps, guidance) -> images`, float32 numpy arrays `[B, 3, S, S]` in and out,
+so that encoding, copies between devices and waiting for the device are inside whatever is timed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from semantica.solvers import Plan, Schedule, make_plan
+
+Call = Callable[[np.ndarray, np.ndarray, int, float], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Build:
+    """Where an implementation finds its model, and where it is to run.
+
+    bundle: of the same model, in the precision that the implementation asks for; None where nothing was exported.
+    """
+
+    folder: Path
+    device: str
+    quick: bool
+    bundle: Path | None = None
+
+
+def load(build: Build):
+    """The pipeline in fp32, on its device."""
+    from semantica.pipelines.variations import SemanticaPipeline
+
+    return SemanticaPipeline.from_pretrained(build.folder).to(build.device)
+
+
+def reference(build: Build) -> tuple[Call, str]:
+    """The public pipeline in fp32, through diffusers' scheduler and guider: what the others are compared with."""
+    return through_pipeline(load(build)), "fp32"
+
+
+def through_pipeline(pipeline) -> Call:
+    import torch
+
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run(images, noise, steps, guidance):
+        out = pipeline(
+            torch.from_numpy(images), num_inference_steps=steps, guidance_scale=guidance,
+            latents=torch.from_numpy(noise), output_type="pt",
+        )  # fmt: skip
+        return out.images.cpu().numpy() * 2 - 1
+
+    return run
+
+
+def ladder(rung: str) -> Callable[[Build], tuple[Call, str]]:
+    """A rung of the ladder."""
+
+    def builder(build: Build) -> tuple[Call, str]:
+        from semantica.benchmarks.sampling.stock import rungs, stock_sampler
+
+        switches = rungs(build.device)[rung]
+        return stock_sampler(load(build), switches), "bf16" if switches.bf16 else "fp32"
+
+    return builder
+
+
+def strong(build: Build) -> tuple[Call, str]:
+    import dataclasses
+
+    from semantica.benchmarks.sampling.stock import STRONG, stock_sampler
+
+    return stock_sampler(load(build), dataclasses.replace(STRONG, autotune=not build.quick)), "bf16"
+
+
+def fast(compile: str, graphs: bool = False, half: bool = True) -> Callable[[Build], tuple[Call, str]]:
+    """Ours in PyTorch."""
+
+    def builder(build: Build) -> tuple[Call, str]:
+        import torch
+
+        pipeline = load(build).accelerate(torch.bfloat16 if half else torch.float32, compile, graphs)
+        return through_pipeline(pipeline), "bf16" if half else "fp32"
+
+    return builder
+
+
+def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
+    """Ours: the bundle in one of its backends."""
+
+    def builder(build: Build) -> tuple[Call, str]:
+        from semantica.engines import load_engine
+
+        engine = load_engine(build.bundle, backend, build.device)
+        plans = plans_of(build.bundle)
+
+        def run(images, noise, steps, guidance):
+            if engine.array == "torch":
+                import torch
+
+                images, noise = (torch.from_numpy(a).to(engine.device) for a in (images, noise))
+            made = engine.sample(noise, engine.condition(images), plans(steps), guidance)
+            return np.asarray(made) if engine.array == "numpy" else made.cpu().numpy()
+
+        return run, engine.arithmetic
+
+    return builder
+
+
+def openvino(hint: str) -> Callable[[Build], tuple[Call, str]]:
+    """A peer: OpenVINO on the same graphs, its shapes fixed to the batch, both branches in one batch."""
+
+    def builder(build: Build) -> tuple[Call, str]:
+        from semantica.condition import Condition
+        from semantica.engines import open_bundle
+        from semantica.engines.bundle import CONDITION, DENOISE, NULL
+        from semantica.sampling.loop import sample
+
+        bundle, plans, core = open_bundle(build.bundle), plans_of(build.bundle), import_module("openvino").Core()
+        settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+        blank, requests = load_file(bundle.folder / NULL), {}
+
+        def request(name: str, batch: int):
+            if (name, batch) not in requests:
+                model = core.read_model(bundle.folder / name)
+                shapes = {p.any_name: list(bundle.shape_of(p.any_name, batch)) for p in model.inputs}
+                model.reshape(shapes)
+                requests[name, batch] = core.compile_model(model, "CPU", settings).create_infer_request()
+            return requests[name, batch]
+
+        def condition_of(arrays: dict, sizes: tuple[int, ...]) -> Condition:
+            keys, values = ([arrays[f"{kind}.{i}"] for i in range(bundle.shapes["blocks"])] for kind in "kv")
+            return Condition(tuple(keys), tuple(values), arrays["emb"], None, sizes, axis=2)
+
+        def denoise(z, logsnr, condition):
+            feeds = {"z": z, "logsnr": logsnr, "emb": condition.emb}
+            for i, pair in enumerate(zip(condition.keys, condition.values)):
+                feeds[f"k.{i}"], feeds[f"v.{i}"] = pair
+            return request(DENOISE, len(z)).infer(feeds, share_inputs=True)["v"].copy()
+
+        def run(images, noise, steps, guidance):
+            encoded = request(CONDITION, len(images)).infer({"image": images})
+            named = {output.any_name: array.copy() for output, array in encoded.items()}
+            null = condition_of(blank, (1,) * len(bundle.sizes)).fill(bundle.sizes).repeat(len(images))
+            return sample(denoise, noise, condition_of(named, bundle.sizes), null, plans(steps), guidance)
+
+        return run, {"f32": "fp32"}.get(hint, hint)
+
+    return builder
+
+
+def plans_of(bundle: Path) -> Callable[[int], Plan]:
+    """Plans by number of steps, of the schedule and solver in a bundle."""
+    from semantica.engines import open_bundle
+
+    config = open_bundle(bundle).manifest["model"]["scheduler"]
+    names = ("image_size", "reference", "logsnr_min", "logsnr_max")
+    schedule = Schedule(**{name: config[name] for name in names if name in config})
+    return lambda steps: make_plan(config["solver"], schedule.grid(steps)[1])
+
+
+REARRANGED = "+ rearranged"
+IMPLEMENTATIONS: dict[str, Callable[[Build], tuple[Call, str]]] = {
+    "reference": reference,
+    "plain": ladder("plain"),
+    "strong": strong,
+    "torch-compile": fast("network", graphs=True),
+    "torch-blocks": fast("blocks", graphs=True),
+    "torch-eager": fast("none"),
+    "onnxruntime": through_engine("onnxruntime"),
+    "inductor": through_engine("inductor"),
+    "openvino": openvino("f32"),
+    "openvino-bf16": openvino("bf16"),
+}
+RACED = ("plain", "strong", "torch-compile", "onnxruntime", "inductor", "openvino", "openvino-bf16")
+# what implementations run: a bundle of this precision, and packages that may not be installed
+BUNDLED = {"onnxruntime": "fp32", "inductor": "bf16", "openvino": "fp32", "openvino-bf16": "fp32"}
+PACKAGES = {
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "inductor": ("onnx", "onnxscript"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "openvino-bf16": ("onnx", "onnxscript", "openvino"),
+}
+CPU_ONLY = tuple(BUNDLED)
+# whose rows are stale when our code changes
+OURS = ("torch-compile", "torch-blocks", "torch-eager", "onnxruntime", "inductor")
+
+
+def ladder_names(device: str) -> list[str]:
+    from semantica.benchmarks.sampling.stock import rungs
+
+    return [*rungs(device), REARRANGED, *(["+ graph"] if device == "cuda" else [])]
+
+
+def builder_of(name: str) -> Callable[[Build], tuple[Call, str]]:
+    """By name: raced, a rung of the ladder, or "module:function" that is called as the builders here are.
+
+    Raises:
+        UserError: no such module or function.
+    """
+    if name in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[name]
+    if name == REARRANGED:
+        return fast("network")
+    if name == "+ graph":
+        return fast("network", graphs=True)
+    if name.startswith("+"):
+        return ladder(name)
+    # imports torch, which an engine's process must not
+    from semantica.benchmarks.kernels.compile_only import resolve
+
+    return resolve(name)

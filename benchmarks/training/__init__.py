@@ -1,0 +1,1 @@
+"""Training steps, raced; scaling over processes."""

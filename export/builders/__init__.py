@@ -1,0 +1,1 @@
+"""What builds engines from a bundle, one file a backend."""

@@ -1,0 +1,353 @@
+"""Forward of `cross_attention` in Triton: one program per (query tile, head, sample), all streams in one pass.
+
+Tiles. A head dim that is no power of two is split into two blocks (48 = 32 + 16, 80 = 64 + 16, 96 = 64 + 32) and every
+product into two: exactly the multiplications that are needed, where padding would cost 33, 60 and 33 % more. The keys
+of a stream are walked in tiles of `block_m`, the rest in at most two narrower ones: with tiles of 64, 257 keys
+are 4 x 64 + 16, not 3 x 128, and 77 are 64 + 16. Stream sizes are compile-time constants, so tiles that are always full
+carry no mask.
+
+Softmax. In fp32 and base 2; the factor log2(e) / sqrt(D) is not folded into q, where rounding to 16 bits would cost the
+logits their last digits, but into the subtraction of the maximum: one fused multiply-add per score either way. A stream
+of a single tile has its maximum at once and is not rescaled. The query tiles of a head are neighbours in the grid and
+find its keys and values in L2; a loop over full tiles is software-pipelined into shared memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from semantica.kernels import launch
+from semantica.kernels.cross_attention.op import RMS_EPS
+from semantica.kernels.launch import Launch
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# below this many programs a data-centre GPU has idle processors: smaller query tiles, or split loops, are faster
+PROCESSORS = 132
+# of CUDA, along the second and third axis of a grid
+GRID_LIMIT = 65535
+
+
+@triton.jit
+def load_rows(ptr, stride, count, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK: tl.constexpr):
+    """`[ROWS, D0]` and `[ROWS, D1]` (the first again if D1 is 0); rows from `count` on are zero if MASK."""
+    rows = tl.arange(0, ROWS)[:, None]
+    pointers = ptr + rows * stride + tl.arange(0, D0)[None, :]
+    if MASK:
+        a = tl.load(pointers, mask=rows < count, other=0.0)
+    else:
+        a = tl.load(pointers)
+    b = a
+    if D1 > 0:
+        pointers = ptr + D0 + rows * stride + tl.arange(0, D1)[None, :]
+        if MASK:
+            b = tl.load(pointers, mask=rows < count, other=0.0)
+        else:
+            b = tl.load(pointers)
+    return a, b
+
+
+@triton.jit
+def store_rows(ptr, stride, a, b, count, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Rows before `count`, cast to the pointer's type."""
+    rows = tl.arange(0, ROWS)[:, None]
+    tl.store(ptr + rows * stride + tl.arange(0, D0)[None, :], a.to(ptr.dtype.element_ty), mask=rows < count)
+    if D1 > 0:
+        pointers = ptr + D0 + rows * stride + tl.arange(0, D1)[None, :]
+        tl.store(pointers, b.to(ptr.dtype.element_ty), mask=rows < count)
+
+
+@triton.jit
+def dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
+    """`a . b^T` over the head dim."""
+    s = tl.dot(a0, tl.trans(b0), input_precision="ieee")
+    if D1 > 0:
+        s = tl.dot(a1, tl.trans(b1), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def add_dot(acc0, acc1, p, b0, b1, D1: tl.constexpr):
+    """`acc + p . b`, p rounded to b's type."""
+    p = p.to(b0.dtype)
+    acc0 = tl.dot(p, b0, acc0, input_precision="ieee")
+    if D1 > 0:
+        acc1 = tl.dot(p, b1, acc1, input_precision="ieee")
+    return acc0, acc1
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    a = tl.zeros([ROWS, D0], tl.float32)
+    b = a
+    if D1 > 0:
+        b = tl.zeros([ROWS, D1], tl.float32)
+    return a, b
+
+
+@triton.jit
+def inverse_rms(a, b, eps, D0: tl.constexpr, D1: tl.constexpr):
+    """1 / sqrt(mean of squares + eps) of rows in fp32."""
+    squares = tl.sum(a * a, 1)
+    if D1 > 0:
+        squares += tl.sum(b * b, 1)
+    return tl.rsqrt(squares / (D0 + D1) + eps)
+
+
+@triton.jit
+def load_weight(ptr, D0: tl.constexpr, D1: tl.constexpr):
+    a = tl.load(ptr + tl.arange(0, D0)).to(tl.float32)[None, :]
+    b = a
+    if D1 > 0:
+        b = tl.load(ptr + D0 + tl.arange(0, D1)).to(tl.float32)[None, :]
+    return a, b
+
+
+@triton.jit
+def normalise(q0, q1, weight_ptr, eps, D0: tl.constexpr, D1: tl.constexpr):
+    """RMS norm in fp32, rounded to q's type; and the inverse rms."""
+    x0, x1 = q0.to(tl.float32), q1.to(tl.float32)
+    rms = inverse_rms(x0, x1, eps, D0, D1)
+    w0, w1 = load_weight(weight_ptr, D0, D1)
+    y0 = (x0 * rms[:, None] * w0).to(q0.dtype)
+    y1 = y0
+    if D1 > 0:
+        y1 = (x1 * rms[:, None] * w1).to(q0.dtype)
+    return y0, y1, rms
+
+
+@triton.jit
+def scaled(q0, q1, D0: tl.constexpr, D1: tl.constexpr):
+    """fp32 queries over sqrt(D), so that a product is a logit; others as they are: see `exp_minus`."""
+    if q0.dtype == tl.float32:
+        q0 *= (D0 + D1) ** -0.5
+        q1 = q1 * (D0 + D1) ** -0.5
+    return q0, q1
+
+
+@triton.jit
+def exp_minus(s, reference, D: tl.constexpr, WIDE: tl.constexpr):
+    """exp(logit - reference) of a product s.
+
+    In fp32 (WIDE) the largest logit must cancel to the last digit, so nothing is multiplied before the subtraction.
+    """
+    if WIDE:
+        p = tl.exp(s - reference)
+    else:
+        factor = tl.full(s.shape, LOG2E * D**-0.5, tl.float32)
+        p = tl.exp2(tl.fma(s, factor, -LOG2E * reference))
+    return p
+
+
+@triton.jit
+def stream_length(lengths_ptr, index, SIZE: tl.constexpr):
+    """Valid tokens: a number the compiler knows unless there are lengths."""
+    if lengths_ptr is None:
+        length = SIZE
+    else:
+        length = tl.minimum(tl.load(lengths_ptr + index), SIZE).to(tl.int32)
+    return length
+
+
+@triton.jit
+def attend_tile(
+    acc0, acc1, top, mass, q0, q1, k_ptr, v_ptr, stride_k, stride_v, start, length,
+    WIDTH: tl.constexpr, MASK: tl.constexpr, SINGLE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax (Milakov & Gimelshein, arXiv 1805.02867, alg. 3) over WIDTH keys."""
+    dim: tl.constexpr = D0 + D1
+    wide: tl.constexpr = q0.dtype == tl.float32
+    first, count = tl.cast(start, tl.int64), length - start
+    k0, k1 = load_rows(k_ptr + first * stride_k, stride_k, count, WIDTH, D0, D1, MASK)
+    s = dot_rows(q0, q1, k0, k1, D1)
+    if MASK:
+        s = tl.where((tl.arange(0, WIDTH) < count)[None, :], s, -float("inf"))
+    peak = tl.max(s, 1) * (1.0 if wide else dim**-0.5)
+    if not SINGLE:
+        peak = tl.maximum(top, peak)
+        shrink = tl.exp(top - peak)
+        mass *= shrink
+        acc0 *= shrink[:, None]
+        if D1 > 0:
+            acc1 *= shrink[:, None]
+    p = exp_minus(s, peak[:, None], dim, wide)
+    mass += tl.sum(p, 1)
+    v0, v1 = load_rows(v_ptr + first * stride_v, stride_v, count, WIDTH, D0, D1, MASK)
+    acc0, acc1 = add_dot(acc0, acc1, p, v0, v1, D1)
+    return acc0, acc1, peak, mass
+
+
+@triton.jit
+def attend_stream(
+    q0, q1, k_ptr, v_ptr, stride_k, stride_v, length,
+    SIZE: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, SINGLE: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+):  # fmt: skip
+    """Unnormalised output, maximum and sum of one stream. RAGGED: the length is known at run time only."""
+    bulk: tl.constexpr = SIZE // BLOCK_M * BLOCK_M
+    acc0, acc1 = zero_rows(BLOCK_N, D0, D1)
+    top, mass = tl.full([BLOCK_N], -float("inf"), tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    if bulk > 0:
+        whole = tl.minimum(length, bulk) // BLOCK_M * BLOCK_M
+        for start in range(0, whole, BLOCK_M):
+            acc0, acc1, top, mass = attend_tile(
+                acc0, acc1, top, mass, q0, q1, k_ptr, v_ptr, stride_k, stride_v, start, length,
+                BLOCK_M, False, SINGLE, D0, D1,
+            )  # fmt: skip
+        if RAGGED:
+            for start in range(whole, tl.minimum(length, bulk), BLOCK_M):
+                acc0, acc1, top, mass = attend_tile(
+                    acc0, acc1, top, mass, q0, q1, k_ptr, v_ptr, stride_k, stride_v, start, length,
+                    BLOCK_M, True, SINGLE, D0, D1,
+                )  # fmt: skip
+    # at most once each: a loop of one known step is no loop to the compiler
+    if HIGH > 0:
+        for start in range(bulk, tl.minimum(length, bulk + HIGH), HIGH):
+            acc0, acc1, top, mass = attend_tile(
+                acc0, acc1, top, mass, q0, q1, k_ptr, v_ptr, stride_k, stride_v, start, length,
+                HIGH, RAGGED or SIZE < bulk + HIGH, SINGLE, D0, D1,
+            )  # fmt: skip
+    if LOW > 0:
+        for start in range(bulk + HIGH, tl.minimum(length, bulk + HIGH + LOW), LOW):
+            acc0, acc1, top, mass = attend_tile(
+                acc0, acc1, top, mass, q0, q1, k_ptr, v_ptr, stride_k, stride_v, start, length,
+                LOW, RAGGED or SIZE < bulk + HIGH + LOW, SINGLE, D0, D1,
+            )  # fmt: skip
+    return acc0, acc1, top, mass
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lengths_ptr, gates_ptr, weight_ptr, queries,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    TILES: tl.constexpr, STREAMS: tl.constexpr, EPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+):  # fmt: skip
+    """TILES: see `stream_tiles`."""
+    h, b, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
+    count = queries - tl.program_id(0) * BLOCK_N
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N
+    q0, q1 = load_rows(q_ptr + b * stride_qb + h * stride_qh + n * stride_qn, stride_qn, count, BLOCK_N, D0, D1, True)
+    if weight_ptr is not None:
+        q0, q1, _ = normalise(q0, q1, weight_ptr, EPS, D0, D1)
+    q0, q1 = scaled(q0, q1, D0, D1)
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    rows = tl.arange(0, BLOCK_N)
+    lse_ptr += (b * heads + h) * STREAMS * queries + n
+    out0, out1 = zero_rows(BLOCK_N, D0, D1)
+    for s in tl.static_range(STREAMS):
+        length = stream_length(lengths_ptr, b * STREAMS + s, TILES[s][1])
+        first = tl.full([], TILES[s][0], tl.int64)
+        acc0, acc1, top, mass = attend_stream(
+            q0, q1, k_ptr + first * stride_kn, v_ptr + first * stride_vn, stride_kn, stride_vn, length,
+            TILES[s][1], TILES[s][2], TILES[s][3], TILES[s][4], lengths_ptr is not None, BLOCK_N, BLOCK_M, D0, D1,
+        )  # fmt: skip
+        tl.store(lse_ptr + s * queries + rows, top + tl.log(mass), mask=rows < count)
+        # an absent stream has acc = mass = 0 and adds exactly 0
+        factor = 1 / tl.where(mass > 0, mass, 1)
+        if gates_ptr is not None:
+            factor *= tl.load(gates_ptr + (b * STREAMS + s) * heads + h).to(tl.float32)
+        out0 += acc0 * factor[:, None]
+        if D1 > 0:
+            out1 += acc1 * factor[:, None]
+    o_ptr += ((b * queries + n) * heads + h) * (D0 + D1)
+    store_rows(o_ptr, heads * (D0 + D1), out0, out1, count, BLOCK_N, D0, D1)
+
+
+def split_dim(dim: int) -> dict[str, int]:
+    """The head dim as one or two powers of two, of at most 64: wider operands of 128 spill registers."""
+    high = min(64, 1 << (dim.bit_length() - 1))
+    return {"D0": high, "D1": dim - high}
+
+
+def tail(rest: int) -> tuple[int, int]:
+    """Widths of the tiles for the keys after the full ones: one power of two of at least 16, or two if that is less."""
+    if rest == 0:
+        return 0, 0
+    one = max(16, 1 << (rest - 1).bit_length())
+    high = one // 2
+    low = max(16, 1 << (rest - high - 1).bit_length())
+    return (high, low) if high >= 16 and high + low < one else (one, 0)
+
+
+def stream_tiles(sizes: list[int], block_m: int) -> tuple[tuple[int, int, int, int, bool], ...]:
+    """Per stream: first key, size, widths of the one or two tiles after the full ones, whether one tile is all."""
+    tiles = []
+    for s, size in enumerate(sizes):
+        high, low = tail(size % block_m)
+        tiles.append((sum(sizes[:s]), size, high, low, size // block_m + (high > 0) + (low > 0) == 1))
+    return tuple(tiles)
+
+
+def settings(kernel: str, q: Tensor) -> dict:
+    """Row of the kernel's ladder by head dim; fp32, which has no tensor cores, has ladders of its own."""
+    kernel += "_fp32" if q.dtype == torch.float32 else ""
+    return launch.settings("cross_attention", kernel, q.shape[-1], q.device)
+
+
+def query_tile(row: dict, q: Tensor) -> tuple[int, int]:
+    """Queries per program, and warps: the row's, halved while a tile is mostly empty or processors would be idle."""
+    batch, queries, heads, _ = q.shape
+    size, warps = row["block_n"], row["warps"]
+    while size > 16 and (
+        size >= 2 * queries or (size > 64 and batch * heads * triton.cdiv(queries, size) < PROCESSORS)
+    ):
+        size, warps = size // 2, max(4, warps // 2)
+    return size, warps
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of `[B, length, H, D]` tensors without the last, which is 1, as kernel arguments."""
+    return {f"stride_{name}{axis}": a.stride(i) for name, a in tensors.items() for i, axis in enumerate("bnh")}
+
+
+def dense(a: Tensor | None) -> Tensor | None:
+    """Itself if its last dimension is dense, else a copy."""
+    return a if a is None or a.stride(-1) == 1 else a.contiguous()
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if a is None else a.contiguous() for a in tensors]
+
+
+def plan_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sizes: list[int],
+    lengths: Tensor | None,
+    gates: Tensor | None,
+    q_weight: Tensor | None,
+) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """Launches, and what they write: `o [B, N, H, D]` and `lse [B, H, S, N]`. Works on meta tensors."""
+    batch, queries, heads, dim = q.shape
+    if max(batch, heads) > GRID_LIMIT:
+        raise ValueError(f"q {tuple(q.shape)} = [B, N, H, D]: at most {GRID_LIMIT} samples or heads fit one launch")
+    q, k, v = dense(q), dense(k), dense(v)
+    lengths, gates, q_weight = contiguous(lengths, gates, q_weight)
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, len(sizes), queries), dtype=torch.float32, device=q.device)
+    if q.numel() == 0:
+        return [], (o, lse)
+    row = settings("forward", q)
+    block_n, warps = query_tile(row, q)
+    arguments = {
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, "o_ptr": o, "lse_ptr": lse,
+        "lengths_ptr": lengths, "gates_ptr": gates, "weight_ptr": q_weight,
+        "queries": queries, **strides(q=q, k=k, v=v),
+    }  # fmt: skip
+    constants = {
+        "TILES": stream_tiles(list(sizes), row["block_m"]), "STREAMS": len(sizes), "EPS": RMS_EPS,
+        "BLOCK_N": block_n, "BLOCK_M": row["block_m"], **split_dim(dim),
+    }  # fmt: skip
+    grid = (triton.cdiv(queries, block_n), heads, batch)
+    return [Launch(forward_kernel, grid, arguments, constants, warps, row["stages"])], (o, lse)
+
+
+def forward(q, k, v, sizes, lengths, gates, q_weight, return_lse=False) -> tuple[Tensor, Tensor]:
+    """`o` and `lse`, which the backward uses whether or not the caller asked for it (`return_lse`)."""
+    launches, outputs = plan_forward(q, k, v, sizes, lengths, gates, q_weight)
+    with torch.cuda.device_of(q):
+        launch.run(launches)
+    return outputs

@@ -1,0 +1,277 @@
+"""Parallel-stream cross-attention: o = sum_s gate_s * softmax(rms(q) * w . k_s^T / sqrt(D)) v_s.
+
+Each stream (one encoder) has a softmax of its own, so that adding a stream never takes probability from another:
+the decoupled form of IP-Adapter (Ye et al., arXiv 2308.06721, eq. 5) and Imagine yourself (arXiv 2409.13346).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from semantica.kernels import launch
+from semantica.kernels import registry as backends
+
+HEAD_DIMS = (32, 48, 64, 80, 96, 128)
+RMS_EPS = 1e-6
+
+
+def cross_attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sizes: Sequence[int],
+    lengths: Tensor | None,
+    gates: Tensor | None,
+    q_weight: Tensor | None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Plain torch; what the operator means, and what an exporter decomposes it into."""
+    if q_weight is not None:
+        q = F.rms_norm(q, q.shape[-1:], q_weight.to(q.dtype), RMS_EPS)
+    # [B, H, length, D] before the streams part, so that an exported graph reads keys of this layout as they are
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+    whole = len(sizes) == 1
+    out, lse = None, []
+    for s, (k_s, v_s) in enumerate([(k, v)] if whole else zip(k.split(list(sizes), 2), v.split(list(sizes), 2))):
+        mask = None
+        if lengths is not None:
+            # expanded to the queries: some runtimes refuse a mask that broadcasts over them
+            mask = valid(lengths, s, sizes[s]).expand(-1, 1, q.shape[2], -1)
+        o = F.scaled_dot_product_attention(q, k_s, v_s, mask)
+        if return_lse:
+            scores = widen(q) @ widen(k_s).transpose(2, 3) * q.shape[-1] ** -0.5
+            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+            lse.append(scores.logsumexp(-1))
+        if lengths is not None:
+            # a softmax over nothing differs between backends: an absent stream adds exactly 0
+            o = torch.where((lengths[:, s] > 0)[:, None, None, None], o, torch.zeros_like(o))
+        if gates is not None:
+            o = o * gates[:, s, :, None, None].to(o.dtype)
+        out = o if out is None else out + o
+    return (out.transpose(1, 2), torch.stack(lse, 2)) if return_lse else out.transpose(1, 2)
+
+
+def valid(lengths: Tensor, stream: int, size: int) -> Tensor:
+    """Boolean `[B, 1, 1, size]`: which tokens of a stream are there."""
+    return (torch.arange(size, device=lengths.device) < lengths[:, stream, None])[:, None, None, :]
+
+
+def widen(a: Tensor) -> Tensor:
+    return a.to(torch.promote_types(a.dtype, torch.float32))
+
+
+def fused(q: Tensor) -> bool:
+    """Whether the Triton kernels compute this: a rule on device and type alone."""
+    # Triton's interpreter multiplies bf16 matrices bit pattern by bit pattern
+    unfit = (torch.float64, torch.bfloat16) if launch.INTERPRETED else (torch.float64,)
+    return q.device.type == launch.DEVICE and q.dtype not in unfit
+
+
+def outputs_like(q: Tensor, sizes: Sequence[int], return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised `o [B, N, H, D]`, and `lse [B, H, S, N]` where it is asked for or the fused backward reuses it."""
+    batch, queries, heads, _ = q.shape
+    shape = (batch, heads, len(sizes), queries) if return_lse or fused(q) else (0,)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def forward_plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sizes: Sequence[int],
+    lengths: Tensor | None,
+    gates: Tensor | None,
+    q_weight: Tensor | None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    outputs = outputs_like(q, sizes, return_lse)
+    if q.numel():
+        # the dtype of the result is q's, whatever an enclosing autocast would prefer
+        with torch.autocast(q.device.type, enabled=False):
+            results = cross_attention_ref(q, k, v, sizes, lengths, gates, q_weight, return_lse)
+        for output, result in zip(outputs, results if return_lse else [results]):
+            output.copy_(result)
+    return outputs
+
+
+op = torch.library.custom_op("semantica::cross_attention", forward_plain, mutates_args=())
+
+
+@op.register_fake
+def _(q, k, v, sizes, lengths, gates, q_weight, return_lse=False):
+    return outputs_like(q, sizes, return_lse)
+
+
+def backward_plain(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor | None,
+    lse: Tensor,
+    dlse: Tensor | None,
+    sizes: Sequence[int],
+    lengths: Tensor | None,
+    gates: Tensor | None,
+    q_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, gates, q_weight, accumulated in fp32 (fp64 for fp64 input); absent ones are empty.
+
+    `o` and `lse` are what the forward gave, for kernels that reuse them; here they are computed again.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        return backward_ref(do, q, k, v, dlse, sizes, lengths, gates, q_weight)
+
+
+def backward_ref(do, q, k, v, dlse, sizes, lengths, gates, q_weight):
+    dim = q.shape[-1]
+    # [B, H, length, D] from here on
+    do, qs, ks, vs = (widen(a).transpose(1, 2) for a in (do, q, k, v))
+    wide = qs.dtype
+    inverse_rms, weight, unit = None, None, qs
+    if q_weight is not None:
+        weight = q_weight.to(wide)
+        inverse_rms = torch.rsqrt(qs.square().mean(-1, keepdim=True) + RMS_EPS)
+        unit = qs * inverse_rms
+        qs = unit * weight
+    dq, dks, dvs, dgates = torch.zeros_like(qs), [], [], []
+    for s, (k_s, v_s) in enumerate(zip(ks.split(list(sizes), 2), vs.split(list(sizes), 2), strict=True)):
+        scores = qs @ k_s.transpose(2, 3) * dim**-0.5
+        if lengths is None:
+            p = scores.softmax(-1)
+        else:
+            mask = valid(lengths, s, sizes[s])
+            # a row with no token at all must become zeros, not NaN
+            p = scores.masked_fill(~mask, -torch.finfo(wide).max).softmax(-1) * mask
+        dp = do @ v_s.transpose(2, 3)
+        rows = (p * dp).sum(-1, keepdim=True)
+        gate = 1 if gates is None else gates[:, s, :, None, None].to(wide)
+        if gates is not None:
+            # sum over d of do . o equals the row sums of p * dp
+            dgates.append(rows.sum((2, 3)))
+        ds = p * (dp - rows) * (gate * dim**-0.5)
+        if dlse is not None:
+            through_lse = p * (dlse[:, :, s, :, None] * dim**-0.5)
+            # the gradient of log 0 may be anything; nothing depends on it
+            ds = ds + (through_lse if lengths is None else through_lse.masked_fill(~mask, 0))
+        dq = dq + ds @ k_s
+        dks.append(ds.transpose(2, 3) @ qs)
+        dvs.append(p.transpose(2, 3) @ do * gate)
+    dgates = q.new_empty(0) if gates is None else torch.stack(dgates, 1).to(gates.dtype)
+    dweight = q.new_empty(0)
+    if q_weight is not None:
+        dweight = (dq * unit).sum((0, 1, 2)).to(q_weight.dtype)
+        dq = dq * weight
+        dq = inverse_rms * (dq - unit * (dq * unit).mean(-1, keepdim=True))
+    dq, dk, dv = (a.to(q.dtype).transpose(1, 2).contiguous() for a in (dq, torch.cat(dks, 2), torch.cat(dvs, 2)))
+    return dq, dk, dv, dgates, dweight
+
+
+op_backward = torch.library.custom_op("semantica::cross_attention_backward", backward_plain, mutates_args=())
+
+
+@op_backward.register_fake
+def _(do, q, k, v, o, lse, dlse, sizes, lengths, gates, q_weight):
+    rest = [q.new_empty(0) if a is None else a.new_empty(a.shape) for a in (gates, q_weight)]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *rest
+
+
+def save(ctx, inputs, output):
+    q, k, v, sizes, lengths, gates, q_weight, return_lse = inputs
+    o, lse = output
+    ctx.set_materialize_grads(False)
+    if not return_lse:
+        ctx.mark_non_differentiable(lse)
+    # with one stream and no gate the row sums of p * dp are those of do * o; otherwise o is of no use
+    o = o if fused(q) and len(sizes) == 1 and gates is None else None
+    ctx.save_for_backward(q, k, v, o, lse, lengths, gates, q_weight)
+    ctx.sizes = sizes
+
+
+def backward(ctx, do, dlse):
+    q, k, v, o, lse, lengths, gates, q_weight = ctx.saved_tensors
+    do = torch.zeros_like(q) if do is None else do
+    dq, dk, dv, dgates, dweight = op_backward(do, q, k, v, o, lse, dlse, ctx.sizes, lengths, gates, q_weight)
+    dgates, dweight = dgates if gates is not None else None, dweight if q_weight is not None else None
+    return dq, dk, dv, None, None, dgates, dweight, None
+
+
+op.register_autograd(backward, setup_context=save)
+
+backends.serve_triton(
+    "cross_attention",
+    fused,
+    {
+        "semantica.kernels.cross_attention.forward:forward": (op, forward_plain),
+        "semantica.kernels.cross_attention.backward:backward": (op_backward, backward_plain),
+    },
+)
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sizes: Sequence[int],
+    lengths: Tensor | None = None,
+    gates: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention from the queries to several streams of tokens, each with its own softmax, summed.
+
+    Args:
+        q: `[B, N, H, D]`, any strides, D one of 32, 48, 64, 80, 96, 128.
+        k, v: `[B, M, H, D]`: the streams one after the other along M. Keys come normalised already.
+        sizes: the static size of each stream; they sum to M.
+        lengths: integer `[B, S]`: valid tokens per sample and stream; 0 = stream absent, adds exactly 0. The values
+            live on the device and are not read by the host: entries above a stream's size count as the size.
+        gates: `[B, S, H]`: factor of each stream, or None for 1.
+        q_weight: `[D]`: weight of a fused RMS norm of q over D (eps 1e-6), or None for no norm.
+        return_lse: also return `lse [B, H, S, N]` in fp32 (fp64 for fp64): the natural logarithm of the sum over a
+            stream's valid tokens of exp(logit), -inf for an absent stream. With it any statistic of the attention
+            map exp(logit - lse) can be taken later without the map having been stored. Gradients flow through it.
+
+    Returns:
+        `o [B, N, H, D]`, contiguous, in q's dtype; or `(o, lse)`.
+
+    Raises:
+        ValueError: an argument has the wrong rank, shape, dtype or device, or the sizes do not sum to M.
+    """
+    check(q, k, v, sizes, lengths, gates, q_weight)
+    o, lse = op(q, k, v, list(sizes), lengths, gates, q_weight, return_lse)
+    return (o, lse) if return_lse else o
+
+
+def check(q, k, v, sizes, lengths, gates, q_weight):
+    if q.ndim != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}: expected [B, N, H, D]")
+    batch, _, heads, dim = q.shape
+    if dim not in HEAD_DIMS:
+        raise ValueError(f"q {tuple(q.shape)} has head dim {dim}: expected one of {', '.join(map(str, HEAD_DIMS))}")
+    if q.dtype not in backends.DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}: expected {backends.DTYPES_NAMED}")
+    if not isinstance(sizes, Sequence) or not all(isinstance(size, int | torch.SymInt) for size in sizes):
+        raise ValueError(f"sizes={sizes!r}: expected a whole number for each stream")
+    if not sizes or any(size < 1 for size in sizes) or k.ndim != 4 or sum(sizes) != k.shape[1]:
+        raise ValueError(f"sizes={list(sizes)} must be positive and sum to M of k {tuple(k.shape)} = [B, M, H, D]")
+    streams = len(sizes)
+    keys = (batch, k.shape[1], heads, dim)
+    expected = {
+        "k": (k, keys, (q.dtype,)),
+        "v": (v, keys, (q.dtype,)),
+        "lengths": (lengths, (batch, streams), (torch.int32, torch.int64)),
+        "gates": (gates, (batch, streams, heads), (q.dtype, torch.float32)),
+        "q_weight": (q_weight, (dim,), (q.dtype, torch.float32)),
+    }
+    for name, (tensor, shape, dtypes) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {list(shape)} for q {tuple(q.shape)}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}: expected {q.device}, where q is")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} has dtype {tensor.dtype}: expected {' or '.join(map(str, dtypes))}")

@@ -1,0 +1,1 @@
+"""`group_norm`: the operator, its plain-torch reference and its fast implementations."""

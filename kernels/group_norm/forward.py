@@ -1,0 +1,280 @@
+"""group_norm in Triton, forward. The backward is in `group_norm_triton_backward`, the cut in `group_norm_tiles`.
+
+y = act((x - mean) * rstd * weight * (1 + scale) + bias * (1 + scale) + shift), mean and rstd of each (sample, group).
+
+Where a tile in registers holds whole groups, one launch reads x once (R + W). Otherwise: partial statistics of chunks;
+then a second pass that merges them itself, always in the same order, or reads them merged by a launch of its own where
+they are many. It runs backwards through memory, so that it begins with what the first pass has just left in the L2
+cache: R + W from DRAM where x fits there, else towards 2R + W. No atomics: two runs are bit-equal.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from semantica.kernels.group_norm.backward import backward, plan_backward
+from semantica.kernels.group_norm.tiles import (
+    Problem,
+    affine,
+    arranged,
+    film_arguments,
+    merge_groups,
+    merge_rows,
+    place,
+    resident,
+    restored,
+    split,
+    to_channels,
+)
+from semantica.kernels.launch import Launch, run, settings
+
+__all__ = ["backward", "forward", "plan_backward", "plan_forward", "specimens"]
+
+
+@triton.jit
+def activated(x, mean, factor, term, SILU: tl.constexpr):
+    # the mean goes first: exact where |mean| >> std, unlike x * factor + (term - mean * factor)
+    y = tl.fma(x - mean[:, None], factor[:, None], term[:, None])
+    if SILU:
+        y *= tl.sigmoid(y)
+    return y
+
+
+@triton.jit
+def resident_kernel(
+    x, y, mean, rstd, weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, eps, steps, chunk, splits,
+    CHANNELS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr,
+    STEP: tl.constexpr, LANES: tl.constexpr, KINDS: tl.constexpr, SPAN: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """One program per block of whole groups: x once in, y once out. mean, rstd: `[B, groups]`."""
+    sample, unit, _, _, channels, exists, length, origin, offsets, _ = place(
+        tl.program_id(0), steps, chunk, splits, CHANNELS, UNIT, WIDTH, LAST, STEP, LANES, SPAN
+    )
+    inside = exists[:, None] & (tl.arange(0, SPAN) < length)[None, :]
+    value = tl.load(x + origin + offsets, inside, 0).to(tl.float32)
+    average, m2, count = merge_rows(value, tl.zeros_like(value), inside.to(tl.float32))
+    average, m2, count = merge_groups(average, m2, count, GROUP, LANES, KINDS)
+    inverse = tl.rsqrt(m2 / tl.maximum(count, 1.0) + eps)
+    kind = tl.arange(0, KINDS)
+    groups = sample * (CHANNELS // GROUP) + unit * (UNIT // GROUP) + kind
+    tl.store(mean + groups, average, count > 0)
+    tl.store(rstd + groups, inverse, count > 0)
+    average, inverse = to_channels(average, GROUP, LANES, KINDS), to_channels(inverse, GROUP, LANES, KINDS)
+    factor, term = affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists)
+    result = activated(value, average, inverse * factor, term, SILU)
+    tl.store(y + origin + offsets, result.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def partial_kernel(
+    x, partials, rows, steps, chunk, splits,
+    CHANNELS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr,
+    STEP: tl.constexpr, LANES: tl.constexpr, KINDS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Mean, M2 and count of every (group, chunk): partials `[3, rows = B * groups, parts * splits]`.
+
+    STAGES: tiles in flight, 0 where a chunk is one tile.
+    """
+    sample, unit, part, piece, _, exists, length, origin, offsets, step = place(
+        tl.program_id(0), steps, chunk, splits, CHANNELS, UNIT, WIDTH, LAST, STEP, LANES, SPAN
+    )
+    s = tl.arange(0, SPAN)
+    values = x + origin
+    mean = tl.zeros((LANES, SPAN), tl.float32)
+    m2 = tl.zeros((LANES, SPAN), tl.float32)
+    if STAGES:
+        # every lane keeps statistics of its own (Welford 1962), so that tiles cost no exchange between threads
+        for i in tl.range(0, tl.cdiv(length, SPAN), num_stages=STAGES):
+            inside = exists[:, None] & (s < length - i * SPAN)[None, :]
+            value = tl.load(values + offsets, inside, 0).to(tl.float32)
+            delta = tl.where(inside, value - mean, 0.0)
+            mean = tl.fma(delta, 1.0 / (i + 1), mean)
+            m2 = tl.fma(delta, value - mean, m2)
+            values += step
+    else:
+        # one tile: each lane has seen one value, or none
+        mean = tl.load(values + offsets, exists[:, None] & (s < length)[None, :], 0).to(tl.float32)
+    count = tl.where(exists[:, None], tl.cdiv(tl.maximum(length - s, 0), SPAN)[None, :], 0).to(tl.float32)
+    mean, m2, count = merge_rows(mean, m2, count)
+    mean, m2, count = merge_groups(mean, m2, count, GROUP, LANES, KINDS)
+    PARTS: tl.constexpr = (UNIT + WIDTH - 1) // WIDTH
+    groups = sample * (CHANNELS // GROUP) + unit * (UNIT // GROUP) + tl.arange(0, KINDS)
+    at = partials + groups * (PARTS * splits) + part * splits + piece
+    plane = tl.cast(rows, tl.int64) * (PARTS * splits)
+    tl.store(at, mean, count > 0)
+    tl.store(at + plane, m2, count > 0)
+    tl.store(at + 2 * plane, count, count > 0)
+
+
+@triton.jit
+def merge_kernel(partials, mean, rstd, eps, pieces, BLOCK: tl.constexpr):
+    """Mean and 1 / std `[rows]` from partials `[3, rows, pieces]`."""
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    lane = tl.arange(0, BLOCK)
+    average = tl.zeros((1, BLOCK), tl.float32)
+    m2 = tl.zeros((1, BLOCK), tl.float32)
+    count = tl.zeros((1, BLOCK), tl.float32)
+    plane = tl.cast(rows, tl.int64) * pieces
+    for start in range(0, pieces, BLOCK):
+        at = (partials + row * pieces + start + lane)[None, :]
+        inside = (start + lane < pieces)[None, :]
+        other = tl.load(at + 2 * plane, inside, 0)
+        total = count + other
+        share = other / tl.maximum(total, 1.0)
+        delta = tl.load(at, inside, 0) - average
+        average += delta * share
+        m2 += tl.load(at + plane, inside, 0) + delta * delta * count * share
+        count = total
+    average, m2, count = merge_rows(average, m2, count)
+    at = row + tl.arange(0, 1)
+    tl.store(mean + at, average)
+    tl.store(rstd + at, tl.rsqrt(m2 / count + eps))
+
+
+@triton.jit
+def apply_kernel(
+    x, y, partials, mean, rstd, weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, eps, rows, pieces,
+    steps, chunk, splits,
+    CHANNELS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr,
+    STEP: tl.constexpr, LANES: tl.constexpr, KINDS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
+    SILU: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """y of every chunk. Merges partials `[3, rows, pieces]` itself, up to PIECES of them; 0: mean, rstd are given."""
+    sample, unit, part, piece, channels, exists, length, origin, offsets, step = place(
+        tl.num_programs(0) - 1 - tl.program_id(0),
+        steps, chunk, splits, CHANNELS, UNIT, WIDTH, LAST, STEP, LANES, SPAN,
+    )  # fmt: skip
+    s = tl.arange(0, SPAN)
+    if PIECES:
+        kind, p = tl.arange(0, KINDS), tl.arange(0, PIECES)
+        groups = sample * (CHANNELS // GROUP) + unit * (UNIT // GROUP) + kind
+        at = partials + groups[:, None] * pieces + p[None, :]
+        real = (kind < UNIT // GROUP) & (unit * (UNIT // GROUP) + kind < CHANNELS // GROUP)
+        given = real[:, None] & (p < pieces)[None, :]
+        plane = tl.cast(rows, tl.int64) * pieces
+        count = tl.load(at + 2 * plane, given, 0)
+        average, m2, count = merge_rows(tl.load(at, given, 0), tl.load(at + plane, given, 0), count)
+        inverse = tl.rsqrt(m2 / tl.maximum(count, 1.0) + eps)
+        if (part == 0) & (piece == 0):
+            tl.store(mean + groups, average, real)
+            tl.store(rstd + groups, inverse, real)
+        average, inverse = to_channels(average, GROUP, LANES, KINDS), to_channels(inverse, GROUP, LANES, KINDS)
+    else:
+        groups = sample * (CHANNELS // GROUP) + channels // GROUP
+        average, inverse = tl.load(mean + groups, exists, 0), tl.load(rstd + groups, exists, 0)
+    factor, term = affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists)
+    factor *= inverse
+    values, results = x + origin, y + origin
+    for i in tl.range(0, tl.cdiv(length, SPAN), num_stages=STAGES):
+        inside = exists[:, None] & (s < length - i * SPAN)[None, :]
+        value = tl.load(values + offsets, inside, 0).to(tl.float32)
+        result = activated(value, average, factor, term, SILU)
+        tl.store(results + offsets, result.to(y.dtype.element_ty), inside)
+        values += step
+        results += step
+
+
+def plan_forward(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    eps: float,
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+    """Launches, and what they fill: y in the memory order of `arranged(x)`, mean and rstd `[B, groups]` in fp32."""
+    assert x.dtype in (torch.float32, torch.float16, torch.bfloat16), x.dtype
+    x = arranged(x)
+    y = torch.empty_like(x)
+    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
+    if x.numel() == 0:
+        return [], (y, mean.zero_(), rstd.zero_())
+    problem = Problem.of(x, groups)
+    tensors = {"x": x, "y": y, "mean": mean, "rstd": rstd, "weight": weight.contiguous(), "bias": bias.contiguous()}
+    arguments = {**tensors, **film_arguments(scale, shift), "eps": eps}
+    silu = {"SILU": activation == "silu"}
+    if whole := resident(problem, "resident", x.device):
+        tiling, row = whole
+        constants = {**tiling.constants, **silu}
+        launch = Launch(
+            resident_kernel, (tiling.programs,), {**arguments, **tiling.arguments}, constants, row["warps"]
+        )
+        return [launch], (y, mean, rstd)
+
+    (tiling, row), rows = split(problem, "partial", x.device), problem.batch * groups
+    pieces = tiling.parts * tiling.splits
+    partials = x.new_empty((3, rows, pieces), dtype=torch.float32)
+    launches = [
+        Launch(
+            partial_kernel,
+            (tiling.programs,),
+            {"x": x, "partials": partials, "rows": rows, **tiling.arguments},
+            {**tiling.constants, "STAGES": tiling.stages(row)},
+            row["warps"],
+        )
+    ]
+    tiling, row = split(problem, "apply", x.device)
+    many = pieces > row["pieces"]
+    if many:
+        merge = settings("group_norm", "merge", pieces, x.device)
+        counts = {"partials": partials, "mean": mean, "rstd": rstd, "eps": eps, "pieces": pieces}
+        launches.append(Launch(merge_kernel, (rows,), counts, {"BLOCK": merge["block"]}, merge["warps"]))
+    launches.append(
+        Launch(
+            apply_kernel,
+            (tiling.programs,),
+            {**arguments, "partials": partials, "rows": rows, "pieces": pieces, **tiling.arguments},
+            {
+                **tiling.constants,
+                **silu,
+                "STAGES": tiling.stages(row),
+                "PIECES": 0 if many else triton.next_power_of_2(pieces),
+            },
+            row["warps"],
+        )
+    )
+    return launches, (y, mean, rstd)
+
+
+def forward(x, groups, weight, bias, scale, shift, activation, eps):
+    """What `semantica::group_norm` computes: y, and mean and rstd `[B, groups]` in fp32."""
+    launches, (y, mean, rstd) = plan_forward(x, groups, weight, bias, scale, shift, activation, eps)
+    with torch.cuda.device_of(x):
+        run(launches)
+    return restored(y, x), mean, rstd
+
+
+# shape, groups: the presets' feature maps, some with their skips; common latents and video; the odd and the extreme
+SHAPES = [
+    *(((8, c, s, s), g) for c, s, g in ((48, 16, 16), (96, 16, 32), (96, 8, 32), (192, 8, 32))),
+    *(((8, c, s, s), 32) for c, s in ((96, 64), (192, 64), (192, 32), (384, 32))),
+    *(((8, c, s, s), 32) for c, s in ((128, 128), (256, 128), (512, 64), (1024, 32))),
+    *(((2, c, s, s), 32) for c, s in ((320, 64), (640, 32), (960, 64), (1280, 16), (1280, 8))),
+    ((64, 320, 8, 8), 32),
+    ((1, 128, 20, 256, 256), 32),
+    *(((3, 32, 1, 1), 4), ((2, 30, 7, 5), 3), ((2, 12, 8, 8), 12), ((2, 288, 14, 14), 32), ((4, 64, 37), 8)),
+    *(((1, 2048, 64, 64), 1), ((2, 320, 96, 96), 320), ((1, 8192, 4, 4), 2), ((1, 16, 4097, 5), 2)),
+]
+VARIANTS = [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float32, True)]
+
+
+def specimens() -> Iterator[tuple[str, list[Launch]]]:
+    """Label and launches of every kernel and ladder row, planned from shapes alone: to compile, not to run."""
+    for shape, groups in SHAPES:
+        for last in (False, True):
+            for dtype, film in VARIANTS:
+                order = "channels-last" if last else "contiguous"
+                label = f"{list(shape)} groups {groups} {order} {str(dtype)[6:]}{' FiLM' if film else ''}"
+                x = torch.empty((shape[0], *shape[2:], shape[1]), dtype=dtype, device="meta").movedim(-1, 1)
+                x = x if last else x.contiguous()
+                weight = torch.empty(shape[1], device="meta")
+                scale, shift = x.new_empty((shape[0], 2 * shape[1])).chunk(2, 1) if film else (None, None)
+                rest = groups, weight, weight, scale, shift, "silu"
+                launches, (y, mean, rstd) = plan_forward(x, *rest, 1e-5)
+                yield f"forward {label}", launches
+                yield f"backward {label}", plan_backward(y, x, mean, rstd, *rest)[0]

@@ -1,0 +1,222 @@
+"""GroupNorm + FiLM + activation: y = act((x_hat * w + b) * (1 + scale) + shift), x_hat normalised per (sample, group).
+
+GroupNorm: Wu & He, arXiv 1803.08494, eq. 1. FiLM: Perez et al., arXiv 1709.07871, eq. 2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from semantica.kernels import launch
+from semantica.kernels import registry as backends
+
+ACTIVATIONS = ("silu", "none")
+
+
+def group_norm_ref(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    eps: float,
+) -> Tensor:
+    """Plain torch; what the operator means, and what an exporter decomposes it into."""
+    # stock channels-last GroupNorm on CPU loses digits when |mean| >> std, the contiguous one does not
+    y = torch.group_norm(x.contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    if scale is not None:
+        y = y * (1 + per_channel(scale, x))
+    if shift is not None:
+        y = y + per_channel(shift, x)
+    return F.silu(y) if activation == "silu" else y
+
+
+def per_channel(value: Tensor, x: Tensor) -> Tensor:
+    """View `[B, C]` (or `[C]`) so that it broadcasts over the spatial dimensions of `x [B, C, *spatial]`."""
+    return value.to(x.dtype).reshape(*value.shape, *[1] * (x.ndim - 2))
+
+
+def like(y: Tensor, x: Tensor) -> Tensor:
+    """`y` in the dtype and strides that `torch.empty_like(x)` has, as a tensor that aliases no input."""
+    return torch.empty_like(x).copy_(y)
+
+
+def forward_plain(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Result, and mean and 1/std `[B, groups]` for the backward, in fp32 (fp64 for fp64 input)."""
+    mean, rstd = statistics_like(x, groups), statistics_like(x, groups)
+    if x.numel() == 0:
+        return torch.empty_like(x), mean.zero_(), rstd.zero_()
+    # the dtype of the result is x's, whatever an enclosing autocast would prefer
+    with torch.autocast(x.device.type, enabled=False):
+        grouped = x.contiguous().reshape(x.shape[0], groups, -1).to(mean.dtype)
+        variance, average = torch.var_mean(grouped, -1, correction=0)
+        y = like(group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps), x)
+        return y, mean.copy_(average), rstd.copy_(torch.rsqrt(variance + eps))
+
+
+def statistics_like(x: Tensor, groups: int) -> Tensor:
+    return x.new_empty((x.shape[0], groups), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+op = torch.library.custom_op("semantica::group_norm", forward_plain, mutates_args=())
+
+
+@op.register_fake
+def _(x, groups, weight, bias, scale, shift, activation, eps):
+    return torch.empty_like(x), statistics_like(x, groups), statistics_like(x, groups)
+
+
+def backward_plain(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, scale, shift, accumulated in fp32 (fp64 for fp64 input); absent ones are empty."""
+    with torch.autocast(x.device.type, enabled=False):
+        return backward_ref(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation)
+
+
+def backward_ref(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation):
+    if x.numel() == 0:
+        film = [x.new_empty(0) if a is None else torch.zeros_like(a) for a in (scale, shift)]
+        return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias), *film
+    batch, channels = x.shape[:2]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dy, xs = (a.to(wide).reshape(batch, channels, -1).contiguous() for a in (dy, x))
+    w, b = weight.to(wide), bias.to(wide)
+    sizes = batch, channels, xs.shape[-1], groups
+    grouped = xs.reshape(batch, groups, -1)
+    normal = ((grouped - mean[:, :, None]) * rstd[:, :, None]).reshape(xs.shape)
+    affine = normal * w[:, None] + b[:, None]
+    film = None if scale is None else 1 + scale.to(wide)[:, :, None]
+    if activation == "silu":
+        pre = affine if film is None else affine * film
+        pre = pre if shift is None else pre + shift.to(wide)[:, :, None]
+        dy = torch.ops.aten.silu_backward(dy, pre)
+    dshift = x.new_empty(0) if shift is None else dy.sum(-1).to(shift.dtype)
+    dscale = x.new_empty(0) if scale is None else (dy * affine).sum(-1).to(scale.dtype)
+    dy = dy if film is None else dy * film
+    masks = [True, True, True]
+    dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(dy, xs, mean, rstd, w, *sizes, masks)
+    return like(dx.reshape(x.shape), x), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift
+
+
+op_backward = torch.library.custom_op("semantica::group_norm_backward", backward_plain, mutates_args=())
+
+
+@op_backward.register_fake
+def _(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation):
+    film = [x.new_empty(0) if a is None else torch.empty_like(a) for a in (scale, shift)]
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), *film
+
+
+def save(ctx, inputs, output):
+    x, groups, weight, bias, scale, shift, activation, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+    ctx.settings = groups, activation
+
+
+def backward(ctx, dy, *_):
+    x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
+    groups, activation = ctx.settings
+    dx, dweight, dbias, dscale, dshift = op_backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation)
+    film = (dscale if scale is not None else None, dshift if shift is not None else None)
+    return dx, None, dweight, dbias, *film, None, None
+
+
+op.register_autograd(backward, setup_context=save)
+
+
+def serves(*dtypes: torch.dtype):
+    """Whether a first argument is of one of these types, and not empty."""
+    return lambda first: first.dtype in dtypes and first.numel() > 0
+
+
+def functions(module: str) -> dict[str, tuple]:
+    module = f"semantica.kernels.group_norm.{module}"
+    return {f"{module}:forward": (op, forward_plain), f"{module}:backward": (op_backward, backward_plain)}
+
+
+backends.serve_triton(
+    "group_norm", serves(torch.float32, torch.float16, torch.bfloat16), functions("forward")
+)
+if launch.DEVICE != "cpu" and (instructions := backends.cpu_loops()):
+    status = ("C++", f"semantica._C with {instructions}; fp16 and fp64 in plain torch")
+    backends.serve("group_norm", "cpu", serves(torch.float32, torch.bfloat16), functions("cpu"), status)
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "silu",
+    eps: float = 1e-5,
+) -> Tensor:
+    """GroupNorm with fused FiLM and activation: `act((GN(x) * weight + bias) * (1 + scale) + shift)`.
+
+    Args:
+        x: `[B, C, *spatial]` with one to three spatial dimensions, contiguous or channels-last, fp16/bf16/fp32/fp64.
+        groups: number of groups; divides C.
+        weight, bias: `[C]`, fp32 or x's dtype.
+        scale, shift: `[B, C]` or None.
+        activation: "silu" or "none".
+        eps: added to the variance.
+
+    Returns:
+        A tensor with the shape, dtype and strides of `x`. Statistics are taken in fp32 or better.
+
+    Raises:
+        ValueError: an argument has the wrong rank, shape, dtype or device.
+    """
+    check(x, groups, weight, bias, scale, shift, activation)
+    y, _, _ = op(x, groups, weight, bias, scale, shift, activation, eps)
+    return y
+
+
+def check(x, groups, weight, bias, scale, shift, activation):
+    if not 3 <= x.ndim <= 5:
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, C, *spatial] with 1 to 3 spatial dimensions")
+    if x.dtype not in backends.DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}: expected {backends.DTYPES_NAMED}")
+    if not isinstance(groups, int):
+        raise ValueError(f"groups={groups!r}: expected a whole number")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups={groups} does not divide the {x.shape[1]} channels of x {tuple(x.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+    channels, film = (x.shape[1],), (x.shape[0], x.shape[1])
+    expected = {"weight": (weight, channels), "bias": (bias, channels), "scale": (scale, film), "shift": (shift, film)}
+    for name, (tensor, shape) in expected.items():
+        if tensor is None and name in ("scale", "shift"):
+            continue
+        if tensor is None:
+            raise ValueError(f"{name} is None: expected {list(shape)} for x {tuple(x.shape)}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {list(shape)} for x {tuple(x.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}: expected {x.device}, where x is")
+        if tensor.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{name} has dtype {tensor.dtype}: expected {x.dtype} or torch.float32")

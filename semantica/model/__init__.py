@@ -1,0 +1,1 @@
+"""The networks: denoiser, encoders, and their arrangement for sampling."""

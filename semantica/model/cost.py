@@ -1,0 +1,146 @@
+"""What a model costs, counted on the meta device: parameters, operations and activation memory."""
+
+import copy
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from semantica.condition import Stream
+from semantica.model.encoders import ViTEncoder
+from semantica.model.presets import PRESETS, encoder_preset, preset
+from semantica.model.uvit import UViT
+
+
+@register_flop_formula(torch.ops.semantica.cross_attention)
+def cross_attention_flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+    """Two matrix products of 2 * N * M * D each, per sample and head."""
+    batch, queries, heads, dim = q_shape
+    return 4 * batch * heads * queries * k_shape[1] * dim
+
+
+@register_flop_formula(torch.ops.semantica.cross_attention_backward)
+def cross_attention_backward_flops(do_shape, q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+    """Five matrix products: the scores again, dP, dQ, dK, dV."""
+    return 5 * cross_attention_flops(q_shape, k_shape) // 2
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Adds up what autograd keeps for the backward pass, each storage once and parameters not at all."""
+
+    def __init__(self, module: nn.Module):
+        self.seen = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+        self.total = 0
+        self.kept: list[Tensor] = []
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.total += storage.nbytes()
+            # keeps the address from being used again while counting
+            self.kept.append(tensor.detach())
+        return tensor
+
+
+def on_meta(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy that has shapes but no values."""
+    with torch.no_grad():
+        twin = copy.deepcopy(module)
+        for owner in twin.modules():
+            for table in (owner._parameters, owner._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        new = torch.empty_like(tensor, device="meta", dtype=dtype or tensor.dtype)
+                        table[name] = nn.Parameter(new, tensor.requires_grad) if table is owner._parameters else new
+    return twin
+
+
+def cost(model: UViT, tokens: int = 256, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """Cost of one training step of a denoiser, with the condition encoded already. Nothing is computed.
+
+    Args:
+        model: on any device, the meta device included.
+        tokens: tokens of each condition stream.
+        dtype: of weights and activations.
+
+    Returns:
+        `parameters`, `flops_forward` and `flops_step` (forward and backward; a multiply-add counts as 2),
+        `activation_bytes` (what the backward pass keeps; self-attention counted with its score matrix).
+    """
+    model = on_meta(model, dtype)
+    size = model.config.image_size
+    streams = {
+        name: Stream(
+            *(torch.empty(batch, *s, model.config.streams[name], device="meta", dtype=dtype) for s in ((tokens,), ()))
+        )
+        for name in model.stream_names
+    }
+    z = torch.empty(batch, model.config.in_channels, size, size, device="meta", dtype=dtype)
+    saved = SavedBytes(model)
+    with FlopCounterMode(display=False) as forward, saved:
+        v = model(z, torch.empty(batch, device="meta"), model.condition(streams))
+    with FlopCounterMode(display=False) as backward:
+        v.sum().backward()
+    return {
+        "parameters": count_parameters(model),
+        "flops_forward": forward.get_total_flops(),
+        "flops_step": forward.get_total_flops() + backward.get_total_flops(),
+        "activation_bytes": saved.total,
+    }
+
+
+def step_flops(unet: UViT, encoder: nn.Module, encodings: int = 1, conditions: int = 1) -> int:
+    """Operations of one sample in a training step with so many encodings (forward only where frozen), of which
+    `conditions` are attended to."""
+    flops, tokens = encoding_cost(encoder)
+    return encodings * flops + cost(unet, conditions * tokens)["flops_step"]
+
+
+def encoding_cost(encoder: nn.Module) -> tuple[int, int]:
+    """Operations that an encoder takes for one image, backward included where it is trained, and its tokens."""
+    twin = on_meta(encoder)
+    images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        stream = twin(images)
+        if encoder.trainable:
+            stream.tokens.sum().backward()
+    return counter.get_total_flops(), stream.tokens.shape[1]
+
+
+# dense bf16 rates of the data sheets, operations per second
+DATASHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """The device's matrix rate, and where the figure is from: a data sheet, or a matrix product timed here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for chip, rate in DATASHEET.items():
+            if chip in name and dtype == torch.bfloat16:
+                return rate, f"{chip} data sheet, dense bf16"
+    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times), "best of 8 timed 1024 x 1024 matrix products"
+
+
+def preset_table() -> list[dict]:
+    """One row per preset: its sizes, and what one sample costs in a bf16 training step."""
+    rows = []
+    for name in PRESETS:
+        with torch.device("meta"):
+            encoder = ViTEncoder(**encoder_preset(name, PRESETS[name]["image_size"]))
+            model = UViT(**preset(name), streams={"image": encoder.token_dim})
+        tokens = (encoder.config.image_size // encoder.config.patch_size) ** 2
+        rows.append({"preset": name, "image_size": model.config.image_size, **cost(model, tokens)})
+    return rows

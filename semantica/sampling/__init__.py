@@ -1,0 +1,1 @@
+"""From noise to images: settings, the loop, guidance, the diffusers scheduler."""

@@ -1,0 +1,1 @@
+"""Sources of training data, and how pairs become batches."""

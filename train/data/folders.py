@@ -1,0 +1,257 @@
+"""Folders of pictures -> pairs: pictures that share a label folder, or a picture and itself."""
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from semantica.errors import UserError
+from semantica.images import BadImage, load_image, probe_image
+from semantica.train.data.draws import PAIR, SPLIT, Pair, View, generator, order
+
+if TYPE_CHECKING:
+    from semantica.train.data.tokens import Tokens
+
+MODES = ("folders", "reconstruct")
+SIDE_FILES = {".json", ".jsonl", ".txt", ".tsv", ".csv", ".md"}
+
+
+@dataclass(frozen=True)
+class PairData:
+    """What `scan` found.
+
+    root, mode: as given to `scan`.
+    kind: what the data is, in a word. remote: whether pictures are worth fetching ahead.
+    groups: label -> paths relative to root, in natural order; "" holds the pictures directly in root.
+    sizes: bytes of each picture, by path.
+    bad: (path, reason) of each file that cannot be used.
+    alone: labels left out because they hold a single picture.
+    tokens: what a frozen encoder made of the pictures, where it was stored.
+    """
+
+    root: Path
+    mode: str
+    groups: dict[str, tuple[str, ...]]
+    sizes: dict[str, int]
+    bad: tuple[tuple[str, str], ...] = ()
+    alone: tuple[str, ...] = ()
+    tokens: "Tokens | None" = None
+    kind: ClassVar[str] = "folders"
+    remote: ClassVar[bool] = False
+
+    def __len__(self) -> int:
+        """The number of pictures, which is the number of samples of an epoch."""
+        return int(self.ends[-1]) if self.groups else 0
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self.groups)
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        return np.cumsum([len(paths) for paths in self.groups.values()])
+
+    def locate(self, number: int) -> tuple[str, int]:
+        """The label of the `number`-th picture of all, and its place in that group."""
+        group = int(np.searchsorted(self.ends, number, side="right"))
+        label = self.labels[group]
+        return label, number - int(self.ends[group]) + len(self.groups[label])
+
+    def describe(self) -> str:
+        """In words, for the log."""
+        stored = ", tokens stored" if self.tokens else ""
+        return f"{len(self)} pictures in {len(self.groups)} groups{stored}"
+
+    def keep(self, groups: dict[str, tuple[str, ...]]) -> "PairData":
+        """The same folder with only these groups, whose paths are among its own."""
+        sizes = {path: self.sizes[path] for paths in groups.values() for path in paths}
+        return PairData(self.root, self.mode, groups, sizes, tokens=self.tokens)
+
+    def digest(self) -> str:
+        """16 hex digits over the listing (relative paths and sizes) and the stored tokens, so that a resumed run can
+        refuse other data."""
+        listing = hashlib.sha256(self.tokens.digest().encode() if self.tokens else b"")
+        for path in sorted(self.sizes):
+            listing.update(os.fsencode(path) + b"\0%d\0" % self.sizes[path])
+        return listing.hexdigest()[:16]
+
+    def split(self, fraction: float, seed: int) -> tuple["PairData", "PairData"]:
+        """Part the data into (training, held out): whole groups, or single pictures in mode "reconstruct".
+
+        `fraction` of them, at least one, is held out; 0 holds out none.
+
+        Raises:
+            UserError: fraction outside [0, 1), or too few groups (pictures) to leave any for training.
+        """
+        if not 0 <= fraction < 1:
+            raise UserError(f"held-out fraction {fraction} is out of range: give at least 0 and less than 1")
+        whole = self.mode == "folders"
+        units = list(self.groups) if whole else [path for paths in self.groups.values() for path in paths]
+        count = max(1, round(fraction * len(units))) if fraction else 0
+        if count >= len(units):
+            what = "label folders" if whole else "pictures"
+            raise UserError(f"cannot hold out {count} of {len(units)} {what}: add {what} or hold out a fraction of 0")
+        held = {units[i] for i in generator(seed, SPLIT).permutation(len(units))[:count]}
+
+        def part(out: bool) -> "PairData":
+            if whole:
+                return self.keep({label: paths for label, paths in self.groups.items() if (label in held) is out})
+            parts = {label: tuple(p for p in paths if (p in held) is out) for label, paths in self.groups.items()}
+            return self.keep({label: paths for label, paths in parts.items() if paths})
+
+        return part(False), part(True)
+
+    def draw(self, seed: int, index: int, conditions: int = 1) -> Pair:
+        """The pair of global sample `index`: a pure function of its arguments.
+
+        Every picture is the target once per epoch of `len(self)` samples, in an order of that epoch's own. Conditions
+        are drawn uniformly from the others of its group, without replacement while there are enough; in mode
+        "reconstruct" they are the target, flipped and cropped alike.
+        """
+        epoch, position = divmod(index, len(self))
+        label, place = self.locate(int(order(len(self), seed, epoch)[position]))
+        paths = self.groups[label]
+        draw = generator(seed, PAIR, index)
+        flips, crops = draw.integers(2, size=2).astype(bool).tolist(), draw.random((2, 3)).tolist()
+        if self.mode == "reconstruct":
+            view = View(paths[place], flips[0], tuple(crops[0]))
+            return Pair(label, view, (view,) * conditions)
+        others = [(place + 1 + int(draw.integers(len(paths) - 1))) % len(paths)]
+        views = [View(paths[others[0]], flips[0], tuple(crops[0]))]
+        if conditions > 1:
+            rest = [i for i in range(len(paths)) if i not in (place, others[0])]
+            others += [rest[i] for i in draw.permutation(len(rest))]
+        for number in range(1, conditions):
+            flip, crop = bool(draw.integers(2)), tuple(draw.random(3).tolist())
+            views.append(View(paths[others[number % len(others)]], flip, crop))
+        return Pair(label, View(paths[place], flips[1], tuple(crops[1])), tuple(views))
+
+    def target_candidates(self, group: str, start: str) -> Iterator[str]:
+        """The pictures of a group from one on and around, for when it proves broken."""
+        return _around(self.groups[group], start)
+
+    def condition_candidates(self, group: str, target: str, start: str) -> Iterator[str]:
+        return (path for path in _around(self.groups[group], start) if path != target)
+
+    def name_of(self, ref: str) -> str:
+        """A picture's name in messages."""
+        return ref
+
+    def load(self, ref: str, near: int) -> Image.Image:
+        """Raises `BadImage`."""
+        return load_image(self.root / ref, near=near)
+
+
+def scan(root: str | os.PathLike, mode: str) -> PairData:
+    """List a data folder and check every picture's header.
+
+    A group is a folder directly inside root with the pictures directly inside it. In mode "reconstruct" pictures may
+    also lie in root itself, and a group may hold a single one. Hidden files and `SIDE_FILES` are passed over; all
+    else that is no usable picture is listed as bad.
+
+    Raises:
+        UserError: root is missing, no folder or unreadable; no pictures; more than half of the files bad; in mode
+            "folders", no group of two.
+    """
+    root = Path(root)
+    where = repr(str(root))
+    if mode not in MODES:
+        raise UserError(f"unknown data mode {mode!r}: choose one of {', '.join(MODES)}")
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise UserError(f"data folder {where} {what}: give the folder that holds the label folders")
+    try:
+        files, bad = _list_files(root, mode)
+    except OSError as error:
+        raise UserError(f"cannot list data folder {error.filename!r}: {error.strerror}; make it readable") from error
+    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
+        # oddities that Pillow only warns of are no news here
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        checks = list(pool.map(lambda file: _check(root, file[1]), files))
+
+    groups: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    for (label, path), check in zip(files, checks, strict=True):
+        if isinstance(check, str):
+            bad.append((path, check))
+        else:
+            groups.setdefault(label, []).append(path)
+            sizes[path] = check
+    if not sizes and not bad:
+        raise UserError(f"data folder {where} holds no pictures: give the folder that holds the label folders")
+    bad.sort(key=lambda entry: _natural(entry[0]))
+    if len(bad) > len(sizes):
+        first = f"the first is {bad[0][0]!r} ({bad[0][1]})"
+        total = len(bad) + len(sizes)
+        raise UserError(f"{len(bad)} of {total} files in {where} are not usable, {first}: clean the data folder")
+    least = 2 if mode == "folders" else 1
+    alone = tuple(label for label, paths in groups.items() if len(paths) < least)
+    kept = {label: tuple(paths) for label, paths in groups.items() if len(paths) >= least}
+    if not kept:
+        what = f"no label folder in {where} holds two usable pictures"
+        raise UserError(f"{what}: put pictures that belong together into one folder, or use the mode 'reconstruct'")
+    return replace(PairData(root, mode, groups, sizes).keep(kept), bad=tuple(bad), alone=alone)
+
+
+def _natural(path: str) -> tuple[list[str | int], str]:
+    """Sorts img2 before img10, and nothing as equal."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)], path
+
+
+def _around(paths: tuple[str, ...], start: str) -> Iterator[str]:
+    # the search is only paid for when the first one fails
+    yield start
+    first = paths.index(start)
+    yield from paths[first + 1 :]
+    yield from paths[:first]
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=_natural)
+
+
+def _outside(root: Path, path: Path) -> bool:
+    return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def _list_files(root: Path, mode: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Files to check as (label, path), and what is bad by its place alone as (path, reason)."""
+    files, bad = [], []
+    for name in _names(root):
+        if not (root / name).is_dir():
+            if Path(name).suffix.lower() in SIDE_FILES:
+                continue
+            if mode == "folders":
+                bad.append((name, "not in a label folder"))
+            else:
+                files.append(("", name))
+        elif _outside(root, root / name):
+            bad.append((name, "leads outside the data folder"))
+        else:
+            for child in _names(root / name):
+                path = f"{name}/{child}"
+                if (root / path).is_dir():
+                    bad.append((path, "a folder inside a label folder"))
+                elif Path(child).suffix.lower() not in SIDE_FILES:
+                    files.append((name, path))
+    return files, bad
+
+
+def _check(root: Path, path: str) -> int | str:
+    """The picture's size in bytes, or why it is bad."""
+    if _outside(root, root / path):
+        return "leads outside the data folder"
+    try:
+        probe_image(root / path)
+    except BadImage as error:
+        return error.reason
+    return os.stat(root / path).st_size

@@ -1,0 +1,286 @@
+"""Checkpoints: safetensors and JSON in a folder that is written aside, synced, then renamed."""
+
+import errno
+import json
+import shutil
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from semantica.errors import UserError
+from semantica.train.processes import Ranks, is_sharded
+from semantica.train.run.storage import Damaged, Reader, Writer, sha256, sync
+
+PREFIX = "step-"
+UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+# one process without a group is what was asked for; its saving thread cannot change filters for itself
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+# of a folder whose files hold whole tensors, and of one where several processes wrote parts
+WHOLE, PARTS = 1, 2
+
+
+def folders(root: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [p for p in root.glob(f"{PREFIX}*") if p.is_dir() and number(p) >= 0]
+    return sorted(found, key=number)
+
+
+def number(folder: Path) -> int:
+    """The step of a checkpoint's folder; -1 for another folder."""
+    digits = folder.name.removeprefix(PREFIX)
+    return int(digits) if digits.isdecimal() else -1
+
+
+def aside_of(final: Path, what: str = "incomplete") -> Path:
+    return final.with_name(f".{final.name}.{what}")
+
+
+def write_aside(final: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder next to its final place, then rename it there; nothing half-written is ever at `final`.
+
+    Raises:
+        UserError: the disk is full; what stood at `final` is intact.
+    """
+    aside = aside_of(final)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        fill(aside)
+        for path in sorted(aside.rglob("*")):
+            sync(path)
+        move_in(aside, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise full(final, error) or error from error
+
+
+def move_in(aside: Path, final: Path) -> None:
+    """Rename a finished folder to its place; what stood there is gone only after that."""
+    sync(aside)
+    if final.exists():
+        old = aside_of(final, "old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        aside.rename(final)
+        shutil.rmtree(old)
+    else:
+        aside.rename(final)
+    sync(final.parent)
+
+
+def full(final: Path, error: BaseException) -> UserError | None:
+    """The error of a full disk as one line; None for any other."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return UserError(f"no space left to write {final}: free some; earlier checkpoints are intact")
+    return None
+
+
+def save(
+    root: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int, group: dist.ProcessGroup | None = None
+) -> Path:
+    """Write `step-XXXXXXXX/`: safetensors files and `state.json` with their hashes; drop the oldest ones.
+
+    Args:
+        root: a folder that all processes see.
+        tensors: `NAME/KEY` -> the tensor that this process holds, or its part as a DTensor.
+        state: further JSON values to keep.
+        keep: how many finished checkpoints are kept.
+        group: the processes that save together, with CPU tensors; None for one.
+
+    Raises:
+        UserError: the disk is full; earlier checkpoints are intact.
+    """
+    final = root / f"{PREFIX}{step:08d}"
+    aside = aside_of(final)
+
+    def finish(hashes: dict[str, str]) -> None:
+        version = PARTS if any("-of-" in name for name in hashes) else WHOLE
+        record = {"format": version, "step": step, **state, "sha256": hashes}
+        path = aside / "state.json"
+        path.write_text(json.dumps(record, indent=1))
+        sync(path)
+        move_in(aside, final)
+        prune(root, step, keep)
+
+    lead = group is None or dist.get_rank(group) == 0
+    if lead:
+        shutil.rmtree(aside, ignore_errors=True)
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    try:
+        dcp.save(
+            tensors, storage_writer=Writer(aside, finish), planner=planner, process_group=group, no_dist=group is None
+        )
+    except CheckpointException as failed:
+        if lead:
+            shutil.rmtree(aside, ignore_errors=True)
+        cause = next(iter(failed.failures.values()))[0]
+        raise full(final, cause) or cause from failed
+    return final
+
+
+def prune(root: Path, step: int, keep: int) -> None:
+    """Leave `keep` checkpoints up to this step. Later ones were damaged, or the run would have continued from them."""
+    found = folders(root)
+    upto = [folder for folder in found if number(folder) <= step]
+    for folder in {*found} - {*upto[-keep:]}:
+        # out of the way at once: half of a checkpoint must not look like one
+        old = folder.rename(aside_of(folder, "old"))
+        shutil.rmtree(old)
+
+
+def tidy(root: Path) -> None:
+    """Remove what interrupted saves left behind."""
+    for what in ("incomplete", "old"):
+        for left in root.glob(f".{PREFIX}*.{what}"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def load(reader: Reader, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Fill tensors, or this process' parts of them, with what a checkpoint holds.
+
+    Raises:
+        UserError: the checkpoint holds other tensors. Of several processes the first raises it, the others
+            `SystemExit` with code 2.
+    """
+    held = {key: entry.size for key, entry in reader.metadata.state_dict_metadata.items()}
+    if held != {key: tensor.shape for key, tensor in tensors.items()}:
+        # all processes find the same: the first says it
+        if group is not None and dist.get_rank(group):
+            raise SystemExit(2)
+        raise UserError("the checkpoint belongs to another model: give the options it was trained with")
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+
+
+def read_state(folder: Path) -> dict:
+    """The state of one checkpoint.
+
+    Raises:
+        UserError: another format version, or a pickle in the folder.
+        Damaged: it cannot be read, or names files outside the folder.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in UNSAFE:
+            raise UserError(f"{path} is refused unopened: checkpoints are safetensors and JSON; remove the file")
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        version, names = state["format"], list(state["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"state.json: {type(error).__name__}") from error
+    if version not in (WHOLE, PARTS):
+        raise UserError(
+            f"{folder} has checkpoint format {version}: this version reads {WHOLE} and {PARTS}; use a matching version"
+        )
+    if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise Damaged("state.json: names of files")
+    return state
+
+
+def verify(folder: Path, hashes: dict[str, str], ranks: Ranks) -> None:
+    """Every file is what was written, before any is parsed; the processes share the work.
+
+    Raises:
+        Damaged: a file is missing, cut short or altered.
+    """
+    problem = None
+    for name in sorted(hashes)[ranks.rank :: ranks.world]:
+        if not (folder / name).is_file():
+            problem = f"{name} is missing"
+        elif sha256(folder / name) != hashes[name]:
+            problem = f"{name} is not what was written (sha256 differs)"
+    found = [said for said in ranks.gather(problem) if said]
+    if found:
+        raise Damaged(found[0])
+
+
+def load_newest(root: Path, ranks: Ranks, say: Callable[[str], None]) -> tuple[dict, Reader] | None:
+    """State and files of the newest checkpoint that is whole; says which ones were not.
+
+    Raises:
+        UserError: checkpoints are there and every one is damaged.
+    """
+    # as the first process sees them
+    found = ranks.ask_lead(lambda: [folder.name for folder in folders(root)])
+    for name in reversed(found):
+        try:
+            state, damage = ranks.ask_lead(lambda name=name: look(root / name))
+            if damage:
+                raise Damaged(damage)
+            verify(root / name, state["sha256"], ranks)
+            return state, Reader(root / name, list(state["sha256"]))
+        except Damaged as problem:
+            say(f"checkpoint {name} is damaged ({problem}); trying the one before")
+    ranks.settle(lambda: refuse(root) if found else None)
+    return None
+
+
+def refuse(root: Path) -> None:
+    raise UserError(f"every checkpoint in {root} is damaged: remove that folder to start again")
+
+
+def look(folder: Path) -> tuple[dict | None, str]:
+    """The state of a checkpoint, or what is wrong with it."""
+    try:
+        return read_state(folder), ""
+    except Damaged as problem:
+        return None, str(problem)
+
+
+class Saver:
+    """Saves while training goes on: copied to the CPU at once, written by a thread; at most one save is under way.
+
+    `torch.distributed.checkpoint.async_save` would keep its thread alive, and the process with it, when another process
+    is gone; this one's ends with the process.
+    """
+
+    def __init__(self, root: Path, ranks: Ranks, keep: int, device: torch.device):
+        self.root, self.ranks, self.keep = root, ranks, keep
+        cuda = device.type == "cuda"
+        options = StagingOptions(
+            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+        )
+        self.stager = DefaultStager(options)
+        self.thread: threading.Thread | None = None
+        self.problem: BaseException | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
+        """Start to save; raises what went wrong with the save before."""
+        self.wait()
+        # what every process has alike, the first one writes
+        held = {key: tensor for key, tensor in tensors.items() if self.ranks.lead or is_sharded(tensor)}
+        staged = self.stager.stage(held)
+        self.thread = threading.Thread(target=self._write, args=(step, staged, state), daemon=True)
+        self.thread.start()
+
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
+        try:
+            save(self.root, step, tensors, state, self.keep, self.ranks.saving)
+        except BaseException as problem:
+            self.problem = problem
+
+    def close(self) -> None:
+        """Until nothing is under way."""
+        if self.thread is not None:
+            self.thread.join()
+
+    @property
+    def failed(self) -> bool:
+        return self.problem is not None
+
+    def wait(self) -> None:
+        """Until nothing is under way; raises what went wrong."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        problem, self.problem = self.problem, None
+        if problem is not None:
+            raise problem
