@@ -2,75 +2,19 @@
 
 import datetime
 import functools
-import hashlib
 import json
 import platform
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from semantica.errors import UserError
 
+if TYPE_CHECKING:
+    from semantica.benchmarks.harness.race import Times
+
 # what makes two rows of different files the same measurement
 IDENTITY = ("op", "impl", "shape", "layout", "dtype", "direction", "device")
-
-
-def kernel_hash(op: str, arch: str) -> str:
-    """Of the sources that an operator's fused implementation on an architecture is made of, and its launch settings.
-
-    arch: such as "sm_90"; anything else is a processor, where the compiled loops say themselves what they are made of.
-    """
-    from semantica import kernels
-
-    folder, digest = Path(kernels.__file__).parent, hashlib.sha256()
-    if not arch.startswith("sm_"):
-        paths = [folder / op / "op.py", *(folder / op).glob("cpu.py")]
-        digest.update(built_from().encode() if len(paths) > 1 else b"")
-    else:
-        paths = [folder / "launch.py", *(path for path in (folder / op).glob("*.py") if path.stem != "cpu")]
-        # tuning one architecture leaves the rows of others as they are
-        table = json.loads((folder / op / "ladder.json").read_text())
-        own = {kernel: ladders.get(arch, ladders["default"]) for kernel, ladders in table.items()}
-        digest.update(json.dumps(own, sort_keys=True).encode())
-    for path in sorted(paths, key=lambda path: path.name):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def built_from() -> str:
-    """What identifies the sources of `semantica._C`; empty where it is not built."""
-    try:
-        from semantica import _C
-    except ImportError:
-        return ""
-    return _C.build_info()["sources"]
-
-
-# what our rows of whole runs depend on, by folder
-NETWORK = (
-    "model/uvit.py", "model/layers.py", "model/encoders.py", "condition.py", "model/attention.py", "kernels/**/*.py",
-    "csrc/*",
-)  # fmt: skip
-SAMPLING = ("model/fast.py", "sampling/compiled.py", "sampling/loop.py", "solvers.py")
-SOURCES = {
-    "sample": (*NETWORK, *SAMPLING),
-    "sample_ladder": (*NETWORK, *SAMPLING, "benchmarks/stock.py"),
-    "train": (*NETWORK, "diffusion.py", "memory.py", "train/objective.py", "train/state.py", "train/loop.py"),
-}
-
-
-@functools.cache
-def source_hash(op: str) -> str:
-    """Of the sources that a whole run is made of."""
-    import semantica
-    from semantica import kernels
-
-    # the sub-packages lie beside the package
-    package, house = Path(semantica.__file__).parent, Path(kernels.__file__).parents[1]
-    digest = hashlib.sha256()
-    for pattern in SOURCES[op]:
-        for path in sorted((house if "/" in pattern else package).glob(pattern)):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @functools.cache
@@ -104,6 +48,12 @@ def environment(device: str) -> dict:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def measured(times: "Times", device: str) -> dict:
+    """What every row says about its times, and about where they were measured."""
+    median, low, high = (times.quantile(q) * 1e6 for q in (0.5, 0.2, 0.8))
+    return {"median_us": median, "p20_us": low, "p80_us": high, "rounds": len(times.device), **environment(device)}
 
 
 class Replay:
@@ -153,14 +103,6 @@ def rows(path: Path) -> list[dict]:
 
 def identity(row: dict) -> tuple:
     return tuple(row[field] for field in IDENTITY)
-
-
-def stale(row: dict) -> bool:
-    """Whether the code that a row timed has changed since."""
-    if row["kernel_hash"] is None:
-        return False
-    now = source_hash(row["op"]) if row["op"] in SOURCES else kernel_hash(row["op"], row["arch"])
-    return row["kernel_hash"] != now
 
 
 def compare(before: list[dict], now: list[dict]) -> list[dict]:
