@@ -38,8 +38,10 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def check_run(folder: Path) -> None:
+def check_run(folder: Path) -> list[str]:
     """Make sure that a folder is a complete pipeline of this package that needs neither pickles nor remote code.
+
+    Returns the modules of this package that it names.
 
     Raises:
         UserError: it is missing, half written, of another kind, or holds a file that could execute code.
@@ -75,3 +77,4 @@ def check_run(folder: Path) -> None:
             )
         if name != "scheduler" and not any((folder / name).glob("*.safetensors")):
             raise UserError(f"{folder}/{name} has no safetensors weights: the folder is half written, remake it")
+    return [module for module, _ in named.values()]

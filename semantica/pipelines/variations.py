@@ -1,6 +1,7 @@
 """The pipeline: condition images in, variations out."""
 
 import copy
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -68,7 +69,9 @@ class SemanticaPipeline(DiffusionPipeline):
                 folder = Path(snapshot_download(str(source), revision=kwargs.get("revision"), allow_patterns=PATTERNS))
             except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
                 raise UserError(f"{source} is neither a folder nor a repository that can be reached") from error
-        check_run(folder)
+        for module in check_run(folder):
+            # diffusers loads nothing from a module that is not imported yet
+            importlib.import_module(module)
         kwargs.update(use_safetensors=True, trust_remote_code=False, local_files_only=True)
         kwargs.pop("custom_pipeline", None)
         shown = logging.is_progress_bar_enabled()
