@@ -75,7 +75,7 @@ class Network:
         return made if len(made.emb) == len(images) else made.repeat(len(images))
 
     def null(self, batch: int) -> Condition:
-        return self.unet.null_condition(batch).fill(self.sizes)
+        return self.unet.null(batch).fill(self.sizes)
 
     def __call__(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
         return self.unet(z, logsnr, condition)

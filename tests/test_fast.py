@@ -33,7 +33,7 @@ def conditions(unet, batch=3, lengths=(None, None)):
         streams[name] = Stream(torch.randn(batch, tokens, width, generator=g), pooled, length)
     streams = {name: streams[name] for name in unet.stream_names}
     with torch.no_grad():
-        return unet.condition(streams), unet.null_condition(batch)
+        return unet.condition(streams), unet.null(batch)
 
 
 def noise(seed=7, batch=3):
@@ -78,7 +78,7 @@ def test_a_null_condition_that_is_no_single_token_attends():
 
 def test_no_condition_at_all_and_no_guidance():
     unet = network("none", {})
-    null = unet.null_condition(3)
+    null = unet.null(3)
     with torch.no_grad():
         expected = sample(unet, noise(), null, None, plan_of())
     actual = FastSampler(unet, torch.float32, "none")(noise(), null, None, plan_of())

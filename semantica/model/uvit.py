@@ -151,7 +151,7 @@ class UViT(ModelMixin, ConfigMixin):
                 lengths = torch.where(drop[:, None], torch.stack(full, 1), lengths)
         return self._project(tokens if self.use_tokens else [], emb, lengths)
 
-    def null_condition(self, batch: int) -> Condition:
+    def null(self, batch: int) -> Condition:
         """The unconditional branch `[batch, ...]`: one null token per stream, the same softmax as M copies of it."""
         like = self.conv_in.weight
         streams = {}
@@ -170,7 +170,7 @@ class UViT(ModelMixin, ConfigMixin):
         Args:
             z: `[B, 3, S, S]` noised image.
             logsnr: `[B]` log signal-to-noise ratio.
-            condition: from `condition()` or `null_condition()`.
+            condition: from `condition()` or `null()`.
             hidden: return hidden states too, those after so many transformer blocks (at least one).
 
         Returns:
