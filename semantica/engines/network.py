@@ -62,7 +62,7 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def null(self, batch: int) -> Condition:
-        return self.unet.null_condition(batch).fill(self.bundle.sizes)
+        return self.unet.null(batch).fill(self.bundle.sizes)
 
     @torch.inference_mode()
     def predict(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
