@@ -17,7 +17,8 @@ from semantica.benchmarks.kernels.implementations import available
 from semantica.benchmarks.kernels.problems import Problem, problems
 from semantica.benchmarks.kernels.suite import KernelBench, Traffic
 from semantica.cli import main
-from semantica.kernels.cases import CrossAttentionCase, GroupNormCase
+from semantica.kernels.cross_attention.cases import CrossAttentionCase
+from semantica.kernels.group_norm.cases import GroupNormCase
 
 ROOT = Path(__file__).parents[1]
 GENERATED = re.compile(r"<!-- semantica bench (table .*?) -->\n(.*?)\n<!-- end -->", re.DOTALL)
@@ -50,7 +51,7 @@ def test_bytes_and_operations_are_counted_as_by_hand():
 def test_meta_shapes_are_those_of_the_inputs():
     for problem in [*problems("cpu", True), *problems("cpu", False)[-6:]]:
         drawn = {k: v for k, v in problem.inputs(0).items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
-        meta = problem._on_meta()
+        meta = {k: v for k, v in problem.case.inputs(problem.dtype, "meta").items() if k in drawn}
         assert {k: (v.shape, v.dtype) for k, v in meta.items()} == {k: (v.shape, v.dtype) for k, v in drawn.items()}
 
 
@@ -114,26 +115,26 @@ def test_absent_packages_are_named_and_own_functions_are_found():
     assert {"fused", "eager", "compile", "json:dumps"} <= {i.name for i in present}
     assert {i.op for i in present} == {"group_norm"} and not set(absent) & {"fused", "eager"}
     assert next(i for i in present if i.name == "json:dumps").leeway == 2.0
-    races = KernelBench(quick=True, device="cpu", words=["eager", "forward", "contiguous"]).races()
-    assert {(problem.op, direction, *names) for (problem, direction), names in races.items()} == {
+    races = KernelBench(quick=True, device="cpu", words=("eager", "forward", "contiguous")).races
+    assert {(problem.partition(" ")[0], direction, *names) for (problem, direction), names in races.items()} == {
         (op, "forward", "eager") for op in ("group_norm", "cross_attention")
     }
 
 
 def test_parts_make_up_the_whole():
     def names(part):
-        races = KernelBench(device="cpu", words=["fused", "forward"], part=part).races()
-        return [problem.name for problem, _ in races]
+        races = KernelBench(device="cpu", words=("fused", "forward"), part=part).races
+        return [problem for problem, _ in races]
 
     assert sorted(names((1, 3)) + names((2, 3)) + names((3, 3))) == sorted(names((1, 1)))
 
 
 OWN = """
 import torch
-from semantica.benchmarks.kernels.problems import reference
+from semantica.kernels import group_norm_ref
 
 def eager_too(**arguments):
-    return reference("group_norm")(**arguments)
+    return group_norm_ref(**arguments)
 
 def eager_but_wrong(**arguments):
     return torch.zeros_like(arguments["x"])

@@ -1,5 +1,6 @@
 """Which rows are stale: those whose code has changed, wherever it lies and however it is laid out, and no others."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from semantica.benchmarks.harness.sources import (
     source_hash,
     stale,
 )
+from semantica.kernels import OPERATORS, launch
 
 CODE = '''"""A module."""
 import os
@@ -100,34 +102,28 @@ def test_hashes_of_whole_runs_cover_what_they_go_through():
     assert {"condition.py", "solvers.py"} <= names("sample") and "stock.py" in names("sample_ladder") - names("sample")
     assert everywhere | {"train", "run", "data"} <= rooms("train") and {"loop.py", "diffusion.py"} <= names("train")
     # mining and the case table are no part of any run
-    assert not {"pages"} & rooms("train") and not {"cases.py"} & names("train")
+    assert not {"pages"} & rooms("train") and not {"cases.py", "specimens.py"} & names("train")
     assert SOURCES["scaling"] == SOURCES["train"]
 
 
 @pytest.fixture
 def room(tmp_path, monkeypatch) -> Path:
-    """A copy of the kernels in which files can be changed."""
-    house = Path(sources.files_of("semantica.kernels.launch")[0]).parent
-    shutil.copytree(house, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    real = sources.find_spec
-
-    def find(name: str):
-        spec = real(name)
-        if spec is not None and name.startswith("semantica.kernels"):
-            moved = str(tmp_path / "kernels")
-            spec.origin = spec.origin and spec.origin.replace(str(house), moved)
-            if spec.submodule_search_locations is not None:
-                spec.submodule_search_locations = [str(spec.origin).removesuffix("/__init__.py")]
-        return spec
-
-    monkeypatch.setattr(sources, "find_spec", find)
-    return tmp_path / "kernels"
+    """A copy of an operator's folder in which files can be changed."""
+    real = OPERATORS["group_norm"].ladder.parent
+    room = tmp_path / "group_norm"
+    shutil.copytree(real, room, ignore=shutil.ignore_patterns("__pycache__"))
+    named: dict = {}
+    exec(compile("def function(): ...", str(room / "op.py"), "exec"), named)
+    operator = dataclasses.replace(OPERATORS["group_norm"], function=named["function"])
+    monkeypatch.setitem(OPERATORS, "group_norm", operator)
+    monkeypatch.setitem(launch.LADDERS, "group_norm", room / "ladder.json")
+    return room
 
 
 def test_a_row_is_stale_once_its_code_or_its_launch_settings_changed(room, monkeypatch):
     def settings(**ladders):
         content = json.dumps({"kernel": {arch: [row] for arch, row in ladders.items()}})
-        (room / "group_norm" / "ladder.json").write_text(content)
+        (room / "ladder.json").write_text(content)
 
     settings(sm_90={"warps": 4}, default={"warps": 8})
     old = {"op": "group_norm", "arch": "sm_90", "kernel_hash": kernel_hash("group_norm", "sm_90")}
@@ -137,16 +133,16 @@ def test_a_row_is_stale_once_its_code_or_its_launch_settings_changed(room, monke
     settings(sm_90={"warps": 8}, default={"warps": 8})
     assert stale(old)
     settings(sm_90={"warps": 4}, default={"warps": 8})
-    (room / "cross_attention" / "forward.py").write_text("changed = True")
-    (room / "group_norm" / "forward.py").write_text((room / "group_norm" / "forward.py").read_text() + "\n# more\n")
+    (room / "forward.py").write_text((room / "forward.py").read_text() + "\n# more\n")
+    (room / "cases.py").write_text("changed = True")
     assert not stale(old)
-    (room / "group_norm" / "more.py").write_text("new = True")
+    (room / "more.py").write_text("new = True")
     assert stale(old)
     assert not stale({**old, "kernel_hash": None}) and not stale({"op": "scaling"})
     on_cpu = {"op": "group_norm", "arch": "x86_64", "kernel_hash": kernel_hash("group_norm", "x86_64")}
-    (room / "group_norm" / "more.py").write_text("newer = True")
+    (room / "more.py").write_text("newer = True")
     assert not stale(on_cpu)
-    (room / "group_norm" / "cpu.py").write_text("new = True")
+    (room / "cpu.py").write_text("new = True")
     assert stale(on_cpu)
     on_cpu["kernel_hash"] = kernel_hash("group_norm", "x86_64")
     monkeypatch.setattr(sources, "built_from", lambda: "other sources")

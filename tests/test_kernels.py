@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semantica.kernels import cross_attention, cross_attention_ref, group_norm, group_norm_ref, implementations
-from semantica.kernels.cases import CROSS_ATTENTION, GROUP_NORM, CrossAttentionCase, GroupNormCase
+from semantica.kernels.cross_attention.cases import CASES as CROSS_ATTENTION
+from semantica.kernels.cross_attention.cases import CrossAttentionCase
+from semantica.kernels.group_norm.cases import CASES as GROUP_NORM
+from semantica.kernels.group_norm.cases import GroupNormCase
 
 ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

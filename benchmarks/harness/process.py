@@ -151,6 +151,10 @@ class Entrant:
         return [value for answer in self.answers for value in answer[name]]
 
     @property
+    def facts(self) -> dict:
+        return {"first_s": self.first["seconds"][0], "peak_bytes": self.last["peak_bytes"]}
+
+    @property
     def times(self) -> "Times":
         from semantica.benchmarks.harness.race import Times
 
@@ -176,42 +180,33 @@ def race(
         what: is raced, for the progress bar.
         draw: what a round computes, the same for all.
         run: one run, or several in turn, of an entrant; returns its answer.
-        judge: called after each round with those who ran, the content, and how many timed rounds there were by then.
+        judge: called after each round with those who ran, the content, and how many timed rounds there were by then:
+            0 while all warm up.
     """
     from semantica.benchmarks.harness.progress import phase
     from semantica.benchmarks.harness.race import Ceilings
 
-    entered, rng, ceilings = fair(entrants), random.Random(), Ceilings(device)
-    with phase(f"{what}: warm-up", protocol.warmup) as done:
-        for _ in range(protocol.warmup):
-            one_round(entered, rng, draw(), run, judge, 0)
-            entered = fair(entered)
-            done.update()
-    rounds, began = 0, time.perf_counter()
+    entered, rng, ceilings, rounds, began = fair(entrants), random.Random(), Ceilings(device), -protocol.warmup, 0.0
     with phase(f"{what}: rounds", protocol.most) as done:
         while entered and rounds < protocol.most:
-            taken = time.perf_counter() - began
-            if rounds >= protocol.least and taken > protocol.seconds:
+            began = time.perf_counter() if rounds <= 0 else began
+            if rounds >= max(protocol.least, 1) and time.perf_counter() - began > protocol.seconds:
                 break
             rounds += 1
-            for entrant in one_round(entered, rng, draw(), run, judge, rounds):
-                entrant.answers.append(entrant.last)
+            content, ran = draw(), []
+            rng.shuffle(entered)
+            for entrant in entered:
+                # threads of the process before may still spin
+                time.sleep(0.02)
+                with entrant.refusing():
+                    entrant.last = run(entrant, content)
+                    ran.append(entrant)
+                    if rounds > 0:
+                        entrant.answers.append(entrant.last)
+            judge(ran, content, max(rounds, 0))
             entered = fair(entered)
-            ceilings.measure()
-            done.total = protocol.rounds((time.perf_counter() - began) / rounds)
-            done.update()
+            if rounds > 0:
+                ceilings.measure()
+                done.total = protocol.rounds((time.perf_counter() - began) / rounds)
+                done.update()
     return ceilings.rates()
-
-
-def one_round(entered: list[Entrant], rng: random.Random, content, run, judge, rounds: int) -> list[Entrant]:
-    """Let each run once; returns those whose run ended well, whatever the judge says of its result."""
-    rng.shuffle(entered)
-    ran = []
-    for entrant in entered:
-        # threads of the process before may still spin
-        time.sleep(0.02)
-        with entrant.refusing():
-            entrant.last = run(entrant, content)
-            ran.append(entrant)
-    judge(ran, content, rounds)
-    return ran

@@ -22,8 +22,8 @@ SOURCES = {
     "train": TRAINING,
     "scaling": TRAINING,
 }
-# files and folders in them that no measured run goes through: what is proved and timed, and mining
-LEFT_OUT = {"cases", "pages"}
+# files and folders in them that no measured run goes through: what is proved, timed or compiled, and mining
+LEFT_OUT = {"cases", "specimens", "pages"}
 # fields of syntax trees that say nothing, or that not every version of Python has
 SILENT = {"ctx", "kind", "type_comment"}
 
@@ -33,19 +33,21 @@ def kernel_hash(op: str, arch: str) -> str:
 
     arch: such as "sm_90"; anything else is a processor, where the compiled loops say themselves what they are made of.
     """
-    files = files_of(f"semantica.kernels.{op}")
-    if arch.startswith("sm_"):
-        files = [*files_of("semantica.kernels.launch"), *(path for path in files if path.stem != "cpu")]
-        return combined(files, ladders(op, arch))
-    files = [path for path in files if path.stem in ("op", "cpu")]
-    return combined(files, built_from() if any(path.stem == "cpu" for path in files) else "")
+    from semantica.kernels import OPERATORS
+
+    gpu = arch.startswith("sm_")
+    files = OPERATORS[op].sources(gpu)
+    native = not gpu and any(path.stem == "cpu" for path in files)
+    return combined(files, ladders(op, arch) if gpu else built_from() if native else "")
 
 
 @functools.cache
 def source_hash(op: str, arch: str) -> str:
     """Of the sources that a whole run on an architecture is made of, one of `SOURCES`."""
-    tables = [ladders(path.parent.name, arch) for path in folder_of("semantica.kernels").glob("*/ladder.json")]
-    return combined([path for name in SOURCES[op] for path in files_of(name)], built_from(), *sorted(tables))
+    from semantica.kernels import OPERATORS
+
+    files = [path for name in SOURCES[op] for path in files_of(name)]
+    return combined(files, built_from(), *(ladders(name, arch) for name in sorted(OPERATORS)))
 
 
 def stale(row: dict) -> bool:
@@ -70,27 +72,23 @@ def files_of(name: str) -> list[Path]:
         ModuleNotFoundError: there are none: what has a hash of nothing would never be stale.
     """
     spec = find_spec(name)
-    if spec is None or spec.submodule_search_locations is None:
-        found = [] if spec is None else [Path(spec.origin)]
-    else:
-        folder = folder_of(name)
-        found = [path for path in sorted(folder.rglob("*.py")) if not parts_of(path, folder) & LEFT_OUT]
+    found = []
+    if spec is not None and spec.submodule_search_locations is None:
+        found = [Path(spec.origin)]
+    elif spec is not None:
+        folder = Path(spec.submodule_search_locations[0])
+        every = ((path, path.relative_to(folder).with_suffix("")) for path in sorted(folder.rglob("*.py")))
+        found = [path for path, place in every if not LEFT_OUT & {*place.parts}]
     if not found:
         raise ModuleNotFoundError(f"{name} has no sources: mend the tables of {__name__}", name=name)
     return found
 
 
-def parts_of(path: Path, folder: Path) -> set[str]:
-    return set(path.relative_to(folder).with_suffix("").parts)
-
-
-def folder_of(package: str) -> Path:
-    return Path(find_spec(package).submodule_search_locations[0])
-
-
 def ladders(op: str, arch: str) -> str:
-    """An operator's launch settings for an architecture: tuning one leaves the rows of others as they are."""
-    table = json.loads((folder_of(f"semantica.kernels.{op}") / "ladder.json").read_text())
+    """An operator's launch settings for an architecture, if it has any: tuning one leaves the rows of others fresh."""
+    from semantica.kernels.launch import LADDERS
+
+    table = json.loads(LADDERS[op].read_text()) if op in LADDERS else {}
     own = {kernel: found.get(arch, found["default"]) for kernel, found in table.items()}
     return json.dumps(own, sort_keys=True)
 

@@ -50,10 +50,31 @@ def environment(device: str) -> dict:
     }
 
 
-def measured(times: "Times", device: str) -> dict:
-    """What every row says about its times, and about where they were measured."""
-    median, low, high = (times.quantile(q) * 1e6 for q in (0.5, 0.2, 0.8))
-    return {"median_us": median, "p20_us": low, "p80_us": high, "rounds": len(times.device), **environment(device)}
+def row(names: tuple[str, ...], times: "Times", device: str, flops: int, ceilings: dict[str, float]) -> dict:
+    """What every row has.
+
+    Args:
+        names: in the order of `IDENTITY`, without the device's.
+        ceilings: `copy_gbps` and `matrix_tflops`, and where there are several `matrix_tflops_` and a dtype.
+    """
+    named, median = dict(zip(IDENTITY, names)), times.quantile(0.5)
+    tflops = flops / median / 1e12
+    return {
+        **named,
+        "uses": named["impl"],
+        **{name: times.quantile(q) * 1e6 for name, q in (("median_us", 0.5), ("p20_us", 0.2), ("p80_us", 0.8))},
+        "rounds": len(times.device),
+        "flops": flops,
+        "tflops": tflops,
+        "share_of_matrix_rate": tflops / matrix_rate(ceilings, named["dtype"]),
+        **ceilings,
+        **environment(device),
+    }
+
+
+def matrix_rate(ceilings: dict[str, float], dtype: str) -> float:
+    """TFLOP/s of a matrix product: of bf16 where whole runs compute in it, of the rows' own dtype where it is alone."""
+    return ceilings.get(f"matrix_tflops_{dtype}", ceilings["matrix_tflops"])
 
 
 class Replay:

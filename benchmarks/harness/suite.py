@@ -7,7 +7,6 @@ its statistics, comparisons and histograms hold of them. Each kind of rows is a 
 """
 
 import contextlib
-import functools
 import inspect
 import io
 import json
@@ -15,54 +14,43 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from semantica.benchmarks.harness.progress import time_left
 from semantica.benchmarks.harness.store import Replay
-from semantica.report import Part
 
 PLUGIN = "semantica-bench"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a race found of one implementation: its seconds and the fields of its row, or why it was not timed."""
-
-    reason: str = ""
-    seconds: list[float] = field(default_factory=list)
-    row: dict = field(default_factory=dict)
+# why an implementation was not timed, or the seconds of its calls and the fields of its row
+Outcome = str | tuple[list[float], dict]
 
 
+@dataclass(eq=False, kw_only=True)
 class Bench:
     """What is raced, and, as a plugin of pytest, what came of it.
 
     Attributes:
+        races: the names of implementations in each race, in the order in which they are run. A race is known by its
+            problem, and by its direction where there are several.
         absent: implementations that are not raced, and why. wrong: rows that were not timed, and why.
-        keeps_samples: whether the file holds the seconds of every call.
     """
 
-    keeps_samples = True
+    races: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    wrong: list[dict] = field(default_factory=list)
+    outcomes: dict[tuple[str, ...], dict[str, Outcome]] = field(default_factory=dict)
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    began: float = field(default_factory=time.perf_counter)
+    # whether the file holds the seconds of every call
+    keeps_samples: ClassVar[bool] = True
 
-    def __init__(self):
-        self.absent: dict[str, str] = {}
-        self.wrong: list[dict] = []
-        self.outcomes: dict[str, dict[str, Outcome]] = {}
-        self.closing = contextlib.ExitStack()
-        self.began = time.perf_counter()
-
-    def races(self) -> dict[Hashable, list[str]]:
-        """Names of implementations by race, in the order in which they are run."""
-        raise NotImplementedError
-
-    def label(self, race: Hashable) -> dict[str, str]:
-        """What tells a race from the others: its `problem`, and its `direction` where there are several."""
-        raise NotImplementedError
-
-    def run(self, race: Hashable, what: str) -> dict[str, Outcome]:
+    def run(self, race: tuple[str, ...], what: str) -> dict[str, Outcome]:
         """Outcomes by name. what: the race, for the progress bar."""
         raise NotImplementedError
 
@@ -70,24 +58,17 @@ class Bench:
         """What the file holds beside the rows."""
         return {}
 
-    def parts(self) -> list[Part]:
-        """What the page holds beside the rows."""
-        return []
+    def tables(self) -> dict[str, tuple[Sequence[str], list[tuple[str, ...]]]]:
+        """What is shown beside the rows: `{heading: (columns, lines)}`."""
+        return {}
 
-    @functools.cached_property
-    def plan(self) -> dict[str, tuple[Hashable, list[str]]]:
-        """What a race is called -> it, and the names in it."""
-        return {" ".join(self.label(race).values()): (race, names) for race, names in self.races().items()}
-
-    def outcome(self, text: str, name: str) -> Outcome:
+    def outcome(self, race: tuple[str, ...], name: str) -> Outcome:
         """Of an implementation in a race, which is run when it is asked for first."""
-        if text not in self.outcomes:
-            every, run = len(self.plan), len(self.outcomes)
-            place = f"{run + 1} of {every}"
-            if run:
-                place += f", {time_left((time.perf_counter() - self.began) / run * (every - run))}"
-            self.outcomes[text] = self.run(self.plan[text][0], f"{text} ({place})")
-        return self.outcomes[text][name]
+        if race not in self.outcomes:
+            every, run = len(self.races), len(self.outcomes)
+            left = f", {time_left((time.perf_counter() - self.began) / run * (every - run))}" if run else ""
+            self.outcomes[race] = self.run(race, f"{' '.join(race)} ({run + 1} of {every}{left})")
+        return self.outcomes[race][name]
 
     def pytest_benchmark_update_json(self, output_json: dict) -> None:
         output_json["semantica"] = {"wrong": self.wrong, "absent": self.absent, **self.more()}
@@ -113,9 +94,9 @@ def bench_of(config, module) -> Bench:
 
 
 def pytest_generate_tests(metafunc):
-    plan = bench_of(metafunc.config, metafunc.module).plan
-    rows = [(text, name) for text, (_, names) in plan.items() for name in names]
-    ids = [f"{text} {name}".replace(" ", "-").replace(",", "") for text, name in rows]
+    races = bench_of(metafunc.config, metafunc.module).races
+    rows = [(race, name) for race, names in races.items() for name in names]
+    ids = [" ".join((*race, name)).replace(" ", "-").replace(",", "") for race, name in rows]
     metafunc.parametrize(("race", "impl"), rows, ids=ids)
 
 
@@ -129,12 +110,13 @@ def bench(request) -> Iterator[Bench]:
 @pytest.mark.benchmark(timer=replay)
 def test_row(race, impl, bench, benchmark):
     outcome = bench.outcome(race, impl)
-    if outcome.reason:
-        bench.wrong.append({**bench.label(bench.plan[race][0]), "impl": impl, "reason": outcome.reason})
-        pytest.fail(f"{impl}: {outcome.reason}", pytrace=False)
-    benchmark.group = race
-    replay.play(benchmark, outcome.seconds)
-    benchmark.extra_info.update(outcome.row)
+    if isinstance(outcome, str):
+        bench.wrong.append({**dict(zip(("problem", "direction"), race)), "impl": impl, "reason": outcome})
+        pytest.fail(f"{impl}: {outcome}", pytrace=False)
+    seconds, row = outcome
+    benchmark.group = " ".join(race)
+    replay.play(benchmark, seconds)
+    benchmark.extra_info.update(row)
 
 
 def run(bench: Bench) -> dict:

@@ -11,6 +11,8 @@ from semantica.report import Part, bars, markdown, svg, write_page
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from semantica.benchmarks.harness.suite import Bench
+
 Row = dict
 Body = list[tuple[str, ...]]
 
@@ -111,7 +113,7 @@ def as_markdown(
     return markdown(heads(columns), body)
 
 
-def page(path: Path, kind: Kind, rows: list[Row], wrong: list[Row], absent: dict[str, str], more: list[Part]) -> None:
+def page(path: Path, kind: Kind, rows: list[Row], bench: "Bench") -> None:
     """Write figures and tables of rows, what was not timed and why, and what ran."""
     parts = [Part(text=kind.about, note=True)]
     parts += [Part(heading, svg=svg(kind.figure(own))) for heading, own in kind.figures(rows).items() if own]
@@ -119,10 +121,12 @@ def page(path: Path, kind: Kind, rows: list[Row], wrong: list[Row], absent: dict
         columns = kind.columns[kind.apart :]
         body = cells(columns, [row for row in rows if row[kind.by] == value], rows)
         parts.append(Part(value, columns=heads(columns), rows=tuple(body)))
-    parts += more
-    refused = tuple((row["problem"], row.get("direction", ""), row["impl"], row["reason"]) for row in wrong)
-    parts.append(Part("Wrong, not timed", columns=("problem", "direction", "implementation", "reason"), rows=refused))
-    parts.append(Part("Absent", columns=("implementation", "reason"), rows=tuple(absent.items())))
+    parts += [
+        Part(heading, columns=tuple(named), rows=tuple(body)) for heading, (named, body) in bench.tables().items()
+    ]
+    wrong = tuple((row["problem"], row.get("direction", ""), row["impl"], row["reason"]) for row in bench.wrong)
+    parts.append(Part("Wrong, not timed", columns=("problem", "direction", "implementation", "reason"), rows=wrong))
+    parts.append(Part("Absent", columns=("implementation", "reason"), rows=tuple(bench.absent.items())))
     if rows:
         facts = ("device", "arch", "torch", "triton", "commit", "date")
         parts.append(Part("What ran", columns=("", ""), rows=tuple((k, str(rows[0][k])) for k in facts)))

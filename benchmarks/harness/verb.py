@@ -70,7 +70,10 @@ def measure(config: Outputs, bench: "Bench", kind: table.Kind) -> None:
     for row in bench.wrong:
         which = " ".join(filter(None, (row["problem"], row.get("direction"), row["impl"])))
         print(f"WRONG, not timed: {which}: {row['reason']}")
+    for heading, shown in bench.tables().items():
+        print(f"\n{heading}")
+        table.show(*shown)
     if config.html is not None:
-        table.page(config.html, kind, rows, bench.wrong, bench.absent, bench.parts())
+        table.page(config.html, kind, rows, bench)
     if config.png is not None and rows:
         kind.figure(rows).savefig(config.png, dpi=150)

@@ -55,22 +55,22 @@ def kernels(config: KernelsConfig) -> int:
         raise UserError("--direction needs at least one of forward, backward, both")
     need("pytest", "pytest_benchmark")
 
-    from semantica.benchmarks.kernels.problems import OPS
     from semantica.benchmarks.kernels.suite import KernelBench
+    from semantica.kernels import OPERATORS
 
     part = re.fullmatch(r"(\d+)/(\d+)", config.part)
     if not part or not 1 <= int(part[1]) <= int(part[2]):
         raise UserError(f"--part {config.part!r}: give K/N with 1 <= K <= N, such as 1/3")
     bench = KernelBench(
-        ops=OPS if config.op == "all" else [config.op],
-        words=config.filter.split(),
+        ops=tuple(OPERATORS) if config.op == "all" else (config.op,),
+        words=tuple(config.filter.split()),
         device=config.device_kind(),
         directions=config.direction,
         own=config.impl,
         quick=config.quick,
         part=(int(part[1]), int(part[2])),
     )
-    if not bench.plan:
+    if not bench.races:
         raise UserError(f"no row has all of {config.filter!r}: see `semantica bench kernels --quick` for names")
     measure(config, bench, KIND)
     # other packages' faults are listed, ours and the user's fail

@@ -5,40 +5,22 @@ Run by `semantica bench kernels`, or by plain pytest, with a few small shapes.
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from semantica import kernels
-from semantica.benchmarks.harness.race import (
-    QUICK,
-    Contender,
-    Protocol,
-    Times,
-    clock,
-    copy_contender,
-    matrix_contender,
-    quantile,
-    race,
-)
-from semantica.benchmarks.harness.sources import kernel_hash
-from semantica.benchmarks.harness.store import measured
+from semantica.benchmarks.harness import race as timing
+from semantica.benchmarks.harness import sources, store
+from semantica.benchmarks.harness.race import Protocol, Times
 from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_generate_tests, test_row
 from semantica.benchmarks.kernels.implementations import Implementation, available
-from semantica.benchmarks.kernels.problems import OPS, Problem, problems
-from semantica.benchmarks.kernels.verify import (
-    CONTENTS,
-    Accuracy,
-    Answers,
-    Wrong,
-    differentiable,
-    each,
-    tensors,
-    verify,
-)
-from semantica.kernels.registry import PLAIN
+from semantica.benchmarks.kernels.problems import Problem, problems
+from semantica.benchmarks.kernels.verify import CONTENTS, Accuracy, Answers, Wrong, as_leaves, each, tensors, verify
+from semantica.kernels import OPERATORS
+from semantica.kernels.dispatch import PLAIN
 
 __all__ = ["bench", "pytest_generate_tests", "test_row"]
 # sets of input buffers that calls take in turn
@@ -62,10 +44,10 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def contender(function: Callable, answers: Answers, direction: str) -> Contender:
+def contender(function: Callable, answers: Answers, direction: str) -> timing.Contender:
     """Calls of an implementation: each with other buffers, filled anew, so that no earlier result can be right."""
     buffers = [each(answers.inputs[0], torch.clone) for _ in range(SETS)]
-    sets = [differentiable(arguments, direction != "forward") for arguments in buffers]
+    sets = [as_leaves(arguments, direction != "forward") for arguments in buffers]
 
     def prepare(number: int) -> Callable:
         arguments, content = sets[number % SETS], number % CONTENTS
@@ -128,9 +110,9 @@ class ProblemRace:
             self.check(name, direction)
         fair = {n: f for n, f in self.functions.items() if (n, direction) not in self.wrong}
         runners = {n: contender(f, self.answers, direction) for n, f in fair.items()}
-        runners["copy"], copied = copy_contender(self.problem.device)
-        runners["matrix"], multiplied = matrix_contender(self.problem.device, self.problem.dtype)
-        times, last = race(runners, clock, protocol)
+        runners["copy"], copied = timing.copy_contender(self.problem.device)
+        runners["matrix"], multiplied = timing.matrix_contender(self.problem.device, self.problem.dtype)
+        times, last = timing.race(runners, clock, protocol)
         for name in fair:
             number, result = last[name]
             try:
@@ -155,113 +137,82 @@ class ProblemRace:
             return self.problem.two_pass_bytes(direction, cache)
         return None
 
+    def row(self, name: str, direction: str, times: Times, ceilings: dict[str, float], cache: int) -> dict:
+        """The fields of an implementation's row."""
+        problem, fused = self.problem, name == "fused"
+        named = (problem.op, name, problem.shape, problem.layout, problem.dtype_name, direction)
+        row = store.row(named, times, problem.device, problem.operations(direction), ceilings)
+        accuracy = self.accuracy[name, direction != "forward"]
+        for kind, moved in (
+            ("", self.moved(name, direction, cache)),
+            ("effective_", problem.effective_bytes(direction)),
+        ):
+            gbps = None if moved is None else moved / row["median_us"] / 1e3
+            row |= {f"{kind}bytes": moved, f"{kind}gbps": gbps}
+            row[f"{kind}share_of_copy"] = None if gbps is None else gbps / ceilings["copy_gbps"]
+        row |= {"max_err": accuracy.error, "max_err_eager": accuracy.eager, "max_err_tensor": accuracy.tensor}
+        row |= {"wall_us": timing.quantile(times.wall, 0.5) * 1e6}
+        row |= {"uses": who_serves(problem) if fused else name}
+        return row | {"kernel_hash": sources.kernel_hash(problem.op, row["arch"]) if fused else None}
+
 
 def who_serves(problem: Problem) -> str:
     """What the public operator runs on the problem's device."""
-    return kernels.implementations()[problem.op][problem.device][0]
+    return problem.operator.implementations[problem.device][0]
 
 
-def describe(found: ProblemRace, direction: str, name: str, times: Times, ceilings: dict, cache: int) -> dict:
-    """The fields of a row."""
-    problem, seconds = found.problem, times.quantile(0.5)
-    effective, moved = problem.effective_bytes(direction), found.moved(name, direction, cache)
-    operations, accuracy = problem.operations(direction), found.accuracy[name, direction != "forward"]
-    gbps, tflops = None if moved is None else moved / seconds / 1e9, operations / seconds / 1e12
-    row = measured(times, problem.device)
-    fused = name == "fused"
-    return {
-        "op": problem.op,
-        "impl": name,
-        "shape": problem.shape,
-        "layout": problem.layout,
-        "dtype": problem.dtype_name,
-        "direction": direction,
-        "uses": who_serves(problem) if fused else name,
-        "wall_us": quantile(times.wall, 0.5) * 1e6,
-        "bytes": moved,
-        "gbps": gbps,
-        "share_of_copy": None if gbps is None else gbps / ceilings["copy_gbps"],
-        "effective_bytes": effective,
-        "effective_gbps": effective / seconds / 1e9,
-        "effective_share_of_copy": effective / seconds / 1e9 / ceilings["copy_gbps"],
-        "flops": operations,
-        "tflops": tflops,
-        "share_of_matrix_rate": tflops / ceilings["matrix_tflops"],
-        "max_err": accuracy.error,
-        "max_err_eager": accuracy.eager,
-        "max_err_tensor": accuracy.tensor,
-        "kernel_hash": kernel_hash(problem.op, row["arch"]) if fused else None,
-        **ceilings,
-        **row,
-    }
-
-
+@dataclass(eq=False)
 class KernelBench(Bench):
-    """Races of operators: a problem in a direction each."""
+    """Races of operators: a problem in a direction each.
 
+    Attributes:
+        words: that a row must all have. own: the user's "module:function"s. part: every n-th problem from the k-th on.
+    """
+
+    ops: tuple[str, ...] = tuple(OPERATORS)
+    words: tuple[str, ...] = ()
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    directions: tuple[str, ...] = ("forward", "backward")
+    own: tuple[str, ...] = ()
+    quick: bool = False
+    part: tuple[int, int] = (1, 1)
     # every single call would make the file ten times larger: quantiles are kept in the row
     keeps_samples = False
 
-    def __init__(
-        self,
-        ops: Iterable[str] = OPS,
-        words: Iterable[str] = (),
-        device: str | None = None,
-        directions: tuple[str, ...] = ("forward", "backward"),
-        own: tuple[str, ...] = (),
-        quick: bool = False,
-        part: tuple[int, int] = (1, 1),
-    ):
-        """
-        words: that a row must all have. device: the GPU where there is one. own: the user's "module:function"s.
-        part: (k, n): every n-th problem from the k-th on.
-        """
-        super().__init__()
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.directions, self.quick = directions, quick
-        present, self.absent = available(list(ops), self.device, own)
-        self.entered: dict[tuple[Problem, str], dict[str, Implementation]] = {}
-        for problem in problems(self.device, quick)[part[0] - 1 :: part[1]]:
-            for direction in directions:
-                entrants = {
-                    i.name: i
-                    for i in present
-                    if i.op == problem.op and i.serves(problem)
-                    if all(word in f"{problem.name} {direction} {i.name}" for word in words)
-                }
-                if entrants:
-                    self.entered[problem, direction] = entrants
+    def __post_init__(self):
+        present, self.absent = available(list(self.ops), self.device, self.own)
+        self.problems: dict[str, tuple[Problem, dict[str, Implementation]]] = {}
+        for problem in problems(self.device, self.quick)[self.part[0] - 1 :: self.part[1]]:
+            entrants = {i.name: i for i in present if i.op == problem.op and i.serves(problem)}
+            self.problems[problem.name] = problem, entrants
+            for direction in self.directions:
+                full = {name: f"{problem.name} {direction} {name}" for name in entrants}
+                names = [name for name, text in full.items() if all(word in text for word in self.words)]
+                if names:
+                    self.races[problem.name, direction] = names
         self.current: ProblemRace | None = None
 
     @functools.cached_property
-    def clock(self):
-        return clock(self.device)
+    def clock(self) -> timing.CpuClock | timing.CudaClock:
+        return timing.clock(self.device)
 
-    def races(self) -> dict[tuple[Problem, str], list[str]]:
-        return {race: list(entrants) for race, entrants in self.entered.items()}
-
-    def label(self, race: tuple[Problem, str]) -> dict[str, str]:
-        return {"problem": race[0].name, "direction": race[1]}
-
-    def run(self, race: tuple[Problem, str], what: str) -> dict[str, Outcome]:
-        problem, direction = race
-        if self.current is None or self.current.problem != problem:
+    def run(self, race: tuple[str, str], what: str) -> dict[str, Outcome]:
+        name, direction = race
+        if self.current is None or self.current.problem.name != name:
             # its tensors may fill a GPU: gone before the next ones are drawn
             self.current = None
-            entrants: dict[str, Implementation] = {}
-            for other in self.directions:
-                entrants |= self.entered.get((problem, other), {})
-            self.current = ProblemRace(problem, entrants.values(), self.directions)
+            problem, entrants = self.problems[name]
+            asked = {n for other in self.directions for n in self.races.get((name, other), ())}
+            self.current = ProblemRace(problem, [i for n, i in entrants.items() if n in asked], self.directions)
         found = self.current
-        times, ceilings = found.race(direction, self.clock, QUICK if self.quick else Protocol())
-        outcomes = {}
-        for name in self.entered[race]:
+        times, ceilings = found.race(direction, self.clock, timing.QUICK if self.quick else Protocol())
+
+        def outcome(name: str) -> Outcome:
             if (name, direction) in found.wrong:
-                outcomes[name] = Outcome(reason=found.wrong[name, direction])
-                continue
-            row = describe(found, direction, name, times[name], ceilings, self.clock.cache)
-            outcomes[name] = Outcome(seconds=times[name].device, row=row)
-        return outcomes
+                return found.wrong[name, direction]
+            return times[name].device, found.row(name, direction, times[name], ceilings, self.clock.cache)
+
+        return {name: outcome(name) for name in self.races[race]}
 
 
 DEFAULT = functools.partial(KernelBench, quick=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from semantica.benchmarks.harness.process import Wrong
-from semantica.benchmarks.kernels.problems import Problem, reference
+from semantica.benchmarks.kernels.problems import Problem
 
 # two contents, so that no result can be right twice
 CONTENTS = 2
@@ -48,19 +48,18 @@ class Answers:
     @classmethod
     def of(cls, problem: Problem, gradients: bool) -> "Answers":
         inputs = [problem.inputs(seed) for seed in range(CONTENTS)]
+        out, reference = problem.operator.output(problem.case, problem.dtype), problem.operator.reference
         cotangents, truth, eager = [], [], []
         for seed, arguments in enumerate(inputs):
-            x = arguments["x" if problem.op == "group_norm" else "q"]
             g = torch.Generator().manual_seed(CONTENTS + seed)
-            draw = torch.randn(x.shape, generator=g, dtype=torch.float32).to(x.device, x.dtype)
-            # laid out as the output is: operators return the strides of x
-            cotangents.append(torch.empty_like(x).copy_(draw) if problem.op == "group_norm" else draw)
+            draw = torch.randn(out.shape, generator=g, dtype=torch.float32).to(problem.device, out.dtype)
+            # laid out as the output is
+            cotangents.append(torch.empty_like(out, device=problem.device).copy_(draw))
             wide = each(arguments, lambda t: t.double() if t.is_floating_point() else t)
             plain = each(arguments, lambda t: t.contiguous())
             back = cotangents[-1] if gradients else None
-            function = reference(problem.op)
-            truth.append(evaluate(function, wide, None if back is None else back.double()))
-            eager.append(evaluate(function, plain, None if back is None else back.contiguous()))
+            truth.append(evaluate(reference, wide, None if back is None else back.double()))
+            eager.append(evaluate(reference, plain, None if back is None else back.contiguous()))
         return cls(problem, inputs, cotangents, truth, eager)
 
     def judge(self, content: int, actual: dict[str, Tensor], leeway: float) -> Accuracy:
@@ -93,14 +92,14 @@ def tensors(arguments: dict) -> dict[str, Tensor]:
     return {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
 
 
-def differentiable(arguments: dict, gradients: bool = True) -> dict:
+def as_leaves(arguments: dict, gradients: bool = True) -> dict:
     """The same storages as leaves of a graph."""
     return each(arguments, lambda t: t.detach().requires_grad_(gradients and t.is_floating_point()))
 
 
 def evaluate(function: Callable, arguments: dict, cotangent: Tensor | None) -> dict[str, Tensor]:
     """`{"out": ..., name of each floating-point input: its gradient}`; the output alone without a cotangent."""
-    arguments = differentiable(arguments, cotangent is not None)
+    arguments = as_leaves(arguments, cotangent is not None)
     out = function(**arguments)
     if cotangent is None:
         return {"out": out}

@@ -82,7 +82,7 @@ class ModelRace:
     def __init__(
         self,
         model: Path,
-        names: list[str],
+        names: tuple[str, ...],
         place: Path,
         device: str,
         quick: bool,

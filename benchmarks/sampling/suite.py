@@ -3,17 +3,19 @@
 Run by `semantica bench sample`, or by plain pytest: the smallest model, PyTorch alone.
 """
 
+import functools
+import itertools
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from semantica.benchmarks.harness import store
 from semantica.benchmarks.harness.process import Wrong
 from semantica.benchmarks.harness.progress import phase
 from semantica.benchmarks.harness.race import Protocol
 from semantica.benchmarks.harness.sources import source_hash
-from semantica.benchmarks.harness.store import measured
 from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_generate_tests, test_row
 from semantica.benchmarks.sampling import GUIDANCE
 from semantica.benchmarks.sampling.contenders import CONTENDERS
@@ -22,8 +24,6 @@ from semantica.benchmarks.sampling.race import ModelRace, Sampled
 
 __all__ = ["bench", "pytest_generate_tests", "test_row"]
 QUICK = Protocol(warmup=0, least=2, most=5, seconds=1.0)
-# a model, a batch and a number of steps
-Run = tuple[str, int, int]
 
 
 def protocol(rounds: int, seconds: float) -> Protocol:
@@ -59,78 +59,56 @@ def semantica(*arguments) -> None:
         raise Wrong(f"semantica {arguments[0]} failed: {lines[-1][:300]}")
 
 
+@dataclass(eq=False)
 class SamplingBench(Bench):
     """Races of whole runs: a model, a batch and a number of steps each."""
 
-    def __init__(
-        self,
-        models: Sequence[str],
-        batches: Sequence[int],
-        steps: Sequence[int],
-        names: Sequence[str],
-        device: str,
-        op: str = "sample",
-        quick: bool = False,
-        protocol: Protocol = QUICK,
-        absent: dict[str, str] | None = None,
-    ):
-        super().__init__()
-        self.models, self.batches, self.steps, self.names = models, batches, steps, list(names)
-        self.device, self.op, self.quick, self.protocol = device, op, quick, protocol
-        self.absent = absent or {}
-        self.model: str | None = None
-        self.current: ModelRace | None = None
+    models: tuple[str, ...]
+    batches: tuple[int, ...]
+    steps: tuple[int, ...]
+    names: tuple[str, ...]
+    device: str
+    op: str = "sample"
+    quick: bool = False
+    protocol: Protocol = QUICK
+
+    def __post_init__(self):
+        every = itertools.product(self.models, self.batches, self.steps)
+        self.runs = {(problem_name(*run),): run for run in every}
+        self.races = dict.fromkeys(self.runs, list(self.names))
         self.place = Path(self.closing.enter_context(tempfile.TemporaryDirectory()))
-        self.closing.callback(self.leave)
+        # a model's processes end when the next model's start
+        self.closing.callback(lambda: self.current and self.current.close())
+        self.current: ModelRace | None = None
+        self.model = ""
 
-    def races(self) -> dict[Run, list[str]]:
-        return {(m, b, s): self.names for m in self.models for b in self.batches for s in self.steps}
-
-    def label(self, race: Run) -> dict[str, str]:
-        return {"problem": problem_name(*race)}
-
-    def run(self, race: Run, what: str) -> dict[str, Outcome]:
-        model, batch, steps = race
+    def run(self, race: tuple[str], what: str) -> dict[str, Outcome]:
+        model, batch, steps = self.runs[race]
         if model != self.model:
-            # a model's processes end when the next model's start
-            self.leave()
+            if self.current:
+                self.current.close()
             self.model, self.folder = model, folder_of(model, self.place / "models")
             where = self.place / f"race-{Path(model).name}"
             bundles, failed = self.export(where)
             self.current = ModelRace(self.folder, self.names, where, self.device, self.quick, bundles, failed)
         found, ceilings = self.current.race(batch, steps, self.protocol, what)
         flops = operations(self.folder, batch, steps)
-        return {name: self.outcome_of(race, name, entrant, ceilings, flops) for name, entrant in found.items()}
-
-    def outcome_of(self, race: Run, name: str, entrant: Sampled, ceilings: dict, flops: int) -> Outcome:
-        if entrant.reason:
-            return Outcome(reason=entrant.reason)
-        times, batch, arithmetic = entrant.times, race[1], entrant.built["arithmetic"]
-        seconds, row = times.quantile(0.5), measured(times, self.device)
-        rate = ceilings["matrix_tflops" if arithmetic == "bf16" else "matrix_tflops_fp32"]
-        ours = self.op == "sample_ladder" or (name in CONTENDERS and CONTENDERS[name].ours)
-        fields = {
-            "op": self.op,
-            "impl": name,
-            "shape": problem_name(*race),
-            "layout": "SingleStream" if batch == 1 else "Offline",
-            "dtype": arithmetic,
-            "direction": f"guidance {GUIDANCE}",
-            "uses": name,
-            "p95_us": times.quantile(0.95) * 1e6,
-            "p99_us": times.quantile(0.99) * 1e6,
-            # the mean: in the long run, slow calls count
-            "images_per_s": batch * len(times.device) / sum(times.device),
-            "build_s": entrant.built["seconds"],
-            "first_s": entrant.first["seconds"][0],
-            "peak_bytes": entrant.last["peak_bytes"],
-            "psnr_db": entrant.psnr,
-            "flops": flops,
-            "tflops": flops / seconds / 1e12,
-            "share_of_matrix_rate": flops / seconds / 1e12 / rate,
-            "kernel_hash": source_hash(self.op, row["arch"]) if ours else None,
+        return {
+            name: entrant.reason or (entrant.all("seconds"), self.row(race, name, entrant, ceilings, flops))
+            for name, entrant in found.items()
         }
-        return Outcome(seconds=times.device, row={**fields, **ceilings, **row})
+
+    def row(self, race: tuple[str], name: str, entrant: Sampled, ceilings: dict[str, float], flops: int) -> dict:
+        batch, times = self.runs[race][1], entrant.times
+        scenario = "SingleStream" if batch == 1 else "Offline"
+        named = (self.op, name, *race, scenario, entrant.built["arithmetic"], f"guidance {GUIDANCE}")
+        row = store.row(named, times, self.device, flops, ceilings)
+        row |= {"p95_us": times.quantile(0.95) * 1e6, "p99_us": times.quantile(0.99) * 1e6}
+        # the mean: in the long run, slow calls count
+        row |= {"images_per_s": batch * len(times.device) / sum(times.device), "psnr_db": entrant.psnr}
+        row |= {"build_s": entrant.built["seconds"], **entrant.facts}
+        ours = self.op == "sample_ladder" or (name in CONTENDERS and CONTENDERS[name].ours)
+        return row | {"kernel_hash": source_hash(self.op, row["arch"]) if ours else None}
 
     def export(self, where: Path) -> tuple[dict[str, Path], dict[str, str]]:
         """Bundles of the model for those that run one, engines built; and why some have none, by name."""
@@ -153,15 +131,5 @@ class SamplingBench(Bench):
                 done.update()
         return found, failed
 
-    def leave(self) -> None:
-        """End the processes of the current model."""
-        if self.current is not None:
-            self.current.close()
-        self.current = None
 
-
-def DEFAULT() -> SamplingBench:
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return SamplingBench(("tiny",), (1,), (4,), ("plain", "torch-eager"), device, quick=True)
+DEFAULT = functools.partial(SamplingBench, ("tiny",), (1,), (4,), ("plain", "torch-eager"), "cpu", quick=True)

@@ -1,13 +1,12 @@
 """`semantica bench train`: training steps, from a plain loop to the trainer, and where a step's time goes."""
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from semantica.benchmarks.harness.table import cells, heads, show
 from semantica.benchmarks.harness.verb import Outputs, measure, need
-from semantica.benchmarks.training.tables import KIND, SCALED, SCALING, SHARES, shares
+from semantica.benchmarks.training.tables import KIND
 from semantica.errors import UserError
 
 
@@ -47,7 +46,7 @@ def train(config: TrainingConfig) -> int:
     if any(count < 1 for count in config.processes) or len(set(config.processes)) < len(config.processes):
         raise UserError(f"--processes is {' '.join(map(str, config.processes))}: give different numbers from 1 on")
 
-    from semantica.benchmarks.training.scaling import measure as measure_scaling
+    from semantica.benchmarks.training import scaling
     from semantica.benchmarks.training.suite import TrainingBench
     from semantica.benchmarks.training.worker import rungs
 
@@ -55,14 +54,8 @@ def train(config: TrainingConfig) -> int:
     bench = TrainingBench(config.preset, config.batch, config.steps, device, config.workers, tuple(rungs(device)))
     if config.processes:
         with tempfile.TemporaryDirectory() as place:
-            bench.scaling = measure_scaling(
+            bench.scaling = scaling.measure(
                 config.processes, config.preset, config.batch, config.steps, device, config.workers, Path(place)
             )
     measure(config, bench, KIND)
-    if bench.shares:
-        print(f"\na step of {bench.shares['rung']!r}, by kind of work and by operator (PyTorch's profiler)")
-        show(SHARES, shares(bench.shares))
-    if bench.scaling:
-        print(f"\n{SCALING}")
-        show(heads(SCALED), cells(SCALED, [asdict(row) for row in bench.scaling]))
     return 1 if bench.wrong else 0

@@ -7,7 +7,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from semantica.benchmarks.harness.progress import phase
@@ -18,27 +17,6 @@ from semantica.errors import ArtifactError, UserError
 
 # steps of a row in the log; the first row, with compiling, is not counted
 EVERY = 4
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """One number of processes.
-
-    Attributes:
-        threads: of each process; 0 where a GPU computes.
-        batch: of all processes together.
-        images_per_s, data_wait: of all together, and the share of time spent waiting for data: the median of each run.
-        arch, kernel_hash: see `semantica.benchmarks.harness.sources`.
-    """
-
-    processes: int
-    threads: int
-    batch: int
-    images_per_s: tuple[float, ...]
-    data_wait: tuple[float, ...]
-    arch: str
-    kernel_hash: str
-    op: str = "scaling"
 
 
 def launch(processes: int, threads: int) -> tuple[list[str], dict[str, str]]:
@@ -83,10 +61,14 @@ def measure(
     workers: int,
     place: Path,
     rounds: int = ROUNDS,
-) -> list[Scaled]:
+) -> list[dict]:
     """Train with each number of processes, `batch` pictures a step in each of them; at least `steps` count.
 
     On a CPU all processes have as many threads as the largest number of them leaves for one.
+
+    Returns:
+        For each number `processes`; `threads` of each, 0 where a GPU computes; `batch` of all together; `images_per_s`
+        and `data_wait`, the share of time spent waiting for data, the median of each run; and what the code was.
 
     Raises:
         UserError: more processes than GPUs, or a run was refused.
@@ -115,8 +97,10 @@ def measure(
             print(f"timed  {count} processes, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
             done.update()
     arch = environment(device)["arch"]
-    made_of = source_hash("scaling", arch)
+    code = {"op": "scaling", "arch": arch, "kernel_hash": source_hash("scaling", arch)}
     return [
-        Scaled(count, threads, batch * count, *map(tuple, zip(*measured)), arch, made_of)
-        for count, measured in found.items()
+        {"processes": n, "threads": threads, "batch": batch * n}
+        | dict(zip(("images_per_s", "data_wait"), map(list, zip(*measured))))
+        | code
+        for n, measured in found.items()
     ]

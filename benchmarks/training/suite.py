@@ -5,22 +5,19 @@ trains from the same weights on the same samples and noise, so that its first lo
 within what the precision costs.
 """
 
+import functools
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from semantica.benchmarks.harness import process
+from semantica.benchmarks.harness import process, store
 from semantica.benchmarks.harness.process import Entrant, Process, Wrong
 from semantica.benchmarks.harness.progress import phase
 from semantica.benchmarks.harness.race import Protocol
 from semantica.benchmarks.harness.sources import source_hash
-from semantica.benchmarks.harness.store import measured
 from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_generate_tests, test_row
 from semantica.benchmarks.harness.table import cells, heads
-from semantica.benchmarks.training.scaling import Scaled
 from semantica.benchmarks.training.tables import SCALED, SCALING, SHARES, shares
-from semantica.report import Part
 
 __all__ = ["bench", "pytest_generate_tests", "test_row"]
 # steps before the clock: compiled, allocated and cached by then; their losses are compared
@@ -39,30 +36,28 @@ def compare_losses(losses: list[float], plain: list[float], arithmetic: str) -> 
             raise Wrong(f"loss {loss:.6g} in step {i + 1}, the plain loop's is {expected:.6g}")
 
 
+@dataclass(eq=False)
 class TrainingBench(Bench):
-    """One race: all rungs on one preset and batch."""
+    """One race: all rungs on one preset and batch.
 
-    def __init__(self, preset: str, batch: int, steps: int, device: str, workers: int, rungs: Sequence[str]):
-        """
+    Attributes:
         steps: timed ones of each rung. workers: processes that load data, for each rung.
-        """
-        super().__init__()
-        self.preset, self.batch, self.steps, self.device = preset, batch, steps, device
-        self.workers, self.rungs = workers, list(rungs)
-        self.shares: dict = {}
-        self.scaling: list[Scaled] = []
+        shares: of operators in a step of the last rung. scaling: what was measured before, to be shown with it.
+    """
 
-    @property
-    def problem(self) -> str:
-        return f"{self.preset} batch {self.batch}"
+    preset: str
+    batch: int
+    steps: int
+    device: str
+    workers: int
+    rungs: tuple[str, ...]
+    shares: dict = field(default_factory=dict)
+    scaling: list[dict] = field(default_factory=list)
 
-    def races(self) -> dict[str, list[str]]:
-        return {self.problem: self.rungs}
+    def __post_init__(self):
+        self.races = {(f"{self.preset} batch {self.batch}",): list(self.rungs)}
 
-    def label(self, race: str) -> dict[str, str]:
-        return {"problem": race}
-
-    def run(self, race: str, what: str) -> dict[str, Outcome]:
+    def run(self, race: tuple[str], what: str) -> dict[str, Outcome]:
         place = Path(self.closing.enter_context(tempfile.TemporaryDirectory()))
         entrants = self.start(place, what)
         turns = -(-self.steps // TURN)
@@ -76,7 +71,10 @@ class TrainingBench(Bench):
         with phase(f"{what}: profile of {last!r}"), entrants[last].refusing():
             if not entrants[last].reason:
                 self.shares = {"rung": last, **entrants[last].process.ask("shares", count=TURN)}
-        return {rung: self.outcome_of(rung, entrant, ceilings) for rung, entrant in entrants.items()}
+        return {
+            rung: entrant.reason or (entrant.all("seconds"), self.row(race, rung, entrant, ceilings))
+            for rung, entrant in entrants.items()
+        }
 
     def start(self, place: Path, what: str) -> dict[str, Entrant]:
         """Build every rung and let it take its first steps, one after the other."""
@@ -100,50 +98,30 @@ class TrainingBench(Bench):
                 done.update()
         return entrants
 
-    def outcome_of(self, rung: str, entrant: Entrant, ceilings: dict[str, float]) -> Outcome:
+    def row(self, race: tuple[str], rung: str, entrant: Entrant, ceilings: dict[str, float]) -> dict:
         """Images per second and MFU are of all timed steps, waiting for data included."""
-        if entrant.reason:
-            return Outcome(reason=entrant.reason)
-        times, arithmetic, flops = entrant.times, entrant.built["arithmetic"], entrant.built["flops_per_image"]
-        total, row = sum(times.device), measured(times, self.device)
-        rate = self.batch * len(times.device) / total
-        peak = ceilings["matrix_tflops" if arithmetic == "bf16" else "matrix_tflops_fp32"]
-        fields = {
-            "op": "train",
-            "impl": rung,
-            "shape": self.problem,
-            "layout": "step",
-            "dtype": arithmetic,
-            "direction": "both",
-            "uses": rung,
-            "images_per_s": rate,
-            "mfu": rate * flops / 1e12 / peak,
-            "flops": flops * self.batch,
-            "tflops": rate * flops / 1e12,
-            "data_wait": sum(entrant.all("waits")) / total,
-            "first_s": entrant.first["seconds"][0],
-            "peak_bytes": entrant.last["peak_bytes"],
-            "loss": entrant.first["losses"][-1],
-            "kernel_hash": source_hash("train", row["arch"]),
-        }
-        return Outcome(seconds=times.device, row={**fields, **ceilings, **row})
+        times, flops = entrant.times, self.batch * entrant.built["flops_per_image"]
+        arithmetic, total = entrant.built["arithmetic"], sum(times.device)
+        row = store.row(("train", rung, *race, "step", arithmetic, "both"), times, self.device, flops, ceilings)
+        rate = len(times.device) / total
+        row |= {"images_per_s": self.batch * rate, "tflops": flops * rate / 1e12}
+        row["mfu"] = row["tflops"] / store.matrix_rate(ceilings, arithmetic)
+        row["data_wait"] = sum(entrant.all("waits")) / total
+        row |= {"loss": entrant.first["losses"][-1], **entrant.facts}
+        return row | {"kernel_hash": source_hash("train", row["arch"])}
 
     def more(self) -> dict:
-        return {"shares": self.shares, "scaling": [asdict(row) for row in self.scaling]}
+        return {"shares": self.shares, "scaling": self.scaling}
 
-    def parts(self) -> list[Part]:
-        found = []
+    def tables(self) -> dict:
+        found = {}
         if self.shares:
-            heading = f"A step of {self.shares['rung']!r}"
-            found.append(Part(heading, columns=SHARES, rows=tuple(shares(self.shares))))
+            rung = repr(self.shares["rung"])
+            heading = f"a step of {rung}, by kind of work and by operator (PyTorch's profiler)"
+            found[heading] = SHARES, shares(self.shares)
         if self.scaling:
-            body = cells(SCALED, [asdict(row) for row in self.scaling])
-            found.append(Part(SCALING, columns=heads(SCALED), rows=tuple(body)))
+            found[SCALING] = heads(SCALED), cells(SCALED, self.scaling)
         return found
 
 
-def DEFAULT() -> TrainingBench:
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TrainingBench("tiny", 2, 4, device, 0, ("plain", "+ channels last", "+ fused group norm"))
+DEFAULT = functools.partial(TrainingBench, "tiny", 2, 4, "cpu", 0, ("plain", "+ channels last", "+ fused group norm"))

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semantica.kernels import cross_attention, launch
-from semantica.kernels.cases import CROSS_ATTENTION, CrossAttentionCase
+from semantica.kernels.cross_attention.cases import CASES as CROSS_ATTENTION
+from semantica.kernels.cross_attention.cases import CrossAttentionCase
 
 GUARD = 64
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semantica.kernels import launch
-from semantica.kernels.cases import GROUP_NORM, GroupNormCase
+from semantica.kernels.group_norm import backward as kernels_backward
 from semantica.kernels.group_norm import forward as kernels
+from semantica.kernels.group_norm.cases import CASES as GROUP_NORM
+from semantica.kernels.group_norm.cases import GroupNormCase
 from semantica.kernels.group_norm.op import group_norm_ref
 from semantica.kernels.group_norm.tiles import place
 
@@ -68,7 +70,7 @@ class Norm(torch.autograd.Function):
     def backward(ctx, dy):
         x, mean, rstd, *affine = ctx.saved_tensors
         groups, activation = ctx.settings
-        dx, dweight, dbias, *film = kernels.backward(dy, x, mean, rstd, groups, *affine, activation)
+        dx, dweight, dbias, *film = kernels_backward.backward(dy, x, mean, rstd, groups, *affine, activation)
         assert all(d.numel() == 0 for d, a in zip(film, affine[2:]) if a is None)
         dscale, dshift = (d if a is not None else None for d, a in zip(film, affine[2:]))
         return dx, None, dweight, dbias, dscale, dshift, None, None
@@ -80,8 +82,7 @@ def group_norm(x, groups, weight, bias, scale, shift, activation, eps=1e-5):
 
 def use(ladder, monkeypatch):
     monkeypatch.setattr(launch, "table", lambda operator: LADDERS[ladder])
-    for cut in (kernels.split, kernels.resident):
-        cut.cache_clear()
+    launch.forget_plans()
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +179,7 @@ def test_nothing_else_is_written_nothing_stays_unwritten_and_runs_are_bit_equal(
     _, mean, rstd = kernels.forward(x, *rest, 1e-5)
     dy = torch.empty_like(x).copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
     given = [x, dy, mean, rstd, *(a for a in rest if isinstance(a, torch.Tensor))]
-    plans = [(kernels.plan_forward, (x, *rest, 1e-5)), (kernels.plan_backward, (dy, x, mean, rstd, *rest))]
+    plans = [(kernels.plan_forward, (x, *rest, 1e-5)), (kernels_backward.plan_backward, (dy, x, mean, rstd, *rest))]
     for plan, arguments in plans:
         results = []
         for _ in range(2):
@@ -235,7 +236,7 @@ def test_any_shape_and_any_strides(data):
         use(ladder, patch)
         arguments = [inputs[k] for k in ("groups", "weight", "bias", "scale", "shift", "activation")]
         y, mean, rstd = kernels.forward(inputs["x"], *arguments, eps)
-        gradients = kernels.backward(dy, inputs["x"], mean, rstd, *arguments)
+        gradients = kernels_backward.backward(dy, inputs["x"], mean, rstd, *arguments)
     exact = widen(inputs)
     names = [n for n in ("x", "weight", "bias", "scale", "shift") if inputs[n] is not None]
     leaves = [exact[n].requires_grad_() for n in names]
@@ -259,7 +260,7 @@ def test_empty_input_launches_nothing(shape):
     x, weight, film = torch.empty(shape), torch.ones(8), torch.ones(shape[0], 8)
     launches, (y, mean, rstd) = kernels.plan_forward(x, 4, weight, weight, film, None, "silu", 1e-5)
     assert launches == [] and y.shape == shape and mean.abs().sum() == rstd.abs().sum() == 0
-    launches, gradients = kernels.plan_backward(x, x, mean, rstd, 4, weight, weight, film, None, "silu")
+    launches, gradients = kernels_backward.plan_backward(x, x, mean, rstd, 4, weight, weight, film, None, "silu")
     assert launches == [] and all(d.abs().sum() == 0 for d in gradients)
     assert [d.shape for d in gradients] == [x.shape, weight.shape, weight.shape, film.shape, (0,)]
 
