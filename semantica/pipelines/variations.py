@@ -211,7 +211,7 @@ class SemanticaPipeline(DiffusionPipeline):
             raise UserError(f"latents have shape {tuple(latents.shape)}: expected {list(shape)}")
         # the solver's sums keep their digits whatever the network computes in
         z = latents.to(device, torch.promote_types(self.unet.dtype, torch.float32))
-        null = self.unet.null_condition(batch)
+        null = self.unet.null(batch)
         if self._fast is not None:
             z = self._denoise_fast(z, condition, null, num_inference_steps, guidance_scale, generator)
             images = finish(z, output_type)
