@@ -27,6 +27,7 @@ from tqdm import tqdm
 from semantica.device import pick_device, pick_precision
 from semantica.errors import UserError
 from semantica.images import BadImage, fit, load_image, to_tensor
+from semantica.model.compile import compile_in_place
 from semantica.model.encoders import frozen_encoder, own_folder, weights_sha256
 from semantica.runfolder import read_json
 from semantica.train.data.folders import PairData
@@ -34,7 +35,6 @@ from semantica.train.data.pairs import _start_worker, open_data
 from semantica.train.data.shards import ShardData
 from semantica.train.data.tokencost import measure, report
 from semantica.train.data.tokens import FORMAT, MARK, VIEWS, Table, mark, origin, unchanged
-from semantica.train.objective import compile_in_place
 from semantica.train.pages.config import PairsConfig
 from semantica.train.run.checkpoint import sha256, write_aside
 
