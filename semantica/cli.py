@@ -1,6 +1,5 @@
 """The `semantica` command: each verb's module is imported only when that verb runs."""
 
-import atexit
 import contextlib
 import io
 import os
@@ -110,29 +109,9 @@ def pairs(arguments: list[str]) -> None:
 
 
 def train(arguments: list[str]) -> None:
-    from semantica.train.preemption import Preemption
+    from semantica.train.command import run
 
-    # from the start: torchrun ends all processes when one has left, and what is wrong must still be said
-    with Preemption() as stop:
-        from semantica.train.config import TrainConfig
-
-        try:
-            config = parse(TrainConfig, "train", arguments)
-        except UserError:
-            # of the processes that torchrun started on a node, one says it
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                sys.exit(2)
-            raise
-
-        from semantica.train.loop import train
-        from semantica.train.processes import LostProcess, leave
-
-        try:
-            train(config, stop)
-        except (LostProcess, SystemExit) as error:
-            # once its line is printed
-            atexit.register(leave, getattr(error, "code", 1))
-            raise
+    run(arguments)
 
 
 def sample(arguments: list[str]) -> None:

@@ -28,13 +28,13 @@ from semantica.device import pick_device, pick_precision
 from semantica.errors import UserError
 from semantica.files import read_json
 from semantica.images import BadImage, fit, load_image, to_tensor
+from semantica.model.compile import compile_in_place
 from semantica.model.encoders import frozen_encoder, own_folder, weights_sha256
 from semantica.train.data.folders import PairData
 from semantica.train.data.pairs import _start_worker, open_data
 from semantica.train.data.shards import ShardData
 from semantica.train.data.tokencost import measure, report
 from semantica.train.data.tokens import FORMAT, MARK, VIEWS, Table, mark, origin, unchanged
-from semantica.train.objective import compile_in_place
 from semantica.train.pages.config import PairsConfig
 from semantica.train.run.checkpoint import sha256, write_aside
 
