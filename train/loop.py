@@ -21,7 +21,8 @@ from semantica.pipelines.variations import SemanticaPipeline
 from semantica.train.build import alignment, build
 from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import examples, held_out_batches
-from semantica.train.data.pairs import Pairs, batches, open_data
+from semantica.train.data.open import open_data
+from semantica.train.data.pairs import Pairs, batches
 from semantica.train.objective import Objective, PairHead, compile_in_place, held_out_loss
 from semantica.train.processes import LostProcess, Ranks, Word, facts, first_line, local_device, lost, start
 from semantica.train.run import checkpoint

@@ -20,9 +20,8 @@ from semantica.images import grid, save_png, to_uint8
 from semantica.model.cost import peak_flops
 from semantica.pipelines.variations import SemanticaPipeline
 from semantica.train.config import FORMAT, FREE, TrainConfig
-from semantica.train.data.folders import PairData
 from semantica.train.data.pairs import bad_record
-from semantica.train.data.shards import ShardData
+from semantica.train.data.source import Source
 from semantica.train.objective import take
 from semantica.train.processes import Ranks
 from semantica.train.run import checkpoint
@@ -115,14 +114,14 @@ class Run:
             from the methods that write.
     """
 
-    def __init__(self, config: TrainConfig, data: PairData | ShardData, ranks: Ranks):
+    def __init__(self, config: TrainConfig, data: Source, ranks: Ranks):
         self.out, self.config, self.ranks = config.out, config, ranks
         self.known_bad: set[str] = set()
         self.found_bad: list[tuple[str, str]] = []
         self.board = None
         ranks.settle(lambda: self._open(data) if ranks.lead else None)
 
-    def _open(self, data: PairData | ShardData) -> None:
+    def _open(self, data: Source) -> None:
         record = {"format": FORMAT, "semantica": semantica.__version__, "torch": torch.__version__}
         record |= {"train": self.config.record(), "data_digest": data.digest()}
         path = self.out / "config.json"
