@@ -84,7 +84,7 @@ class ReducedNetwork:
         return Condition(keys, values, emb, None, self.sizes, axis=2)
 
     def null(self, batch: int) -> Condition:
-        made = self.unet.null_condition(batch).fill(self.sizes)
+        made = self.unet.null(batch).fill(self.sizes)
         keys, values = (tuple(a.transpose(1, 2) for a in arrays) for arrays in (made.keys, made.values))
         return Condition(keys, values, made.emb, None, self.sizes, axis=2)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from semantica import SemanticaPipeline, SemanticaScheduler, UserError, UViT, ViTEncoder
-from semantica.runfolder import check_run
+from semantica.pipelines.runfolder import check_run
 from semantica.sampling.guided import denoise
 
 
@@ -100,7 +100,7 @@ def test_guidance_is_the_formula(pipe):
     pipe.scheduler.set_timesteps(3)
     with torch.no_grad():
         logsnr = pipe.scheduler.logsnrs[:1]
-        v = [pipe.unet(noise, logsnr, c) for c in (condition, pipe.unet.null_condition(1))]
+        v = [pipe.unet(noise, logsnr, c) for c in (condition, pipe.unet.null(1))]
     for scale in (1.0, 3.0):
         pipe.scheduler.set_timesteps(3)
         expected = pipe.scheduler.step(v[1] + scale * (v[0] - v[1]), pipe.scheduler.timesteps[0], noise).prev_sample

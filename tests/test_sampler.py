@@ -38,7 +38,7 @@ def conditions(unet, lengths=(None, None)):
         for (name, width), tokens, length in zip(STREAMS.items(), (5, 3), lengths)
     }
     with torch.no_grad():
-        return unet.condition(streams), unet.null_condition(3)
+        return unet.condition(streams), unet.null(3)
 
 
 def noise(step=0):

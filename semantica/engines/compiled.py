@@ -29,4 +29,4 @@ class CompiledEngine(TorchEngine):
         """The first run of each batch size compiles."""
         self.check("z", z, len(z))
         # not filled up: one token per stream makes cross-attention a constant
-        return self.sampler(z, condition, null and self.unet.null_condition(len(z)), *settings)
+        return self.sampler(z, condition, null and self.unet.null(len(z)), *settings)

@@ -142,7 +142,7 @@ def unconditional(pipeline, count: int, steps: int, seed: int) -> np.ndarray:
         z = torch.from_numpy(noise(seed, (batch, 3, size, size), start)).to(unet.device)
         pipeline.scheduler.set_timesteps(steps, device=unet.device)
         with torch.no_grad():
-            null = unet.null_condition(batch)
+            null = unet.null(batch)
             made.append(to_uint8(denoise(unet, pipeline.scheduler, make_guider(1.0), z, null, null)))
     return np.concatenate(made)
 

@@ -1,9 +1,9 @@
 """The pipeline: condition images in, variations out."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from semantica.condition import Condition, Stream
 from semantica.errors import UserError
-from semantica.images import fit, to_tensor, to_uint8
-from semantica.model.encoders import PretrainedEncoder, ViTEncoder, encode_images
+from semantica.images import to_uint8
+from semantica.inputs import SINGLE, Prepared, samples_in
+from semantica.model.conditioner import Conditioner, encodings, fill, placed, prepare
+from semantica.model.image_encoder import ImageEncoder
 from semantica.model.uvit import UViT
-from semantica.runfolder import PATTERNS, check_run
+from semantica.pipelines import components
+from semantica.pipelines.runfolder import CONFIGS, PATTERNS, address, check_run
 from semantica.sampling.guided import denoise
 from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.solvers import make_plan
@@ -28,8 +31,6 @@ from semantica.solvers import make_plan
 if TYPE_CHECKING:
     from semantica.pipelines.bundle import BundlePipeline
 
-# one picture, or several pictures that condition one sample together
-Picture = Image.Image | Sequence[Image.Image]
 OUTPUTS = ("pil", "np", "pt")
 
 
@@ -38,14 +39,14 @@ class SemanticaPipeline(DiffusionPipeline):
 
     Args:
         unet: the denoiser.
-        encoder: turns condition images into tokens.
+        encoder: turns condition pictures into tokens of every stream, or a `Conditioner` with an encoder for each.
         scheduler: noise schedule and solver.
     """
 
     model_cpu_offload_seq = "encoder->unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: UViT, encoder: ViTEncoder | PretrainedEncoder, scheduler: SemanticaScheduler):
+    def __init__(self, unet: UViT, encoder: ImageEncoder | Conditioner, scheduler: SemanticaScheduler):
         super().__init__()
         self.register_modules(unet=unet, encoder=encoder, scheduler=scheduler)
         self._fast = None
@@ -127,48 +128,40 @@ class SemanticaPipeline(DiffusionPipeline):
         self._fast = sampler, torch.nn.Module.to(encoder, sampler.denoiser.dtype)
         return self
 
+    @classmethod
+    def load_config(cls, *args, **kwargs) -> dict:
+        """A run folder's index, its classes sought where no others are, whatever modules it names."""
+        config = super().load_config(*args, **kwargs)
+        return config | {name: [components.__name__, config[name][1]] for name in CONFIGS}
+
+    def register_to_config(self, **components) -> None:
+        """Components by the address that run folders name, see `semantica.pipelines.runfolder.address`."""
+        named = {k: address(*v) if isinstance(v, tuple) and v[0] else v for k, v in components.items()}
+        super().register_to_config(**named)
+
     @torch.no_grad()
-    def encode(self, image: Tensor | Stream | Picture | Sequence[Picture]) -> Stream:
-        """Condition images to one stream `[B, M, C]`.
+    def encode(self, inputs: Any) -> Stream | dict[str, Stream]:
+        """What the encoder makes of condition pictures, to be given instead of them; of a `Conditioner`, by stream.
 
         Args:
-            image: a picture, a list of pictures (one sample each; a nested list is several pictures for one sample),
-                a tensor `[B, 3, S, S]` in [-1, 1] (`[B, K, 3, S, S]` for K pictures in each sample), or a stream that
-                was encoded before.
+            inputs: as `semantica.model.conditioner.prepare` takes them: a picture, a list of pictures (one sample each;
+                a nested list is several pictures for one sample), a tensor `[B, 3, S, S]` in [-1, 1]
+                (`[B, K, 3, S, S]` for K pictures in each sample), or a stream that was encoded before; of a
+                `Conditioner`, `{stream name: such values}`.
         """
-        if isinstance(image, Stream):
-            device, dtype = self._execution_device, self.unet.dtype
-            return Stream(image.tokens.to(device, dtype), image.pooled.to(device, dtype), image.lengths)
-        encoder = self.encoder if self._fast is None else self._fast[1]
-        if isinstance(image, Tensor):
-            return self._widened(encode_images(encoder, image.to(self._execution_device, encoder.dtype)))
-        samples = [image] if isinstance(image, Image.Image) else list(image)
-        samples = [[s] if isinstance(s, Image.Image) else list(s) for s in samples]
-        if not samples or not all(samples):
-            raise UserError("image is empty: give at least one picture for each sample")
-        size = encoder.image_size
-        flat = to_tensor([fit(picture.convert("RGB"), size) for sample in samples for picture in sample])
-        out = self._widened(encoder(flat.to(self._execution_device, encoder.dtype)))
-        counts = [len(sample) for sample in samples]
-        if max(counts) == 1:
-            return out
-        # several pictures are one longer stream; shorter samples are filled up and masked
-        per_image = out.tokens.shape[1]
-        tokens = [part.flatten(0, 1) for part in out.tokens.split(counts)]
-        lengths = torch.tensor([per_image * n for n in counts], device=out.tokens.device)
-        pooled = torch.stack([part.mean(0) for part in out.pooled.split(counts)])
-        return Stream(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), pooled, lengths)
+        made = self.encodings(prepare(self.encoder, inputs))
+        return made if isinstance(self.encoder, Conditioner) else made[SINGLE]
 
-    def _widened(self, stream: Stream) -> Stream:
-        """In the type that the network reads, where the encoder is an accelerated copy."""
-        if self._fast is None:
-            return stream
-        return Stream(stream.tokens.to(self.unet.dtype), stream.pooled.to(self.unet.dtype))
+    def encodings(self, prepared: dict[str, Prepared]) -> dict[str, Stream]:
+        """Prepared inputs to streams in the type that the network reads, also where the encoder is a faster copy."""
+        encoder, device = self.encoder if self._fast is None else self._fast[1], self._execution_device
+        made = encodings(encoder, placed(prepared, device, encoder.dtype))
+        return placed(made, device, self.unet.dtype)
 
     @torch.no_grad()
     def __call__(
         self,
-        image: Tensor | Stream | Picture | Sequence[Picture],
+        image: Any,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 20,
         guidance_scale: float = 1.5,
@@ -206,9 +199,9 @@ class SemanticaPipeline(DiffusionPipeline):
                 raise UserError("an accelerated pipeline takes no guider and no callback: load it again without")
             if self._fast[0].device != self.unet.device:
                 raise UserError(f"accelerated on {self._fast[0].device}, now on {self.unet.device}: accelerate again")
-        stream = self.encode(image)
-        condition = self.unet.condition(dict.fromkeys(self.unet.stream_names, stream))
-        batch = stream.tokens.shape[0] * num_images_per_prompt
+        prepared = prepare(self.encoder, image)
+        condition = self.unet.condition(fill(self.unet.stream_names, self.encodings(prepared)))
+        batch = samples_in(prepared) * num_images_per_prompt
         condition = condition.repeat(num_images_per_prompt) if self.unet.stream_names else condition
         size, device = self.unet.config.image_size, self._execution_device
         shape = (batch, self.unet.config.in_channels, size, size)
@@ -218,7 +211,7 @@ class SemanticaPipeline(DiffusionPipeline):
             raise UserError(f"latents have shape {tuple(latents.shape)}: expected {list(shape)}")
         # the solver's sums keep their digits whatever the network computes in
         z = latents.to(device, torch.promote_types(self.unet.dtype, torch.float32))
-        null = self.unet.null_condition(batch)
+        null = self.unet.null(batch)
         if self._fast is not None:
             z = self._denoise_fast(z, condition, null, num_inference_steps, guidance_scale, generator)
             images = finish(z, output_type)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -42,7 +43,7 @@ class FastSampler:
         if compile == "network":
             self.denoiser.compile(fullgraph=True, dynamic=False)
         elif compile == "blocks":
-            for block in (*self.denoiser.downs, *self.denoiser.blocks, *self.denoiser.ups):
+            for block in chain(*self.denoiser.net.blocks):
                 block.compile(fullgraph=True, dynamic=False)
         self.graphs = Graphs() if graphs and self.device.type == "cuda" else None
 
