@@ -21,7 +21,8 @@ from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.build import alignment, build
 from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import held_out_batches
-from semantica.train.data.pairs import Pairs, batches, open_data
+from semantica.train.data.open import open_data
+from semantica.train.data.pairs import Pairs, batches
 from semantica.train.heads import PairHead
 from semantica.train.objective import Objective
 from semantica.train.processes import Vote, World, identity, local_device
