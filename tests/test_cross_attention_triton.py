@@ -24,7 +24,7 @@ SPILLS = {
 
 
 def test_interpreted_kernels_are_accurate_on_every_case(interpreted):
-    interpreted("test_kernels.py", "-k", "cross_attention_and_gradients and not bfloat16", "-m", "not gpu")
+    interpreted("test_kernels.py", "-k", "accurate and cross_attention and not bfloat16", "-m", "not gpu")
 
 
 def test_interpreted_kernels_stay_in_bounds_and_repeat(interpreted):
