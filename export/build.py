@@ -195,9 +195,7 @@ def verify(bundle: Bundle, folder: Path, manifest: dict[str, Any]) -> dict[str, 
         raise UserError(f"{bundle.folder} has no {REFERENCE} to compare with: export the bundle again")
     from semantica.export import parity
 
-    scheduler = bundle.manifest["model"]["scheduler"]
-    names = ("image_size", "reference", "logsnr_min", "logsnr_max")
-    problem = parity.load_problem(bundle, solvers.Schedule(*(scheduler[name] for name in names)))
+    problem = parity.load_problem(bundle, solvers.Schedule.of(bundle.manifest["model"]["scheduler"]))
     if backend == "inductor":
         from semantica.engines.inductor import InductorEngine
 

@@ -121,7 +121,7 @@ def write_graphs(captured, folder: Path) -> dict:
         model = graph.to_onnx(program, inputs, outputs, set(weights))
         graph.save(model, folder / name, weights, folder / WEIGHTS)
         made[name] = {"nodes": graph.node_counts(model), "types": graph.types(model)}
-    null = captured.unet.null_condition(1)
+    null = captured.unet.null(1)
     arrays = {"emb": null.emb}
     for i, (key, value) in enumerate(zip(null.keys, null.values)):
         arrays |= {f"k.{i}": key.transpose(1, 2), f"v.{i}": value.transpose(1, 2)}

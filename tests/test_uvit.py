@@ -70,7 +70,7 @@ def test_dropping_gives_exactly_the_null_condition():
     model = make("both")
     z, logsnr, streams = inputs()
     dropped = model(z, logsnr, model.condition(streams, torch.ones(3, dtype=torch.bool)))
-    null = model.null_condition(3)
+    null = model.null(3)
     assert null.sizes == (1,) and all(k.shape[1] == 1 for k in null.keys)
     # M copies of the null token have the same softmax as one
     torch.testing.assert_close(dropped, model(z, logsnr, null), rtol=0, atol=1e-12)
@@ -87,7 +87,7 @@ def test_lengths_hide_tokens_and_order_does_not_matter():
     torch.testing.assert_close(
         shuffled, model(z, logsnr, model.condition({"image": Stream(tokens)})), rtol=0, atol=1e-12
     )
-    null = model(z, logsnr, model.null_condition(3))
+    null = model(z, logsnr, model.null(3))
     dropped = model.condition({"image": filled}, torch.ones(3, dtype=torch.bool))
     torch.testing.assert_close(model(z, logsnr, dropped), null, rtol=0, atol=1e-12)
 

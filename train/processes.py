@@ -212,7 +212,7 @@ class Ranks:
             # gathered again after they have changed
             frozen = not any(p.requires_grad for p in module.parameters())
             fully_shard(module, **options, reshard_after_forward=True if frozen else None)
-            for name in ("condition", "null_condition"):
+            for name in ("condition", "null"):
                 if hasattr(module, name):
                     register_fsdp_forward_method(module, name)
 

@@ -145,7 +145,7 @@ def stock_sampler(pipeline: SemanticaPipeline, switches: Switches) -> Callable:
 
     def conditions(tokens) -> tuple[Condition, Condition]:
         streams = dict.fromkeys(unet.stream_names, tokens)
-        return unet.condition(streams), unet.null_condition(tokens.tokens.shape[0])
+        return unet.condition(streams), unet.null(tokens.tokens.shape[0])
 
     @torch.no_grad()
     def run(images: np.ndarray, noise: np.ndarray, steps: int, guidance: float) -> np.ndarray:

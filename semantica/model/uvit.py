@@ -56,6 +56,8 @@ class UViT(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerBlock", "ResBlock"]
+    # as a `semantica.sampling.loop.Denoiser`; branches of guidance apart, for half the memory
+    array, max_batch, joins, refuses = "torch", None, False, {}
 
     @register_to_config
     def __init__(
@@ -151,7 +153,7 @@ class UViT(ModelMixin, ConfigMixin):
                 lengths = torch.where(drop[:, None], torch.stack(full, 1), lengths)
         return self._project(tokens if self.use_tokens else [], emb, lengths)
 
-    def null_condition(self, batch: int) -> Condition:
+    def null(self, batch: int) -> Condition:
         """The unconditional branch `[batch, ...]`: one null token per stream, the same softmax as M copies of it."""
         like = self.conv_in.weight
         streams = {}
@@ -170,7 +172,7 @@ class UViT(ModelMixin, ConfigMixin):
         Args:
             z: `[B, 3, S, S]` noised image.
             logsnr: `[B]` log signal-to-noise ratio.
-            condition: from `condition()` or `null_condition()`.
+            condition: from `condition()` or `null()`.
             hidden: return hidden states too, those after so many transformer blocks (at least one).
 
         Returns:
