@@ -129,9 +129,7 @@ def save_problem(problem: Problem, path: Path) -> None:
 def load_problem(bundle: Bundle) -> Problem:
     """What `save_problem` kept beside a bundle's graphs, with the inputs that it belongs to."""
     arrays, row = load_file(bundle.folder / REFERENCE), bundle.manifest["parity"]["onnxruntime"]
-    scheduler = bundle.manifest["model"]["scheduler"]
-    names = ("image_size", "reference", "logsnr_min", "logsnr_max")
-    schedule = solvers.Schedule(*(scheduler[name] for name in names))
+    schedule = solvers.Schedule.of(bundle.manifest["model"]["scheduler"])
     given = inputs(schedule, bundle.shapes["image"], row["levels"], row["steps"])
     blocks = range(bundle.shapes["blocks"])
     keys, values = (tuple(arrays[f"{kind}.{i}"] for i in blocks) for kind in "kv")
@@ -194,9 +192,14 @@ def compare(engine: Any, problem: Problem, arithmetic: str) -> dict[str, Any]:
         finite = finite and bool(v.isfinite().all()) and bool(made.isfinite().all())
         worst["psnr_db"] = min(worst["psnr_db"], psnr(made, problem.made[:batch]))
     return {
-        "arithmetic": arithmetic, "batches": list(BATCHES), "levels": len(problem.levels),
-        "steps": problem.settings.steps, "finite": finite, **worst, "worst_logsnr": float(problem.levels[worst_level]),
-    }  # fmt: skip
+        "arithmetic": arithmetic,
+        "batches": list(BATCHES),
+        "levels": len(problem.levels),
+        "steps": problem.settings.steps,
+        "finite": finite,
+        **worst,
+        "worst_logsnr": float(problem.levels[worst_level]),
+    }
 
 
 def matching(a: Condition, b: Condition) -> Iterator[tuple[Tensor, ...]]:

@@ -19,10 +19,19 @@ from semantica.export.program import DTYPES, Captured
 
 aten = torch.ops.aten
 ACCUMULATED = {
-    aten.linear.default, aten.conv2d.default, aten.matmul.default, aten.mm.default, aten.addmm.default,
-    aten.bmm.default, aten.scaled_dot_product_attention.default, aten.group_norm.default, aten.layer_norm.default,
-    aten.rms_norm.default, aten.avg_pool2d.default, aten.mean.dim,
-}  # fmt: skip
+    aten.linear.default,
+    aten.conv2d.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.scaled_dot_product_attention.default,
+    aten.group_norm.default,
+    aten.layer_norm.default,
+    aten.rms_norm.default,
+    aten.avg_pool2d.default,
+    aten.mean.dim,
+}
 
 
 def module_of(node: Node) -> str:
