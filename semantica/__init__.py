@@ -9,8 +9,10 @@ _EXPORTS = {
     "Condition": "semantica.condition",
     "Stream": "semantica.condition",
     "UViT": "semantica.model.uvit",
-    "ViTEncoder": "semantica.model.encoders",
-    "PretrainedEncoder": "semantica.model.encoders",
+    "ViTEncoder": "semantica.model.vit",
+    "PretrainedEncoder": "semantica.model.pretrained",
+    "register_encoder": "semantica.model.encoders",
+    "Conditioner": "semantica.model.conditioner",
     "SemanticaScheduler": "semantica.sampling.scheduler",
     "SemanticaPipeline": "semantica.pipelines.variations",
 }

@@ -5,8 +5,9 @@ from typing import Literal
 
 from torch import nn
 
-from semantica.model.encoders import EncoderBlock, PretrainedEncoder
+from semantica.model.encoders import ENCODERS
 from semantica.model.layers import ResBlock, TransformerBlock
+from semantica.model.vit import EncoderBlock
 
 REPEATED = (TransformerBlock, ResBlock, EncoderBlock)
 
@@ -25,6 +26,6 @@ def compile_in_place(module: nn.Module, scope: Literal["blocks", "network"] = "b
     for block in repeated(module):
         block.compile(fullgraph=True)
     for encoder in module.modules():
-        if isinstance(encoder, PretrainedEncoder):
-            for layer in encoder.layers:
+        if isinstance(encoder, tuple(ENCODERS.values())):
+            for layer in getattr(encoder, "layers", ()):
                 layer.compile(fullgraph=True)

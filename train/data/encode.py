@@ -26,17 +26,16 @@ from tqdm import tqdm
 
 from semantica.device import pick_device, pick_precision
 from semantica.errors import UserError
+from semantica.files import read_json, sha256, written
 from semantica.images import BadImage, fit, load_image, to_tensor
 from semantica.model.compile import compile_in_place
 from semantica.model.encoders import frozen_encoder, own_folder, weights_sha256
-from semantica.runfolder import read_json
 from semantica.train.data.folders import PairData
 from semantica.train.data.pairs import _start_worker, open_data
 from semantica.train.data.shards import ShardData
 from semantica.train.data.tokencost import measure, report
 from semantica.train.data.tokens import FORMAT, MARK, VIEWS, Table, mark, origin, unchanged
 from semantica.train.pages.config import PairsConfig
-from semantica.train.run.checkpoint import sha256, write_aside
 
 # pictures per call of the encoder, each in both views
 BATCH = 32
@@ -190,7 +189,8 @@ def begin(out: Path, identity: dict, encoder: nn.Module) -> None:
         for stale in out.glob(".*.incomplete"):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if recorded is None or hashes(out / "encoder") != recorded:
-            write_aside(out / "encoder", lambda folder: encoder.save_pretrained(folder, safe_serialization=True))
+            with written(out / "encoder") as folder:
+                encoder.save_pretrained(folder, safe_serialization=True)
         identity["encoder"]["files"] = hashes(out / "encoder")
         write_json(path, identity)
     except OSError as error:
