@@ -23,12 +23,12 @@ from semantica import SemanticaPipeline, UserError
 from semantica.model.layers import GroupNormAct
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
+from semantica.train.data.config import TokensConfig
 from semantica.train.data.encode import store_tokens
 from semantica.train.data.folders import scan
 from semantica.train.data.pairs import Pairs, batches
 from semantica.train.loop import train
 from semantica.train.objective import Objective
-from semantica.train.pages.config import PairsConfig
 from semantica.train.processes import World
 from semantica.train.run import checkpoint
 from semantica.train.sharding import parallelize
@@ -415,7 +415,7 @@ def test_alignment_and_stored_tokens_in_two_processes(photos, together, tmp_path
     train(config(photos, tmp_path / "teacher", steps=1))
     source = str(tmp_path / "teacher")
     place = tmp_path / "tokens"
-    store_tokens(PairsConfig(tokens=str(photos), encoder=source, out=place, device="cpu", precision="fp32"))
+    store_tokens(TokensConfig(str(photos), encoder=source, out=place, device="cpu", precision="fp32"))
     kinds = {
         "repa": dict(repa=0.5, repa_encoder=source),
         "stored": dict(encoder=source, tokens=str(place), align=0.0),

@@ -199,7 +199,8 @@ def test_one_step_descends_the_weighted_sum(home, tmp_path):
     """The gradient norm of the first step against autograd on the weighted sum of both losses."""
     from semantica.diffusion import noise_levels
     from semantica.train.build import alignment, build
-    from semantica.train.data.pairs import Pairs, collate, open_data
+    from semantica.train.data.open import open_data
+    from semantica.train.data.pairs import Pairs, collate
 
     settings = config(home, tmp_path / "run", repa=0.5, steps=1, drop=0.0)
     train(settings)
