@@ -14,9 +14,9 @@ from semantica.cli import main
 from semantica.condition import Stream
 from semantica.model.encoders import frozen_encoder
 from semantica.train.config import TrainConfig
+from semantica.train.heads import RepaHead, aligned_depth, patch_tokens, resampled
 from semantica.train.loop import train
 from semantica.train.objective import Objective
-from semantica.train.repa import RepaHead, aligned_depth, patch_tokens, resampled
 from semantica.train.run import checkpoint
 
 SIDE = 32

@@ -112,7 +112,7 @@ def draw_grid(config: DemoConfig, run: Path) -> None:
     from semantica.train.data.folders import scan
 
     data = scan(config.out / "web" / "val", "folders")
-    pipeline = load_pipeline(run, "cpu", "dpmpp_2m")
+    pipeline = load_pipeline(run, "cpu")
     pictures = [load_image(data.root / members[0]) for members in data.groups.values()]
     made = variations(pipeline, pictures, 6, SAMPLING_STEPS, GUIDANCE, config.seed)
     size = pipeline.unet.config.image_size
@@ -153,7 +153,7 @@ def engines_beside_torch(config: DemoConfig, run: Path) -> list[dict]:
 
     data = scan(config.out / "web" / "val", "folders")
     pictures = [load_image(data.root / members[0]) for members in list(data.groups.values())[:4]]
-    pipelines = {"PyTorch, the pipeline": load_pipeline(run, "cpu", "dpmpp_2m")}
+    pipelines = {"PyTorch, the pipeline": load_pipeline(run, "cpu")}
     for backend, name in (("torch", "PyTorch, the bundle"), ("onnxruntime", "ONNX Runtime, the bundle")):
         pipelines[name] = SemanticaPipeline.from_bundle(config.out / "bundle", backend, "cpu")
     size = pipelines["PyTorch, the pipeline"].unet.config.image_size

@@ -129,7 +129,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     if config.model:
         from semantica.pipelines.sample import load_pipeline
 
-        pipeline = load_pipeline(config.model, config.device, "dpmpp_2m")
+        pipeline = load_pipeline(config.model, config.device)
     size = pipeline.unet.config.image_size if pipeline else 64
     pictures = read(data, [path for _, path in paths], size)
     describe = (

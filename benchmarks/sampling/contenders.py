@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from semantica.solvers import Plan, Schedule, make_plan
+from semantica.engines.bundle import Bundle
+from semantica.sampling.settings import Sampling
+from semantica.solvers import Schedule
 
 Call = Callable[[np.ndarray, np.ndarray, int, float], np.ndarray]
 
@@ -94,16 +96,17 @@ def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
 
     def builder(build: Build) -> tuple[Call, str]:
         from semantica.engines import load_engine
+        from semantica.sampling.loop import sample
 
         engine = load_engine(build.bundle, backend, build.device)
-        plans = plans_of(build.bundle)
+        schedule, settings = sampling_of(engine.bundle)
 
         def run(images, noise, steps, guidance):
             if engine.array == "torch":
                 import torch
 
                 images, noise = (torch.from_numpy(a).to(engine.device) for a in (images, noise))
-            made = engine.sample(noise, engine.condition(images), plans(steps), guidance)
+            made = sample(engine, noise, engine.condition(images), None, schedule, settings(steps, guidance))
             return np.asarray(made) if engine.array == "numpy" else made.cpu().numpy()
 
         return run, engine.arithmetic
@@ -117,10 +120,12 @@ def openvino(hint: str) -> Callable[[Build], tuple[Call, str]]:
     def builder(build: Build) -> tuple[Call, str]:
         from semantica.condition import Condition
         from semantica.engines import open_bundle
+        from semantica.engines.base import heads_first
         from semantica.engines.bundle import CONDITION, DENOISE, NULL
         from semantica.sampling.loop import sample
 
-        bundle, plans, core = open_bundle(build.bundle), plans_of(build.bundle), import_module("openvino").Core()
+        bundle, core = open_bundle(build.bundle), import_module("openvino").Core()
+        schedule, sampling = sampling_of(bundle)
         settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
         blank, requests = load_file(bundle.folder / NULL), {}
 
@@ -133,34 +138,32 @@ def openvino(hint: str) -> Callable[[Build], tuple[Call, str]]:
             return requests[name, batch]
 
         def condition_of(arrays: dict, sizes: tuple[int, ...]) -> Condition:
-            keys, values = ([arrays[f"{kind}.{i}"] for i in range(bundle.shapes["blocks"])] for kind in "kv")
-            return Condition(tuple(keys), tuple(values), arrays["emb"], None, sizes, axis=2)
+            blocks = range(bundle.shapes["blocks"])
+            keys, values = (tuple(arrays[f"{kind}.{i}"].swapaxes(1, 2) for i in blocks) for kind in "kv")
+            return Condition(keys, values, arrays["emb"], None, sizes)
 
         def denoise(z, logsnr, condition):
             feeds = {"z": z, "logsnr": logsnr, "emb": condition.emb}
             for i, pair in enumerate(zip(condition.keys, condition.values)):
-                feeds[f"k.{i}"], feeds[f"v.{i}"] = pair
+                feeds[f"k.{i}"], feeds[f"v.{i}"] = map(heads_first, pair)
             return request(DENOISE, len(z)).infer(feeds, share_inputs=True)["v"].copy()
 
         def run(images, noise, steps, guidance):
             encoded = request(CONDITION, len(images)).infer({"image": images})
             named = {output.any_name: array.copy() for output, array in encoded.items()}
             null = condition_of(blank, (1,) * len(bundle.sizes)).fill(bundle.sizes).repeat(len(images))
-            return sample(denoise, noise, condition_of(named, bundle.sizes), null, plans(steps), guidance)
+            condition = condition_of(named, bundle.sizes)
+            return sample(denoise, noise, condition, null, schedule, sampling(steps, guidance))
 
         return run, {"f32": "fp32"}.get(hint, hint)
 
     return builder
 
 
-def plans_of(bundle: Path) -> Callable[[int], Plan]:
-    """Plans by number of steps, of the schedule and solver in a bundle."""
-    from semantica.engines import open_bundle
-
-    config = open_bundle(bundle).manifest["model"]["scheduler"]
-    names = ("image_size", "reference", "logsnr_min", "logsnr_max")
-    schedule = Schedule(**{name: config[name] for name in names if name in config})
-    return lambda steps: make_plan(config["solver"], schedule.grid(steps)[1])
+def sampling_of(bundle: Bundle) -> tuple[Schedule, Callable[[int, float], Sampling]]:
+    """Schedule of a bundle, and its settings by number of steps and guidance."""
+    config = bundle.manifest["model"]["scheduler"]
+    return Schedule.of(config), lambda steps, guidance: Sampling.of(config, steps=steps, guidance=guidance)
 
 
 REARRANGED = "+ rearranged"

@@ -1,24 +1,31 @@
-"""What every engine has in common: a callable whose inputs are checked before anything is launched."""
+"""What every engine has in common: a denoiser whose inputs are checked before anything is launched."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from semantica.condition import Condition
 from semantica.engines.bundle import Bundle
 from semantica.errors import UserError
-from semantica.sampling import loop as sampler
-from semantica.solvers import Plan
+from semantica.sampling.loop import Bound
 
 Array = Any  # numpy.ndarray or torch.Tensor
 
 
+def heads_first(array: Array) -> Array:
+    """`[B, M, H, D]` as exported graphs read it, contiguous `[B, H, M, D]`."""
+    swapped = array.swapaxes(1, 2)
+    return np.ascontiguousarray(swapped) if isinstance(swapped, np.ndarray) else swapped.contiguous()
+
+
 class Engine(ABC):
-    """The denoiser and the condition encoder of a bundle, run by one backend.
+    """The denoiser and the condition encoder of a bundle, run by one backend; a `semantica.sampling.loop.Denoiser`.
 
     backend: its name. arithmetic: what it really computes in, in words. device: where.
     max_batch: the largest batch of one call (both branches of guidance count), None for any.
-    array: "numpy" or "torch", the kind of arrays that it takes and gives. axis: of the tokens in keys and values.
+    array: "numpy" or "torch", the kind of arrays that it takes and gives.
     """
 
     backend: str
@@ -26,7 +33,7 @@ class Engine(ABC):
     array: str
     device: str = "cpu"
     max_batch: int | None = None
-    axis: int = 2
+    joins = True
 
     def __init__(self, bundle: Bundle):
         self.bundle = bundle
@@ -36,8 +43,22 @@ class Engine(ABC):
         """The bundle's manifest."""
         return self.bundle.manifest
 
+    @property
+    def dtype(self) -> str:
+        """The bundle's precision: "fp32", "fp16" or "bf16"."""
+        return self.bundle.precision
+
+    @property
+    def refuses(self) -> Mapping[str, str]:
+        """No gradients, and no module that guiders could change."""
+        name = f"engine {self.backend!r}"
+        return {
+            "module": f"{name} takes no guider: use guidance_scale and interval, or the engine 'torch'",
+            "gradients": f"{name} gives no gradients: sample the run folder that it was exported from",
+        }
+
     def condition(self, images: Array) -> Condition:
-        """Keys, values and embedding of condition pictures, in the layout that every step reads.
+        """Keys, values and embedding of condition pictures.
 
         images: float32 `[B, 3, S, S]` in [-1, 1], S the bundle's image size. Raises `UserError` for another shape, or
         a batch outside the profile.
@@ -50,40 +71,26 @@ class Engine(ABC):
 
         Raises `UserError` for another shape, or a batch outside the profile; nothing is launched then.
         """
-        batch = len(z)
-        self.check("z", z, batch)
-        self.check("logsnr", logsnr, batch)
+        return self.bind(condition)(z, logsnr)
+
+    def bind(self, condition: Condition) -> Bound:
+        """The engine for one condition, brought into the layout of its graph once. Raises as calling the engine."""
+        batch = len(condition.emb)
         self.check("emb", condition.emb, batch)
         if condition.sizes != self.bundle.sizes or condition.lengths is not None:
             raise UserError(
                 f"condition has stream sizes {condition.sizes}: this bundle's streams are fixed at {self.bundle.sizes}"
             )
         for keys in (*condition.keys, *condition.values):
-            self.check("k.0", keys if self.axis == 2 else keys.swapaxes(1, 2), batch)
-        return self.predict(z, logsnr, condition)
+            self.check("k.0", keys.swapaxes(1, 2), batch)
+        inputs = self.inputs(condition)
 
-    def sample(
-        self,
-        z: Array,
-        condition: Condition,
-        plan: Plan,
-        guidance: float = 1.0,
-        interval: tuple[float, float] = (0.0, 1.0),
-        thresholding: str = "clip",
-        clip_range: float = 1.0,
-        ratio: float = 0.995,
-        noise: Callable[[int], Array] | None = None,
-    ) -> Array:
-        """A whole run from noise z to images, against the engine's own null condition.
+        def predict(z: Array, logsnr: Array) -> Array:
+            for name, array in (("z", z), ("logsnr", logsnr), ("emb", condition.emb)):
+                self.check(name, array, len(z))
+            return self.predict(z, logsnr, inputs)
 
-        Arguments, result and errors as `semantica.sampling.loop.sample`; the engine's own errors as calling it.
-        """
-        null = self.null(len(z)) if guidance != 1 else None
-        return self.run(z, condition, null, plan, guidance, interval, thresholding, clip_range, ratio, noise)
-
-    def run(self, z: Array, condition: Condition, null: Condition | None, *settings: Any) -> Array:
-        """The loop: everything that `semantica.sampling.loop.sample` takes after the denoiser."""
-        return sampler.sample(self, z, condition, null, *settings)
+        return predict
 
     def check(self, name: str, array: Array, batch: int) -> None:
         expected = self.bundle.shape_of(name, batch)
@@ -103,20 +110,21 @@ class Engine(ABC):
     def encode(self, images: Array) -> Condition: ...
 
     @abstractmethod
-    def predict(self, z: Array, logsnr: Array, condition: Condition) -> Array: ...
+    def predict(self, z: Array, logsnr: Array, inputs: Any) -> Array:
+        """v; inputs: what `inputs` made of the condition."""
+
+    def inputs(self, condition: Condition) -> Any:
+        """A condition in the layout that every step reads: here the inputs of `denoise.onnx` by name."""
+        named = {"emb": condition.emb}
+        for i, pair in enumerate(zip(condition.keys, condition.values)):
+            named[f"k.{i}"], named[f"v.{i}"] = map(heads_first, pair)
+        return named
 
     def as_condition(self, outputs: dict[str, Array], sizes: tuple[int, ...]) -> Condition:
-        """Named arrays k.i, v.i `[B, H, M, D]` and emb as a `Condition`."""
+        """Named arrays k.i, v.i `[B, H, M, D]` and emb as a `Condition`, without a copy."""
         blocks = range(self.bundle.shapes["blocks"])
-        keys, values = (tuple(outputs[f"{kind}.{i}"] for i in blocks) for kind in "kv")
-        return Condition(keys, values, outputs["emb"], None, sizes, axis=2)
-
-    def feeds(self, z: Array, logsnr: Array, condition: Condition) -> dict[str, Array]:
-        """The inputs of `denoise.onnx` by name."""
-        feeds = {"z": z, "logsnr": logsnr, "emb": condition.emb}
-        for i, (key, value) in enumerate(zip(condition.keys, condition.values)):
-            feeds[f"k.{i}"], feeds[f"v.{i}"] = key, value
-        return feeds
+        keys, values = (tuple(outputs[f"{kind}.{i}"].swapaxes(1, 2) for i in blocks) for kind in "kv")
+        return Condition(keys, values, outputs["emb"], None, sizes)
 
     def null_from(self, arrays: dict[str, Array], batch: int) -> Condition:
         """`null.safetensors`, one token per stream and batch 1, at the bundle's sizes and another batch."""

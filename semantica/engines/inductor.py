@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from semantica.condition import Condition
-from semantica.engines.base import Engine
+from semantica.engines.base import Engine, heads_first
 from semantica.engines.built import open_built
 from semantica.engines.bundle import NULL, Bundle
 from semantica.errors import UserError
@@ -38,20 +38,22 @@ class InductorEngine(Engine):
         super().__init__(bundle)
         self.arithmetic = bundle.precision
         self.max_batch = manifest["profile"]["max"]
-        self.packages = {
-            name: torch._inductor.aoti_load_package(str(folder / file)) for name, file in PACKAGES.items()
-        }
+        self.packages = {name: torch._inductor.aoti_load_package(str(folder / file)) for name, file in PACKAGES.items()}
         self.blank = load_file(bundle.folder / NULL)
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Condition:
         pairs, emb = self.packages["encode"](images)
-        keys, values = (tuple(pair[i] for pair in pairs) for i in (0, 1))
-        return Condition(keys, values, emb, None, self.bundle.sizes, axis=2)
+        keys, values = (tuple(pair[i].transpose(1, 2) for pair in pairs) for i in (0, 1))
+        return Condition(keys, values, emb, None, self.bundle.sizes)
 
     def null(self, batch: int) -> Condition:
         return self.null_from(self.blank, batch)
 
+    def inputs(self, condition: Condition) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        pairs = zip(condition.keys, condition.values)
+        return [(heads_first(key), heads_first(value)) for key, value in pairs], condition.emb
+
     @torch.inference_mode()
-    def predict(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
-        return self.packages["denoise"](z, logsnr, list(zip(condition.keys, condition.values)), condition.emb)
+    def predict(self, z: Tensor, logsnr: Tensor, inputs: tuple[list[tuple[Tensor, Tensor]], Tensor]) -> Tensor:
+        return self.packages["denoise"](z, logsnr, *inputs)

@@ -41,7 +41,8 @@ def build(bundle: Bundle, device: torch.device) -> tuple[UViT, torch.nn.Module]:
 class TorchEngine(Engine):
     """Eager PyTorch: every operator of this package, on the CPU or a GPU."""
 
-    backend, array, axis = "torch", "torch", 1
+    backend, array = "torch", "torch"
+    refuses = {"gradients": "engine 'torch' gives no gradients: sample the run folder that it was exported from"}
 
     def __init__(self, bundle: Bundle, device: torch.device):
         super().__init__(bundle)
@@ -61,6 +62,14 @@ class TorchEngine(Engine):
     def null(self, batch: int) -> Condition:
         return self.unet.null(batch).fill(self.bundle.sizes)
 
+    @property
+    def module(self) -> UViT:
+        """What guiders may change."""
+        return self.unet
+
+    def inputs(self, condition: Condition) -> Condition:
+        return condition
+
     @torch.inference_mode()
-    def predict(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
-        return self.unet(z, logsnr, condition)
+    def predict(self, z: Tensor, logsnr: Tensor, inputs: Condition) -> Tensor:
+        return self.unet(z, logsnr, inputs)

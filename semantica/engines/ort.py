@@ -57,8 +57,8 @@ class OnnxRuntimeEngine(Engine):
     def null(self, batch: int) -> Condition:
         return self.null_from(self.blank, batch)
 
-    def predict(self, z: np.ndarray, logsnr: np.ndarray, condition: Condition) -> np.ndarray:
-        return self.denoiser.run(["v"], self.feeds(z, logsnr, condition))[0]
+    def predict(self, z: np.ndarray, logsnr: np.ndarray, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        return self.denoiser.run(["v"], {"z": z, "logsnr": logsnr, **inputs})[0]
 
 
 def session(

@@ -52,8 +52,8 @@ class BoundEngine(Engine):
     def null(self, batch: int) -> Condition:
         return self.null_from(self.blank, batch)
 
-    def predict(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
-        return self.denoiser(self.feeds(z, logsnr, condition))["v"]
+    def predict(self, z: Tensor, logsnr: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return self.denoiser({"z": z, "logsnr": logsnr, **inputs})["v"]
 
 
 @dataclass(frozen=True)

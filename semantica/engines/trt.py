@@ -51,8 +51,8 @@ class TensorRTEngine(Engine):
     def null(self, batch: int) -> Condition:
         return self.null_from(self.blank, batch)
 
-    def predict(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
-        return self.parts["denoise"](self.feeds(z, logsnr, condition))["v"]
+    def predict(self, z: Tensor, logsnr: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return self.parts["denoise"]({"z": z, "logsnr": logsnr, **inputs})["v"]
 
 
 class Part:

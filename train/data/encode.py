@@ -20,6 +20,7 @@ from semantica.device import pick_device, pick_precision
 from semantica.errors import UserError
 from semantica.files import read_json, remove, sha256, write_json, written
 from semantica.images import to_tensor
+from semantica.model.compile import compile_in_place
 from semantica.model.encoders import frozen_encoder, own_folder, weights_sha256
 from semantica.train.data.config import TokensConfig
 from semantica.train.data.open import open_data
@@ -27,7 +28,6 @@ from semantica.train.data.source import Source
 from semantica.train.data.tokencost import measure, report
 from semantica.train.data.tokenfile import BATCH, Encode, Unit, finished, write_unit
 from semantica.train.data.tokens import FORMAT, VIEWS, origin
-from semantica.train.objective import compile_in_place
 
 # bytes of tokens in one file, where the data has no files of its own
 FILE = 256 << 20

@@ -1,0 +1,235 @@
+"""The call that every pipeline has in common; numpy and Pillow only where the denoiser is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from semantica import solvers
+from semantica.condition import Condition, Stream, concatenate
+from semantica.errors import UserError
+from semantica.images import to_uint8
+from semantica.sampling.loop import Array, Denoiser, refuse, sample
+from semantica.sampling.settings import Sampling
+from semantica.solvers import Schedule
+
+OUTPUTS = ("pil", "np", "pt")
+
+
+@dataclass(frozen=True)
+class Variations:
+    """images: Pillow images, or an array `[B * n, S, S, 3]` ("np") or tensor `[B * n, 3, S, S]` ("pt") in [0, 1]."""
+
+    images: Any
+
+
+class VariationPipeline(ABC):
+    """Image variations (arXiv 2405.14857): encode the condition once, denoise with cross-attention to it.
+
+    seed: of calls that name neither a seed nor a generator; None draws from torch's global generator then.
+    max_samples: that are denoised at once, None for all of a call; the denoiser's own limit holds too.
+    """
+
+    seed: int | None = None
+    max_samples: int | None = None
+    output_class: Callable[..., Any] = Variations
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Denoiser:
+        """What predicts v."""
+
+    @property
+    @abstractmethod
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The configuration of the model's `SemanticaScheduler`."""
+
+    @property
+    @abstractmethod
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape of what is sampled, `(channels, S, S)`."""
+
+    @abstractmethod
+    def condition(self, image: Any) -> Condition:
+        """The condition of some samples, as `__call__` takes them but for a single picture."""
+
+    @abstractmethod
+    def array(self, values: Any) -> Array:
+        """Numbers as the denoiser takes them, on its device."""
+
+    def __call__(
+        self,
+        image: Any,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.5,
+        generator: Any = None,
+        latents: Any = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict], dict] | None = None,
+        guider: Any = None,
+        seed: int | None = None,
+        solver: str | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Any:
+        """Make variations.
+
+        Args:
+            image: a picture, or a list of pictures, one sample each; from a run folder also a nested list, several
+                pictures for one sample, and whatever else `encode` takes.
+            num_images_per_prompt: variations of each sample; they follow one another in the result.
+            num_inference_steps: sampling steps.
+            guidance_scale: classifier-free guidance, uncond + scale * (cond - uncond); 1 = off.
+            generator: `torch.Generator` as the source of all noise (one, or one per output image), instead of `seed`.
+            latents: `[B * num_images_per_prompt, 3, S, S]` starting noise instead of drawing it.
+            output_type: "pil", "np" (`[B, S, S, 3]` in [0, 1]) or "pt" (`[B, 3, S, S]` in [0, 1]).
+            return_dict: False gives a plain tuple.
+            callback_on_step_end: `(pipeline, step, timestep, {"latents": z}) -> dict`, may replace the latents.
+            guider: any guider of diffusers (autoguidance, ...) instead of `guidance_scale` and `interval`.
+            seed: of the noise; that of variation j of sample i at a step depends on (seed, i, j, step) alone, on no
+                solver, device or batch. Without it and `generator`, 0 for a bundle, and for a run folder torch's
+                global generator.
+            solver: another one than the model's, a name in `semantica.solvers.SOLVERS`.
+            interval: fractions of the run between which guidance is on (arXiv 2404.07724).
+
+        Raises:
+            UserError: impossible numbers, latents of the wrong shape, a batch that the denoiser does not take, or a
+                guider or callback that it does not allow.
+        """
+        if output_type not in OUTPUTS:
+            raise UserError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUTS)}")
+        n, seed = num_images_per_prompt, self.seed if seed is None else seed
+        if n < 1:
+            raise UserError(f"num_images_per_prompt={n} must be at least 1")
+        denoiser, config = self.denoiser, {**self.scheduler_config, **({"solver": solver} if solver else {})}
+        settings = Sampling.of(
+            config, steps=num_inference_steps, guidance=guidance_scale, interval=interval, seed=seed or 0
+        )
+        guidance = None if guider is None else as_guidance(guider)
+        refuse(denoiser, *(guidance.needs if guidance else ()), *(("steps",) if callback_on_step_end else ()))
+        samples, shape = as_samples(image), self.sample_shape
+        total = count_of(samples) * n
+        if generator is not None or seed is None:
+            noise = drawn(generator, shape, self._execution_device)
+        else:
+            noise = seeded(seed, shape, n)
+        if latents is None:
+            latents = noise(range(total))
+        elif tuple(latents.shape) != (total, *shape):
+            raise UserError(f"latents have shape {tuple(latents.shape)}: expected {[total, *shape]}")
+        joined = denoiser.joins and guidance is None and guidance_scale != 1
+        made = []
+        for rows, condition in self.batches(samples, n, self.limit(2 if joined else 1)):
+            z = self.array(latents[rows.start : rows.stop])
+            with self.watched(settings, callback_on_step_end) as on_step:
+                made.append(sample(
+                    denoiser, z, condition, None, Schedule.of(config), settings,
+                    lambda i, rows=rows: self.array(noise(rows, i + 1)), guidance, on_step,
+                ))  # fmt: skip
+        images = finish(concatenate(made) if len(made) > 1 else made[0], output_type)
+        return self.output_class(images=images) if return_dict else (images,)
+
+    @property
+    def _execution_device(self) -> Any:
+        return self.denoiser.device
+
+    def limit(self, branches: int) -> int | None:
+        """How many samples are denoised at once. Raises `UserError` where the denoiser takes none."""
+        most = self.denoiser.max_batch
+        if most is None:
+            return self.max_samples
+        if most < branches:
+            raise UserError(f"this engine takes a batch of {most}, guidance needs {branches}: set it to 1")
+        return most // branches
+
+    def batches(self, samples: Any, n: int, limit: int | None) -> Iterator[tuple[range, Condition]]:
+        """Rows of the result that are denoised at once, and their condition; each sample is encoded once."""
+        count = count_of(samples)
+        limit = limit or count * n
+        group = max(1, limit // n)
+        for first in range(0, count, group):
+            last = min(first + group, count)
+            condition = self.condition(part_of(samples, slice(first, last)))
+            for start in range(first * n, last * n, limit):
+                rows = range(start, min(start + limit, last * n))
+                own = [row // n - first for row in rows]
+                yield rows, condition.map(lambda array, own=own: array[own])
+
+    @contextmanager
+    def watched(self, settings: Sampling, callback: Callable | None) -> Iterator[Callable[[int, Array], Array] | None]:
+        """What the loop calls after each step of a run, if anything."""
+        times = self.array(Schedule.of(self.scheduler_config).grid(settings.steps)[0])
+
+        def on_step(i: int, z: Array) -> Array:
+            return callback(self, i, times[i], {"latents": z}).get("latents", z)
+
+        yield on_step if callback else None
+
+
+def as_samples(image: Any) -> Any:
+    """A single value, such as a picture, as a list of one; iterables as lists; of several streams each by itself."""
+    if isinstance(image, Mapping):
+        return {name: as_samples(values) for name, values in image.items()}
+    if isinstance(image, Image.Image | str):
+        return [image]
+    return image if isinstance(image, Stream) or hasattr(image, "shape") else list(image)
+
+
+def count_of(samples: Any) -> int:
+    """Raises `UserError` where there is none."""
+    if isinstance(samples, Mapping):
+        return min(map(count_of, samples.values()), default=0)
+    count = len(samples.tokens if isinstance(samples, Stream) else samples)
+    if not count:
+        raise UserError("image is empty: give a picture, or a list of pictures, one for each sample")
+    return count
+
+
+def part_of(samples: Any, part: slice) -> Any:
+    """Some of the samples: of a sequence, of a stream, or of each of several by name."""
+    if isinstance(samples, Mapping):
+        return {name: part_of(values, part) for name, values in samples.items()}
+    if isinstance(samples, Stream):
+        fields = samples.tokens, samples.pooled, samples.lengths
+        return Stream(*(field if field is None else field[part] for field in fields))
+    return samples[part]
+
+
+def seeded(seed: int, shape: tuple[int, ...], n: int) -> Callable[..., np.ndarray]:
+    """Noise of rows of the result, n to a sample: a function of the seed, the row and further numbers alone."""
+    return lambda rows, *index: np.stack([solvers.noise(seed, shape, row // n, row % n, *index) for row in rows])
+
+
+def drawn(generator: Any, shape: tuple[int, ...], device: Any) -> Callable[..., Array]:
+    """Noise as diffusers' pipelines draw it: one generator for all, or one for each row of the result."""
+    import torch
+    from diffusers.utils.torch_utils import randn_tensor
+
+    def draw(rows: range, *_: int) -> Array:
+        own = generator[rows.start : rows.stop] if isinstance(generator, list) else generator
+        return randn_tensor((len(rows), *shape), own, torch.device(device), torch.float32)
+
+    return draw
+
+
+def as_guidance(guider: Any) -> Any:
+    from semantica.sampling.guidance import Guided
+
+    return Guided(guider)
+
+
+def finish(z: Array, output_type: str) -> Any:
+    """Images `[B, 3, S, S]` around [-1, 1] in the form that was asked for."""
+    if output_type == "pil":
+        return [Image.fromarray(array) for array in to_uint8(z)]
+    if output_type == "pt":
+        import torch
+
+        return ((torch.as_tensor(z).float() + 1) / 2).clip(0, 1)
+    z = z if isinstance(z, np.ndarray) else z.float().cpu().numpy()
+    return ((z + 1) / 2).clip(0, 1).transpose(0, 2, 3, 1)
