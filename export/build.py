@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import signal
 import subprocess
@@ -37,10 +36,9 @@ def build(config: BuildConfig) -> Path:
     """
     config.check()
     bundle = open_bundle(config.bundle)
-    absent = [name for name in BACKENDS[config.backend][1][:1] if importlib.util.find_spec(name) is None]
-    if absent:
-        extra = BACKENDS[config.backend][2]
-        raise UserError(f'{config.backend} is not installed here: pip install "semantica-diffusion[{extra}]"')
+    backend = BACKENDS[config.backend]
+    if backend.packages[0] in backend.missing():
+        raise UserError(f"{config.backend} is not installed here: {backend.install}")
     arch = architecture(config)
     check_precision(config.backend, bundle)
     out = engine_folder(bundle, config.backend, arch)

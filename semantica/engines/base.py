@@ -9,7 +9,7 @@ import numpy as np
 from semantica.condition import Condition
 from semantica.engines.bundle import Bundle
 from semantica.errors import UserError
-from semantica.sampling.loop import Bound
+from semantica.sampling.loop import Velocity
 
 Array = Any  # numpy.ndarray or torch.Tensor
 
@@ -73,7 +73,7 @@ class Engine(ABC):
         """
         return self.bind(condition)(z, logsnr)
 
-    def bind(self, condition: Condition) -> Bound:
+    def bind(self, condition: Condition) -> Velocity:
         """The engine for one condition, brought into the layout of its graph once. Raises as calling the engine."""
         batch = len(condition.emb)
         self.check("emb", condition.emb, batch)
