@@ -77,19 +77,19 @@ sanitize() {
   fi
   local program='
 import torch
-from semantica.benchmarks.verify import evaluate
-from semantica.kernels import cross_attention, group_norm
-from semantica.kernels.cases import CROSS_ATTENTION, GROUP_NORM, GroupNormCase
+from semantica.benchmarks.kernels.verify import evaluate
+from semantica.kernels import OPERATORS
+from semantica.kernels.group_norm.cases import GroupNormCase
 # beyond one tile: statistics in chunks, merged by the apply pass, and by a launch of their own
-split = {
-    f"{shape} {last}": GroupNormCase(shape, groups, channels_last=last)
+split = [
+    GroupNormCase(shape, groups, channels_last=last)
     for shape, groups in (((1, 64, 128, 128), 8), ((2, 30, 67, 129), 3), ((1, 8, 256, 256), 1))
     for last in (False, True)
-}
-for function, table in ((group_norm, GROUP_NORM | split), (cross_attention, CROSS_ATTENTION)):
-    for name, case in table.items():
+]
+for name, operator in OPERATORS.items():
+    for case in [*operator.cases.values(), *(split if name == "group_norm" else [])]:
         inputs = case.inputs(torch.bfloat16, "cuda")
-        evaluate(function, inputs, torch.ones_like(inputs["x" if function is group_norm else "q"]))
+        evaluate(operator.function, inputs, torch.ones_like(operator.output(case, torch.bfloat16), device="cuda"))
 torch.cuda.synchronize()'
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 280 compute-sanitizer --tool "$tool" --error-exitcode 9 \

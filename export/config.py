@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from semantica.errors import UserError
+from semantica.export.builders import BUILDERS
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class BuildConfig:
 
     bundle: Annotated[Path, tyro.conf.Positional]
     """Bundle folder made by `semantica export`."""
-    backend: Literal["tensorrt", "tensorrt-rtx", "inductor"]
+    backend: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(BUILDERS)}}}")]
     """What the engine is for."""
     arch: str = "auto"
     """GPU architecture to build for, such as sm_89; "auto" is the GPU, or for inductor the CPU, of this machine."""
@@ -54,7 +55,9 @@ class BuildConfig:
     """Smallest, usual and largest batch of one call (TensorRT); guidance takes two for each image."""
 
     def check(self) -> "BuildConfig":
-        """Raises `UserError` for impossible numbers."""
+        """Raises `UserError` for an unknown backend or impossible numbers."""
+        if self.backend not in BUILDERS:
+            raise UserError(f"--backend {self.backend}: expected one of {', '.join(BUILDERS)}")
         low, usual, high = self.batches
         if not 1 <= low <= usual <= high:
             raise UserError(f"--batches is {low} {usual} {high}: give smallest, usual and largest, from 1 up")

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from semantica.engines import load_engine
-from semantica.engines.bundle import CONDITION, DENOISE, FILES, MANIFEST, NULL, REFERENCE, WEIGHTS, entries
+from semantica.engines.bundle import CONDITION, DENOISE, FILES, MANIFEST, NULL, REFERENCE, WEIGHTS
 from semantica.errors import ArtifactError
 from semantica.export import locate, parity
 from semantica.export import onnx as graph
 from semantica.export.program import DTYPES, Captured, Denoise, Encode
 from semantica.export.reduced import Reduced, ReducedNetwork
+from semantica.files import entries
 
 # an activation this close to the type's largest number overflows on another picture
 LEAST_HEADROOM = 4.0

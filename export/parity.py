@@ -126,9 +126,12 @@ def save_problem(problem: Problem, path: Path) -> None:
     save_file({name: array.detach().contiguous() for name, array in arrays.items()}, path)
 
 
-def load_problem(bundle: Bundle, schedule: solvers.Schedule) -> Problem:
+def load_problem(bundle: Bundle) -> Problem:
     """What `save_problem` kept beside a bundle's graphs, with the inputs that it belongs to."""
     arrays, row = load_file(bundle.folder / REFERENCE), bundle.manifest["parity"]["onnxruntime"]
+    scheduler = bundle.manifest["model"]["scheduler"]
+    names = ("image_size", "reference", "logsnr_min", "logsnr_max")
+    schedule = solvers.Schedule(*(scheduler[name] for name in names))
     given = inputs(schedule, bundle.shapes["image"], row["levels"], row["steps"])
     blocks = range(bundle.shapes["blocks"])
     keys, values = (tuple(arrays[f"{kind}.{i}"] for i in blocks) for kind in "kv")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +9,10 @@ from pathlib import Path
 
 from semantica import __version__
 from semantica.engines import bundle
-from semantica.engines.bundle import CONDITION, DENOISE, FILES, MANIFEST, NULL, REFERENCE, WEIGHTS, entries
+from semantica.engines.bundle import CONDITION, DENOISE, FILES, MANIFEST, NULL, REFERENCE, WEIGHTS
 from semantica.errors import UserError
 from semantica.export.config import ExportConfig
+from semantica.files import entries, written
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -36,7 +36,7 @@ def export(config: ExportConfig) -> Path:
 
     pipeline = SemanticaPipeline.from_pretrained(config.model)
     began = time.perf_counter()
-    with aside(config.out) as folder:
+    with new_folder(config.out) as folder:
         captured = capture(pipeline.unet, pipeline.encoder, config.precision)
         manifest = describe(config, pipeline, captured)
         manifest |= write_graphs(captured, folder)
@@ -54,25 +54,19 @@ def export(config: ExportConfig) -> Path:
 
 
 @contextmanager
-def aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, and is gone after any failure.
+def new_folder(out: Path) -> Iterator[Path]:
+    """An empty folder that takes the name `out` at the end, and is gone after any failure.
 
     Raises:
         UserError: the place cannot be written to, or was taken meanwhile.
     """
-    folder = out.with_name(f".{out.name}.incomplete")
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        yield folder
-        # renaming would replace an empty folder
-        if out.exists():
-            raise UserError(f"{out} exists by now: choose another folder")
-        folder.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with written(out, existing="refuse") as folder:
+            folder.mkdir()
+            yield folder
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; give a place with room") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def describe(config: ExportConfig, pipeline, captured) -> dict:

@@ -57,16 +57,20 @@ def run(launches: Iterable[Launch]) -> None:
         launch.run()
 
 
+# files of launch settings by operator
+LADDERS: dict[str, Path] = {}
+
+
 @functools.cache
 def table(operator: str) -> dict[str, dict[str, list[dict]]]:
     """Launch settings of an operator by kernel, then by architecture ("default" for those not tuned): ladders of rows.
 
     Tuned offline and shipped: nothing is tuned at run time.
     """
-    return json.loads((Path(__file__).parent / operator / "ladder.json").read_text())
+    return json.loads(LADDERS[operator].read_text())
 
 
-# caches of what was planned with the tables
+# functions that remember what they planned with the tables
 _planned: list = []
 
 
@@ -86,14 +90,18 @@ def trial(operator: str, content: dict) -> Iterator[None]:
     def use(ladders: dict) -> None:
         used.clear()
         used.update(ladders)
-        for cached in _planned:
-            cached.cache_clear()
+        forget_plans()
 
     use(content)
     try:
         yield
     finally:
         use(shipped)
+
+
+def forget_plans() -> None:
+    for cached in _planned:
+        cached.cache_clear()
 
 
 # the architecture that is planned for without a GPU
@@ -103,18 +111,14 @@ _target: str | None = None
 @contextmanager
 def target(arch: str) -> Iterator[None]:
     """Plan with an architecture's own ladders where there is no such GPU, as to compile for it. For one thread."""
-    def use(name: str | None) -> None:
-        global _target
-        _target = name
-        for cached in _planned:
-            cached.cache_clear()
-
-    before = _target
-    use(arch)
+    global _target
+    before, _target = _target, arch
+    forget_plans()
     try:
         yield
     finally:
-        use(before)
+        _target = before
+        forget_plans()
 
 
 def settings(operator: str, kernel: str, width: int, device: torch.device) -> dict:

@@ -1,80 +1,140 @@
-"""Which implementation serves an operator on a device: what is registered with torch's dispatcher, and why."""
+"""The table of the operators: all that tests, benchmarks, compile-only, tuning and `semantica doctor` know of them."""
 
-import importlib
-from collections.abc import Callable, Iterator
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from semantica.kernels import launch
+from semantica.kernels.dispatch import PLAIN, REGISTERED, load
 
-# what the operators compute in
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DTYPES_NAMED = "one of float32, bfloat16, float16, float64"
-PLAIN = ("plain torch", "no fused kernel is registered for this device")
-# operator -> device -> (implementation, reason)
-SERVED: dict[str, dict[str, tuple[str, str]]] = {}
+DIRECTIONS = ("forward", "backward", "both")
+# files of an operator's folder that no implementation is made of
+DESCRIPTIVE = ("__init__", "cases", "specimens")
 
 
-def cpu_loops() -> str | None:
-    """The instruction set that the loops of `semantica._C` use here, or None where it is not built, or without them."""
-    try:
-        from semantica import _C
-    except ImportError:
-        return None
-    return _C.group_norm_targets()[0] if hasattr(_C, "group_norm_targets") else None
+class Case(ABC):
+    """One problem of an operator: a frozen dataclass of its sizes."""
+
+    # of the first input in memory
+    layout = "contiguous"
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """The sizes in words, as rows of results name them."""
+
+    @abstractmethod
+    def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """Keyword arguments of the operator; on "meta" shapes alone."""
+
+    @abstractmethod
+    def flops(self, direction: str) -> int:
+        """Floating-point operations of one of `DIRECTIONS`, a multiply-add counted as 2."""
+
+    def reread_bytes(self, dtype: torch.dtype, direction: str, cache: int) -> int:
+        """What a kernel that fuses everything reads again beside the least traffic, given the last cache's bytes."""
+        return 0
 
 
-def serve(
-    name: str, device: str, fits: Callable[[Tensor], bool], functions: dict[str, tuple], status: tuple[str, str]
-) -> None:
-    """Let fast functions serve an operator on a device; what they do not fit stays with plain torch.
+@dataclass(frozen=True)
+class Operator:
+    """One operator, as the table holds it.
 
-    Args:
-        name: of the operator.
-        device: "cpu" or "cuda".
-        fits: whether the functions can compute with this first argument.
-        functions: "module:function", imported at the first call so that importing the operators stays light, to the op
-            that it serves and the plain-torch function.
-        status: implementation and reason, for the user.
+    Attributes:
+        name: of its public function; rows of results and options of the command line use it.
+        function: the public function, in `op.py` of the operator's folder, or in the one file that is all of it.
+        reference: plain torch; takes what `Case.inputs` draws, and returns one tensor.
+        cases: what tests prove, by name.
+        timed: what benchmarks time, from the kind of device ("cpu", "cuda") and whether few and small ones will do; by
+            default `cases`.
+        flop_formulas: for `torch.utils.flop_counter`, by name of the `torch.library` op.
+        specimens: "module:function" that yields `(label, launches)` of every Triton kernel in every configuration, on
+            meta tensors: to be compiled. Empty without such kernels.
+        plans: "module:function" from the keyword arguments to functions that plan launches, for tuning.
     """
-    for fast, (op, plain) in functions.items():
-        op.register_kernel(device, chooser(fast, fits, plain))
-    SERVED.setdefault(name, {})[device] = status
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Tensor]
+    cases: Mapping[str, Case]
+    timed: Callable[[str, bool], Sequence[Case]] | None = None
+    flop_formulas: Mapping[str, Callable[..., int]] = field(default_factory=dict)
+    specimens: str = ""
+    plans: str = ""
+
+    @property
+    def implementations(self) -> dict[str, tuple[str, str]]:
+        """`{device: (implementation, reason)}`."""
+        return {"cpu": PLAIN, "cuda": PLAIN, **REGISTERED.get(self.name, {})}
+
+    @property
+    def ladder(self) -> Path:
+        """File of its launch settings; see `launch.table`."""
+        return Path(inspect.getfile(self.function)).with_name("ladder.json")
+
+    def sources(self, gpu: bool) -> list[Path]:
+        """Files that its implementations on GPUs, or on processors, are made of; `csrc` and launch settings apart."""
+        file = Path(inspect.getfile(self.function))
+        if file.stem != "op":
+            return [file]
+        if not gpu:
+            return [file, *file.parent.glob("cpu.py")]
+        files = [path for path in sorted(file.parent.glob("*.py")) if path.stem not in ("cpu", *DESCRIPTIVE)]
+        return [Path(launch.__file__), *files]
+
+    def output(self, case: Case, dtype: torch.dtype) -> Tensor:
+        """What the operator returns for a case, on the meta device."""
+        return self.function(**case.inputs(dtype, "meta"))
+
+    def flops(self, case: Case, direction: str) -> int:
+        """Floating-point operations, a multiply-add counted as 2."""
+        return case.flops(direction)
+
+    def bytes(self, case: Case, dtype: torch.dtype, direction: str) -> int:
+        """Least traffic: every floating-point input read once, every result written once."""
+        inputs = [v for v in case.inputs(dtype, "meta").values() if isinstance(v, Tensor) and v.is_floating_point()]
+        given, out = sum(v.nbytes for v in inputs), self.output(case, dtype).nbytes
+        forward, backward = given + out, 2 * given + out
+        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
-def chooser(fast: str, fits: Callable[[Tensor], bool], plain: Callable) -> Callable:
-    module, function = fast.split(":")
-
-    def choose(first: Tensor, *rest):
-        chosen = getattr(importlib.import_module(module), function) if fits(first) else plain
-        return chosen(first, *rest)
-
-    return choose
+OPERATORS: dict[str, Operator] = {}
 
 
-def serve_triton(name: str, fits: Callable[[Tensor], bool], functions: dict[str, tuple]) -> None:
-    """Register Triton kernels where Triton runs: on CUDA, or on the CPU under its interpreter."""
-    if launch.INTERPRETED:
-        status = ("Triton, interpreted", "TRITON_INTERPRET=1; what does not fit is computed in plain torch")
-    else:
-        status = ("Triton", "compiled at first use; fp64 in plain torch; these kernels have not yet run on a GPU")
-    if launch.DEVICE is not None:
-        serve(name, launch.DEVICE, fits, functions, status)
+def register_operator(operator: Operator) -> None:
+    """Add an operator to the table."""
+    assert operator.name not in OPERATORS, f"there is an operator {operator.name} already"
+    OPERATORS[operator.name] = operator
+    if operator.ladder.exists():
+        launch.LADDERS[operator.name] = operator.ladder
 
 
 def implementations() -> dict[str, dict[str, tuple[str, str]]]:
     """Which implementation each operator uses, and why: `{operator: {device: (implementation, reason)}}`."""
-    names = ("group_norm", "cross_attention")
-    return {name: {"cpu": PLAIN, "cuda": PLAIN, **SERVED.get(name, {})} for name in names}
+    return {name: operator.implementations for name, operator in OPERATORS.items()}
 
 
 def specimens() -> Iterator[tuple[str, list[launch.Launch]]]:
-    """`(name, launches)` of every shipped Triton kernel in every configuration, on meta tensors: to be compiled.
+    """`(name, launches)` of every Triton kernel in every configuration, on meta tensors: to be compiled.
 
     Raises:
         ImportError: Triton is not installed.
     """
-    for name, module in (("group_norm", "group_norm.forward"), ("cross_attention", "cross_attention.backward")):
-        for label, launches in importlib.import_module(f"semantica.kernels.{module}").specimens():
+    for name, operator in OPERATORS.items():
+        for label, launches in load(operator.specimens)() if operator.specimens else ():
             yield f"{name} {label}", launches
+
+
+def normal(
+    shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype, device: str, mean: float = 0.0
+) -> Tensor:
+    """Normal numbers, drawn in fp64 so that every dtype and device gets the same; on "meta" the shape alone."""
+    if device == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) + mean).to(device, dtype)

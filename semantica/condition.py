@@ -42,6 +42,10 @@ class Stream:
     pooled: Array | None = None
     lengths: Array | None = None
 
+    def map(self, function: Callable[[Array], Array]) -> "Stream":
+        """Apply a function to every array that there is, as for moving, casting or indexing along the batch."""
+        return Stream(*(None if a is None else function(a) for a in (self.tokens, self.pooled, self.lengths)))
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -14,14 +14,16 @@ import torch.nn.functional as F
 
 from semantica.benchmarks.harness import race as timing
 from semantica.benchmarks.kernels import verify
-from semantica.benchmarks.kernels.implementations import IMPLEMENTATIONS, Implementation
-from semantica.benchmarks.kernels.problems import Problem, reference
+from semantica.benchmarks.kernels.implementations import Implementation, implementations
+from semantica.benchmarks.kernels.problems import Problem
 from semantica.benchmarks.kernels.suite import Field, Replay, contender, returned
-from semantica.kernels.cases import CrossAttentionCase, GroupNormCase
+from semantica.kernels import OPERATORS
+from semantica.kernels.cross_attention.cases import CrossAttentionCase
+from semantica.kernels.group_norm.cases import GroupNormCase
 
 PROBLEM = Problem("group_norm", GroupNormCase((2, 16, 8, 8), 4, channels_last=True), torch.float32, "cpu")
 ATTENTION = Problem("cross_attention", CrossAttentionCase(2, 8, 2, 32, (5, 3), gates=True), torch.float32, "cpu")
-eager = reference("group_norm")
+eager = OPERATORS["group_norm"].reference
 FEW = timing.Protocol(warmup=1, least=5, most=5, seconds=0.0)
 
 
@@ -160,7 +162,7 @@ def test_memory_that_was_never_written_is_not_a_number():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_operators_and_eager_are_fair_in_every_direction(problem, dtype):
     problem = dataclasses.replace(problem, dtype=dtype)
-    entrants = [i for i in IMPLEMENTATIONS if i.op == problem.op and i.name in ("fused", "eager")]
+    entrants = [i for i in implementations(problem.op) if i.name in ("fused", "eager")]
     directions = ("forward", "backward", "both")
     field = Field(problem, entrants, directions)
     for direction in directions:
@@ -371,7 +373,7 @@ def test_adapters_compute_the_operators_from_what_rivals_offer(monkeypatch):
     for problem in cases:
         answers = verify.Answers.of(problem, gradients=True)
         rivals = [
-            i for i in IMPLEMENTATIONS if i.op == problem.op and i.name not in ("fused", "eager", "compile", "native")
+            i for i in implementations(problem.op) if i.name not in ("fused", "eager", "compile", "native")
         ]
         assert len(rivals) == 2
         for rival in rivals:
@@ -427,6 +429,6 @@ class TestOnGpu:
     def test_the_fused_operators_are_accurate_where_they_are_timed(self):
         for problem in (self.PROBLEM, dataclasses.replace(ATTENTION, device="cuda", dtype=torch.bfloat16)):
             answers = verify.Answers.of(problem, gradients=True)
-            fused = next(i for i in IMPLEMENTATIONS if i.op == problem.op and i.name == "fused")
+            fused = next(i for i in implementations(problem.op) if i.name == "fused")
             found = verify.verify(fused.load(), answers, gradients=True, leeway=fused.leeway)
             assert 0 < found.error < 0.1

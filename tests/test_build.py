@@ -13,8 +13,7 @@ import torch
 from semantica.cli import main
 from semantica.engines import load_engine, open_bundle
 from semantica.errors import ArtifactError
-from semantica.export import build as build_module
-from semantica.export.build import check_types, run_worker
+from semantica.export.builders.tensorrt import check_types, run_worker
 from semantica.export.config import ExportConfig
 from semantica.export.write import export
 from semantica.solvers import noise
@@ -96,7 +95,7 @@ def test_a_network_that_is_silently_fp32_is_an_error():
 
 def test_what_cannot_be_built_is_one_line_and_leaves_nothing(copy, capsys, monkeypatch):
     fp32, fp16 = copy("fp32"), copy("fp16")
-    monkeypatch.setattr(build_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["build", str(fp32), "--backend", "tensorrt-rtx"]) == 2
     assert 'not installed here: pip install "semantica-diffusion[tensorrt-rtx]"' in capsys.readouterr().err
     monkeypatch.undo()

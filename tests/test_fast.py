@@ -116,16 +116,20 @@ def test_both_branches_share_what_they_can():
     def watch(name):
         return lambda module, inputs: rows.setdefault(name, []).append(inputs[0].shape[0])
 
-    for name in ("downs.0.conv1", "blocks.0.attn.to_qkv", "blocks.1.attn.to_qkv", "ups.0.conv1", "ups.0.conv_skip"):
-        fast.get_submodule(name).register_forward_pre_hook(watch(name))
-    for block in fast.blocks:
-        block.cross.to_q.register_forward_pre_hook(watch("to_q"))
+    expected = {
+        "down_blocks.0.0.conv1": [3],
+        "transformer_blocks.0.attn.to_qkv": [3],
+        "transformer_blocks.0.cross.to_q": [3],
+        "transformer_blocks.1.attn.to_qkv": [6],
+        "transformer_blocks.1.cross.to_q": [3],
+        "up_blocks.1.0.conv1.own": [6],
+        "up_blocks.1.0.conv1.skip": [3],
+    }
+    for name in expected:
+        fast.net.get_submodule(name).register_forward_pre_hook(watch(name))
     with torch.no_grad():
         fast(noise(), fast.modulations(torch.zeros(1), condition, null)[0], torch.ones(3), branches)
-    assert rows == {
-        "downs.0.conv1": [3], "blocks.0.attn.to_qkv": [3], "to_q": [3, 3], "blocks.1.attn.to_qkv": [6],
-        "ups.0.conv1": [6], "ups.0.conv_skip": [3],
-    }  # fmt: skip
+    assert rows == expected
     # a pooled vector differs between the branches from the first block on
     unet = network("both")
     assert not FastDenoiser(unet, torch.float32).prepare(*conditions(unet)).shared

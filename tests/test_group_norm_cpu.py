@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from semantica import _C
 from semantica.kernels import group_norm, implementations
-from semantica.kernels.cases import GroupNormCase
+from semantica.kernels.group_norm.cases import GroupNormCase
 from semantica.kernels.group_norm.cpu import address, backward, dense, forward, shape
 from semantica.kernels.group_norm.op import backward_plain, forward_plain
 

@@ -10,9 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from semantica.benchmarks.kernels.compile_only import INSTRUCTION, compile_launch, disassemble, variant  # noqa: E402
 from semantica.kernels import launch as launching  # noqa: E402
-from semantica.kernels.group_norm import backward as group_norm_triton_backward
-from semantica.kernels.group_norm import forward as group_norm_triton
-from semantica.kernels.group_norm import tiles as group_norm_tiles  # noqa: E402
+from semantica.kernels.group_norm import backward, forward, specimens, tiles  # noqa: E402
 
 # kernels that move x or y: by how many tensors they read of its size
 READS = {"resident": 1, "partial": 1, "apply": 1, "resident_backward": 2, "partial_backward": 2, "apply_backward": 2}
@@ -57,7 +55,7 @@ def aligned(launch):
 def planned(wanted):
     """Label and launch of the specimens whose labels contain the given words, each program once."""
     seen = set()
-    for label, launches in group_norm_triton.specimens():
+    for label, launches in specimens.specimens():
         for launch in launches if wanted in label else ():
             key = variant(launch)
             if key not in seen:
@@ -104,11 +102,10 @@ def test_specimens_cover_every_ladder_row(monkeypatch):
         used.add((kernel, row["width"]))
         return row
 
-    for cut in (group_norm_tiles.split, group_norm_tiles.resident):
-        cut.cache_clear()
-    for module in (group_norm_triton, group_norm_triton_backward, group_norm_tiles):
+    launching.forget_plans()
+    for module in (forward, backward, tiles):
         monkeypatch.setattr(module, "settings", settings)
-    names = {name_of(planned) for _, launches in group_norm_triton.specimens() for planned in launches}
+    names = {name_of(planned) for _, launches in specimens.specimens() for planned in launches}
     ladders = launching.table("group_norm")
     assert names == set(ladders)
     assert used == {(kernel, row["width"]) for kernel in ladders for row in ladders[kernel]["default"]}
@@ -117,8 +114,8 @@ def test_specimens_cover_every_ladder_row(monkeypatch):
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
 def test_a_tracer_sees_every_kernel(mode):
     def both(x, weight, scale):
-        y, mean, rstd = group_norm_triton.forward(x, 4, weight, weight, scale, None, "silu", 1e-5)
-        return y, *group_norm_triton.backward(y, x, mean, rstd, 4, weight, weight, scale, None, "silu")
+        y, mean, rstd = forward.forward(x, 4, weight, weight, scale, None, "silu", 1e-5)
+        return y, *backward.backward(y, x, mean, rstd, 4, weight, weight, scale, None, "silu")
 
     inputs = torch.randn(2, 8, 128, 128), torch.randn(8), torch.randn(2, 8)
     nodes = make_fx(both, tracing_mode=mode)(*inputs).graph.nodes

@@ -7,8 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semantica.kernels import cross_attention, cross_attention_ref, group_norm, group_norm_ref, implementations
-from semantica.kernels.cases import CROSS_ATTENTION, GROUP_NORM, CrossAttentionCase, GroupNormCase
+from semantica.kernels import OPERATORS, cross_attention, group_norm, group_norm_ref, implementations
+from semantica.kernels.cross_attention.cases import CASES as CROSS_ATTENTION
+from semantica.kernels.cross_attention.cases import CrossAttentionCase
+from semantica.kernels.group_norm.cases import CASES as GROUP_NORM
+from semantica.kernels.group_norm.cases import GroupNormCase
 
 ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -17,7 +20,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])]
 
 
 def group_norm_exact(x, groups, weight, bias, scale, shift, activation, eps=1e-5):
-    """From the definition, without torch's own norm."""
+    """From the definition, without torch's own norm; laid out as x."""
     grouped = x.reshape(x.shape[0], groups, -1)
     mean = grouped.mean(-1, keepdim=True)
     variance = (grouped - mean).square().mean(-1, keepdim=True)
@@ -25,7 +28,7 @@ def group_norm_exact(x, groups, weight, bias, scale, shift, activation, eps=1e-5
     y = y * weight[:, None] + bias[:, None]
     if scale is not None:
         y = y * (1 + scale[:, :, None]) + shift[:, :, None]
-    return (y / (1 + (-y).exp()) if activation == "silu" else y).reshape(x.shape)
+    return torch.empty_like(x).copy_((y / (1 + (-y).exp()) if activation == "silu" else y).reshape(x.shape))
 
 
 def cross_attention_exact(q, k, v, sizes, lengths, gates, q_weight, return_lse=False):
@@ -102,34 +105,35 @@ def assert_accurate(actual, eager, truth, dtype, ulps=1):
         assert actual[name].dtype == eager[name].dtype
 
 
+# operator, the definition it is held to, and what makes a function of both that is compared
+FORMS = {
+    "group_norm": ("group_norm", group_norm_exact, lambda function: function),
+    "cross_attention": ("cross_attention", cross_attention_exact, lambda function: function),
+    "cross_attention with lse": ("cross_attention", cross_attention_exact, with_lse),
+}
+PROVEN = [(form, name) for form, (op, *_) in FORMS.items() for name in OPERATORS[op].cases]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", GROUP_NORM)
-def test_group_norm_and_gradients_are_accurate(name, dtype, device):
-    inputs = GROUP_NORM[name].inputs(dtype, device)
-    eager_inputs = {**inputs, "x": inputs["x"].contiguous(), "eps": 1e-5}
-    actual, eager = run(group_norm, inputs, dtype), run(group_norm_ref, eager_inputs, dtype)
-    truth = run(group_norm_exact, widen(inputs), dtype)
-    assert actual["out"].stride() == torch.empty_like(inputs["x"]).stride()
+@pytest.mark.parametrize("form, name", PROVEN)
+def test_values_and_gradients_are_accurate(form, name, dtype, device):
+    op, exact, wrap = FORMS[form]
+    operator = OPERATORS[op]
+    inputs = operator.cases[name].inputs(dtype, device)
+    contiguous = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    actual, eager = run(wrap(operator.function), inputs, dtype), run(wrap(operator.reference), contiguous, dtype)
+    truth = run(wrap(exact), widen(inputs), dtype)
+    assert actual["out"].stride() == truth["out"].stride()
     assert_accurate(actual, eager, truth, dtype)
     if device == "cuda":
         # no atomics and a fixed order of sums: the same bits again
-        again = run(group_norm, inputs, dtype)
+        again = run(wrap(operator.function), inputs, dtype)
         assert all(torch.equal(actual[name], again[name]) for name in actual)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CROSS_ATTENTION)
-def test_cross_attention_and_gradients_are_accurate(name, dtype, device):
-    inputs = CROSS_ATTENTION[name].inputs(dtype, device)
-    contiguous = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    for wrap in (lambda function: function, with_lse):
-        actual, eager = run(wrap(cross_attention), inputs, dtype), run(wrap(cross_attention_ref), contiguous, dtype)
-        assert_accurate(actual, eager, run(wrap(cross_attention_exact), widen(inputs), dtype), dtype)
-        if device == "cuda":
-            again = run(wrap(cross_attention), inputs, dtype)
-            assert all(torch.equal(actual[name], again[name]) for name in actual)
+def test_every_operator_is_held_to_its_definition():
+    assert {op for op, *_ in FORMS.values()} == set(OPERATORS)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -257,17 +261,15 @@ def test_the_operators_compile_whole_with_gradients():
         assert a.stride() == e.stride()
 
 
-def test_inputs_are_left_alone_and_autocast_changes_nothing():
-    inputs = GROUP_NORM["tiny"].inputs(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_inputs_are_left_alone_and_autocast_changes_nothing(operator, dtype):
+    inputs = operator.cases["tiny"].inputs(dtype)
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    plain = group_norm(**inputs)
+    plain = operator.function(**inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(group_norm(**inputs), plain)
+        assert torch.equal(operator.function(**inputs), plain)
     assert all(torch.equal(inputs[k], v) for k, v in before.items())
-    inputs = CROSS_ATTENTION["tiny"].inputs(torch.float32)
-    plain = cross_attention(**inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(cross_attention(**inputs), plain)
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)])
@@ -316,5 +318,5 @@ def test_wrong_arguments_are_named():
 
 def test_implementations_names_every_operator_on_every_device():
     table = implementations()
-    assert set(table) == {"group_norm", "cross_attention"}
+    assert list(table) == ["group_norm", "cross_attention"] == list(OPERATORS)
     assert all(set(devices) == {"cpu", "cuda"} and all(map(all, devices.values())) for devices in table.values())

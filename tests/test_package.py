@@ -59,7 +59,7 @@ def pip(*arguments: str, **env: str) -> str:
 
 def modules(folder: Path, package: str) -> set[str]:
     """The paths that the Python files and launch tables of a source folder have in a wheel."""
-    tables = folder.glob("*.json") if folder.name == "kernels" else ()
+    tables = folder.glob("*/ladder.json") if folder.name == "kernels" else ()
     files = (path.relative_to(folder) for path in (*folder.rglob("*.py"), *tables))
     return {f"{package.replace('.', '/')}/{path.as_posix()}" for path in files}
 
@@ -302,7 +302,7 @@ from transformers import CLIPVisionModelWithProjection, Dinov2Model, SiglipVisio
 print(is_kernels_available(), transformers.utils.is_kernels_available())
 # somebody has imported the folder by that name: its operators must not have been registered a second time
 import kernels, semantica.kernels
-print(kernels.group_norm is semantica.kernels.group_norm.op)
+print(kernels.group_norm is semantica.kernels.group_norm)
 """,
         cwd=ROOT,
     )

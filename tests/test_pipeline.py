@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from semantica import SemanticaPipeline, SemanticaScheduler, UserError, UViT, ViTEncoder
-from semantica.runfolder import check_run
+from semantica.pipelines.runfolder import check_run
 from semantica.sampling.guidance import Guided
 from semantica.sampling.loop import sample
 from semantica.sampling.settings import Sampling

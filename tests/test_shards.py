@@ -141,13 +141,14 @@ def test_several_conditions_are_different_while_there_are_enough(shards):
 
 
 def test_several_conditions_are_one_longer_stream():
-    from semantica.model.encoders import ViTEncoder, encode_images
+    from semantica.model.conditioner import encode_one
+    from semantica.model.encoders import ViTEncoder
 
     torch.manual_seed(0)
     encoder = ViTEncoder(image_size=16, patch_size=4, width=32, depth=1, heads=1).eval()
     images = torch.randn(2, 3, 3, 16, 16)
     with torch.no_grad():
-        stream, each = encode_images(encoder, images), [encoder(images[:, k]) for k in range(3)]
+        stream, each = encode_one(encoder, images), [encoder(images[:, k]) for k in range(3)]
     assert torch.allclose(stream.tokens, torch.cat([s.tokens for s in each], 1), atol=1e-5)
     assert torch.allclose(stream.pooled, sum(s.pooled for s in each) / 3, atol=1e-5)
 

@@ -1,7 +1,7 @@
 """The loss of one batch, as a module that can be compiled in place."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from semantica.condition import Stream
 from semantica.diffusion import add_noise, loss_weight, multiscale_loss, noise_levels, v_target
-from semantica.model.encoders import EncoderBlock, PretrainedEncoder, encode_images
+from semantica.inputs import Prepared
+from semantica.model.conditioner import encodings, fill, picture_input
+from semantica.model.encoders import ENCODERS
 from semantica.model.layers import ResBlock, TransformerBlock
 from semantica.model.uvit import UViT
+from semantica.model.vit import EncoderBlock
 from semantica.train.repa import RepaHead, last_patches, patch_tokens
 
 REPEATED = (TransformerBlock, ResBlock, EncoderBlock)
@@ -28,8 +31,8 @@ def compile_in_place(module: nn.Module, scope: Literal["blocks", "network"] = "b
     for block in repeated(module):
         block.compile(fullgraph=True)
     for encoder in module.modules():
-        if isinstance(encoder, PretrainedEncoder):
-            for layer in encoder.layers:
+        if isinstance(encoder, tuple(ENCODERS.values())):
+            for layer in getattr(encoder, "layers", ()):
                 layer.compile(fullgraph=True)
 
 
@@ -85,7 +88,8 @@ class Objective(nn.Module):
 
     Args:
         unet: the denoiser.
-        encoder: turns condition images into a stream. A frozen encoder without gradients runs inside all the same.
+        encoder: turns condition images into the stream of every name, or a `Conditioner`: an encoder for each stream.
+            A frozen encoder without gradients runs inside all the same.
         loss: weight of the noise levels, see `semantica.diffusion.loss_weight`.
         scales: sides of the multi-scale loss; empty for the full size only.
         head: gives the contrastive loss too, for an encoder that is trained along.
@@ -112,7 +116,7 @@ class Objective(nn.Module):
 
     def forward(
         self,
-        condition: Tensor | Stream,
+        condition: Prepared | Mapping[str, Prepared],
         target: Tensor,
         noise: Tensor,
         logsnr: Tensor,
@@ -121,17 +125,15 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Denoising loss `[B]`, contrastive loss `[B]` where there is a head, alignment loss `[B]` where there is repa.
 
-        Images are `[B, 3, S, S]`, conditions also `[B, K, 3, S, S]` or a stream that was encoded before, noise levels
-        `[B]`; `drop` `[B]` says which samples get no condition; `target_tokens` `[B, M, D]` are the stored tokens of
-        the targets.
+        Images are `[B, 3, S, S]`, conditions also `[B, K, 3, S, S]` or a stream that was encoded before, and
+        `{stream name: prepared values}` for a `Conditioner`; noise levels `[B]`; `drop` `[B]` says which samples get no
+        condition; `target_tokens` `[B, M, D]` are the stored tokens of the targets.
         """
         if isinstance(condition, Stream):
             # stored as fp16
-            stream = Stream(condition.tokens.float(), condition.pooled.float())
-        else:
-            stream = encode_images(self.encoder, condition)
-        names = self.unet.stream_names
-        values = self.unet.condition({name: Stream(stream.tokens, stream.pooled) for name in names}, drop)
+            condition = Stream(condition.tokens.float(), condition.pooled.float())
+        made = encodings(self.encoder, condition)
+        values = self.unet.condition(fill(self.unet.stream_names, made), drop)
         z, aligned = add_noise(target, noise, logsnr), None
         if self.repa is None:
             v = self.unet(z, logsnr, values)
@@ -144,7 +146,10 @@ class Objective(nn.Module):
             aligned = self.repa(states, tokens)
         weight = loss_weight(logsnr, self.loss, self.bias)
         losses = multiscale_loss(v.float(), v_target(target, noise, logsnr), weight, self.scales)
-        pairing = None if self.head is None else self.head(stream.pooled, self.encoder(target).pooled)
+        pairing = None
+        if self.head is not None:
+            name, pictures = picture_input(self.encoder)
+            pairing = self.head(made[name].pooled, pictures(target).pooled)
         return losses, pairing, aligned
 
 
@@ -168,8 +173,10 @@ def held_out_loss(objective: Objective, batches: list[dict], schedule, autocast)
     return {name: total / count for name, total in sums.items()}
 
 
-def take(condition: Tensor | Stream, index: Tensor) -> Tensor | Stream:
+def take(condition: Prepared | Mapping[str, Prepared], index: Tensor) -> Prepared | dict[str, Prepared]:
     """Some samples of a batch of conditions."""
+    if isinstance(condition, Mapping):
+        return {name: take(value, index) for name, value in condition.items()}
     if isinstance(condition, Stream):
-        return Stream(condition.tokens[index], condition.pooled[index])
+        return condition.map(lambda array: array[index])
     return condition[index]

@@ -62,13 +62,13 @@ def kernels(config: KernelsConfig) -> int:
     need("pytest", "pytest_benchmark")
 
     from semantica.benchmarks.kernels import suite as suite_kernels
-    from semantica.benchmarks.kernels.problems import OPS
+    from semantica.kernels import OPERATORS
 
     part = re.fullmatch(r"(\d+)/(\d+)", config.part)
     if not part or not 1 <= int(part[1]) <= int(part[2]):
         raise UserError(f"--part {config.part!r}: give K/N with 1 <= K <= N, such as 1/3")
     plan = suite_kernels.Plan(
-        ops=list(OPS) if config.op == "all" else [config.op],
+        ops=list(OPERATORS) if config.op == "all" else [config.op],
         words=config.filter.split(),
         device=device_kind(config.device),
         directions=config.direction,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 from semantica.errors import UserError
-from semantica.kernels.launch import AVAILABLE, INTERPRETED, Launch, table, target
+from semantica.kernels.launch import AVAILABLE, INTERPRETED, LADDERS, Launch, table, target
 
 SHIPPED = "semantica.kernels:specimens"
 
@@ -234,7 +234,7 @@ def specimens(sources: tuple[str, ...], arch: str) -> list[tuple[str, Launch]]:
 
 def ladders_of(arch: str) -> str:
     """The architecture where it has ladders of its own, else "default", which is planned once for all others."""
-    tables = (table(op) for op in ("group_norm", "cross_attention"))
+    tables = map(table, LADDERS)
     return arch if any(arch in ladders for content in tables for ladders in content.values()) else "default"
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semantica.benchmarks.kernels.compile_only import resolve
-from semantica.benchmarks.kernels.problems import Problem, reference
+from semantica.benchmarks.kernels.problems import Problem
+from semantica.kernels import OPERATORS
 from semantica.kernels.cross_attention.op import RMS_EPS
 from semantica.kernels.group_norm.op import per_channel
 
@@ -52,22 +53,6 @@ def finish(y: Tensor, scale: Tensor | None, shift: Tensor | None, activation: st
     if scale is not None:
         y = y * (1 + per_channel(scale, y)) + per_channel(shift, y)
     return F.silu(y) if activation == "silu" else y
-
-
-def group_norm_fused() -> Callable:
-    from semantica.kernels import group_norm
-
-    return group_norm
-
-
-def cross_attention_fused() -> Callable:
-    from semantica.kernels import cross_attention
-
-    return cross_attention
-
-
-def compiled(function: Callable) -> Callable[[], Callable]:
-    return lambda: torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def liger() -> Callable:
@@ -127,19 +112,29 @@ def half_on_gpu(problem: Problem) -> bool:
     return on_gpu(problem) and problem.dtype in HALF and problem.case.lengths is None
 
 
-IMPLEMENTATIONS = (
-    Implementation("fused", "group_norm", group_norm_fused, leeway=OWN_LEEWAY),
-    Implementation("eager", "group_norm", lambda: reference("group_norm")),
-    Implementation("compile", "group_norm", compiled(reference("group_norm")), compiled=True),
+# what else computes an operator
+RIVALS = [
     Implementation("native", "group_norm", lambda: group_norm_native, lambda p: p.case.channels_last),
     Implementation("liger", "group_norm", liger, lambda p: on_gpu(p) and not p.case.channels_last),
     Implementation("apex", "group_norm", apex, lambda p: on_gpu(p) and p.case.channels_last and len(p.case.shape) == 4),
-    Implementation("fused", "cross_attention", cross_attention_fused, leeway=OWN_LEEWAY),
-    Implementation("eager", "cross_attention", lambda: reference("cross_attention")),
-    Implementation("compile", "cross_attention", compiled(reference("cross_attention")), compiled=True),
     Implementation("flash-attn", "cross_attention", flash_attn, half_on_gpu),
     Implementation("xformers", "cross_attention", xformers, lambda p: on_gpu(p) and p.case.lengths is None),
-)
+]
+
+
+def implementations(op: str) -> list[Implementation]:
+    """The fused operator, its reference, that compiled, and the rivals."""
+    operator = OPERATORS[op]
+
+    def compiled() -> Callable[..., Tensor]:
+        return torch.compile(operator.reference, fullgraph=True, dynamic=False)
+
+    return [
+        Implementation("fused", op, lambda: operator.function, leeway=OWN_LEEWAY),
+        Implementation("eager", op, lambda: operator.reference),
+        Implementation("compile", op, compiled, compiled=True),
+        *(rival for rival in RIVALS if rival.op == op),
+    ]
 
 
 def available(ops: list[str], device: str, own: tuple[str, ...]) -> tuple[list[Implementation], dict[str, str]]:
@@ -150,9 +145,7 @@ def available(ops: list[str], device: str, own: tuple[str, ...]) -> tuple[list[I
         UserError: one of the user's own functions cannot be imported.
     """
     present, absent = [], {}
-    for implementation in IMPLEMENTATIONS:
-        if implementation.op not in ops:
-            continue
+    for implementation in (one for op in OPERATORS if op in ops for one in implementations(op)):
         try:
             implementation.load()
             present.append(implementation)

@@ -20,7 +20,7 @@ from semantica import kernels
 from semantica.benchmarks.harness import race as timing
 from semantica.benchmarks.harness.store import Replay, environment, kernel_hash
 from semantica.benchmarks.kernels.implementations import Implementation, available
-from semantica.benchmarks.kernels.problems import OPS, Problem, problems
+from semantica.benchmarks.kernels.problems import Problem, problems
 from semantica.benchmarks.kernels.verify import (
     CONTENTS,
     Accuracy,
@@ -42,7 +42,7 @@ SETS = 3
 class Plan:
     """What to run, and, as a plugin of pytest, what came of it."""
 
-    ops: list[str] = field(default_factory=lambda: list(OPS))
+    ops: list[str] = field(default_factory=lambda: list(kernels.OPERATORS))
     words: list[str] = field(default_factory=list)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     directions: tuple[str, ...] = ("forward", "backward")

@@ -14,10 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from semantica.benchmarks.harness.race import QUICK, CudaClock, race
 from semantica.benchmarks.harness.suite import show, write
+from semantica.benchmarks.kernels.implementations import implementations
+from semantica.benchmarks.kernels.problems import problems
 from semantica.benchmarks.kernels.tune_command import TuneConfig
+from semantica.benchmarks.kernels.verify import Answers, Wrong, verify
 from semantica.errors import ArtifactError, UserError
-from semantica.kernels import launch
+from semantica.kernels import OPERATORS, launch
+from semantica.kernels.dispatch import load
 from semantica.kernels.launch import Launch
 
 # what a field may be: a power of two between these, or for stages any number
@@ -149,43 +156,17 @@ def dump(table: dict) -> str:
 
 def plans_of(op: str) -> list[Plan]:
     """Forward and backward of every problem of the benchmarks, on the GPU; inputs are drawn once."""
-    import torch
-
-    from semantica.benchmarks.kernels.problems import problems
-
-    found = []
-    for problem in problems("cuda", quick=False):
-        if problem.op != op:
-            continue
-        inputs = problem.inputs(seed=0)
-        if op == "group_norm":
-            from semantica.kernels.group_norm import forward as kernels
-
-            film = [inputs[name] for name in ("scale", "shift")]
-            rest = inputs["groups"], inputs["weight"], inputs["bias"], *film, inputs["activation"]
-            x = inputs["x"]
-            y, mean, rstd = kernels.forward(x, *rest, 1e-5)
-            dy = torch.randn_like(y)
-            found.append(lambda x=x, rest=rest: kernels.plan_forward(x, *rest, 1e-5)[0])
-            given = dy, x, mean, rstd, *rest
-            found.append(lambda given=given: kernels.plan_backward(*given)[0])
-        else:
-            from semantica.kernels.cross_attention import backward as back
-            from semantica.kernels.cross_attention import forward as ahead
-
-            q, k, v, sizes = (inputs[name] for name in ("q", "k", "v", "sizes"))
-            rest = list(sizes), *(inputs[name] for name in ("lengths", "gates", "q_weight"))
-            o, lse = ahead.forward(q, k, v, *rest)
-            do = torch.randn_like(o)
-            found.append(lambda given=(q, k, v, *rest): ahead.plan_forward(*given)[0])
-            found.append(lambda given=(do, q, k, v, o, lse, None, *rest): back.plan_backward(*given)[0])
-    return found
+    plans = load(OPERATORS[op].plans)
+    return [
+        plan
+        for problem in problems("cuda", quick=False)
+        if problem.op == op
+        for plan in plans(**problem.inputs(seed=0))
+    ]
 
 
 def device_timer() -> Timer:
     """Races plans on the GPU: median device time, L2 cold, calls of all in random order."""
-    from semantica.benchmarks.harness.race import QUICK, CudaClock, race
-
     clock = CudaClock()
 
     def timer(plans: list[list[Launch]]) -> list[float]:
@@ -209,15 +190,15 @@ def tune(config: TuneConfig) -> int:
     Raises:
         UserError: no NVIDIA GPU, no Triton, an unknown ladder, or impossible numbers.
     """
-    import torch
-
+    if config.op not in launch.LADDERS:
+        raise UserError(f"--op {config.op!r} has no launch table: choose one of {', '.join(launch.LADDERS)}")
     if unknown := [name for name in config.kernel if name not in launch.table(config.op)]:
         raise UserError(f"--kernel {unknown[0]!r}: {config.op} has {', '.join(launch.table(config.op))}")
     if not 0 <= config.margin < 1 or not config.seconds > 0:
         raise UserError(f"--margin {config.margin} and --seconds {config.seconds}: give a share below 1, and a time")
     if not torch.cuda.is_available() or launch.DEVICE != "cuda":
         raise UserError("bench tune needs an NVIDIA GPU and Triton: the table is made of times measured there")
-    path = config.out or Path(launch.__file__).parent / config.op / "ladder.json"
+    path = config.out or launch.LADDERS[config.op]
     begun = begun_table(path, config.op)
     arch = launch.architecture(torch.device("cuda"))
     deadline = time.monotonic() + config.seconds
@@ -262,11 +243,7 @@ def begun_table(path: Path, op: str) -> dict:
 
 def check(op: str) -> None:
     """Raises `ArtifactError` where the operator, as it is planned now, is not accurate on one of the problems."""
-    from semantica.benchmarks.kernels.implementations import IMPLEMENTATIONS
-    from semantica.benchmarks.kernels.problems import problems
-    from semantica.benchmarks.kernels.verify import Answers, Wrong, verify
-
-    fused = next(i for i in IMPLEMENTATIONS if i.op == op and i.name == "fused")
+    fused = next(i for i in implementations(op) if i.name == "fused")
     for problem in problems("cuda", quick=False):
         if problem.op == op:
             try:

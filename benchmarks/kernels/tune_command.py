@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
+
+import tyro
 
 
 @dataclass(frozen=True)
 class TuneConfig:
     """Tune the launch table of an operator on this machine's GPU."""
 
-    op: Literal["group_norm", "cross_attention"]
+    op: Annotated[str, tyro.conf.arg(metavar="NAME")]
+    """The operator, such as "group_norm"."""
     kernel: tuple[str, ...] = ()
     """Only these ladders, such as "apply"; by default all."""
     seconds: float = 360.0

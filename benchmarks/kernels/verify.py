@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from semantica.benchmarks.harness.process import Wrong
-from semantica.benchmarks.kernels.problems import Problem, reference
+from semantica.benchmarks.kernels.problems import Problem
 
 # two contents, so that no result can be right twice
 CONTENTS = 2
@@ -48,19 +48,18 @@ class Answers:
     @classmethod
     def of(cls, problem: Problem, gradients: bool) -> "Answers":
         inputs = [problem.inputs(seed) for seed in range(CONTENTS)]
+        out, reference = problem.operator.output(problem.case, problem.dtype), problem.operator.reference
         cotangents, truth, eager = [], [], []
         for seed, arguments in enumerate(inputs):
-            x = arguments["x" if problem.op == "group_norm" else "q"]
             g = torch.Generator().manual_seed(CONTENTS + seed)
-            draw = torch.randn(x.shape, generator=g, dtype=torch.float32).to(x.device, x.dtype)
-            # laid out as the output is: operators return the strides of x
-            cotangents.append(torch.empty_like(x).copy_(draw) if problem.op == "group_norm" else draw)
+            draw = torch.randn(out.shape, generator=g, dtype=torch.float32).to(problem.device, out.dtype)
+            # laid out as the output is
+            cotangents.append(torch.empty_like(out, device=problem.device).copy_(draw))
             wide = each(arguments, lambda t: t.double() if t.is_floating_point() else t)
             plain = each(arguments, lambda t: t.contiguous())
             back = cotangents[-1] if gradients else None
-            function = reference(problem.op)
-            truth.append(evaluate(function, wide, None if back is None else back.double()))
-            eager.append(evaluate(function, plain, None if back is None else back.contiguous()))
+            truth.append(evaluate(reference, wide, None if back is None else back.double()))
+            eager.append(evaluate(reference, plain, None if back is None else back.contiguous()))
         return cls(problem, inputs, cotangents, truth, eager)
 
     def judge(self, content: int, actual: dict[str, Tensor], leeway: float) -> Accuracy:

@@ -115,7 +115,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         UserError: data, run or pictures that cannot be used.
     """
     from semantica.device import pick_device
-    from semantica.runfolder import read_json
+    from semantica.files import read_json
     from semantica.train.data.folders import scan
 
     config.check()

@@ -6,7 +6,7 @@ import numpy as np
 
 from semantica.errors import UserError
 from semantica.model.presets import PRESETS, encoder_preset, preset
-from semantica.runfolder import check_run
+from semantica.pipelines.runfolder import check_run
 from semantica.solvers import noise
 
 # between tiny and small, for small machines: 64 pixels, 17 M parameters

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from semantica.benchmarks.harness.suite import cumulative
 from semantica.condition import Condition
 from semantica.kernels.group_norm.op import per_channel
-from semantica.model.fast import products
-from semantica.model.layers import CrossAttention, GroupNormAct, SelfAttention, rotate
+from semantica.model.attention import attend_by_products
+from semantica.model.layers import CrossAttention, CrossAttentionProcessor, GroupNormAct
 from semantica.model.uvit import UViT
 from semantica.pipelines.variations import SemanticaPipeline
 from semantica.solvers import guide
@@ -59,37 +59,12 @@ class StockNorm(nn.Module):
         return F.silu(y)
 
 
-class StockCross(nn.Module):
-    """Cross-attention to one stream, by PyTorch's attention or as two products."""
+class StockCross(CrossAttentionProcessor):
+    """Cross-attention to one stream by PyTorch's attention."""
 
-    def __init__(self, cross: CrossAttention, as_products: bool):
-        super().__init__()
-        self.heads, self.to_q, self.to_out, self.norm_q = cross.heads, cross.to_q, cross.to_out, cross.norm_q
-        self.to_kv, self.norm_k, self.attend = cross.to_kv, cross.norm_k, products if as_products else sdpa
-
-    keys_values = CrossAttention.keys_values
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, sizes, lengths) -> Tensor:
-        q = self.norm_q(self.to_q(x).unflatten(-1, (self.heads, -1)))
-        return self.to_out(self.attend(q, keys, values).flatten(2))
-
-
-class ProductAttention(nn.Module):
-    """Self-attention as two products."""
-
-    def __init__(self, attn: SelfAttention):
-        super().__init__()
-        self.heads, self.norm_q, self.norm_k = attn.heads, attn.norm_q, attn.norm_k
-        self.to_qkv, self.to_out = attn.to_qkv, attn.to_out
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = (rotate(norm(a), cos, sin) for norm, a in ((self.norm_q, q), (self.norm_k, k)))
-        return self.to_out(products(q, k, v).flatten(2))
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v))).transpose(1, 2)
+    def __call__(self, attn: CrossAttention, q: Tensor, keys: Tensor, values: Tensor, sizes, lengths) -> Tensor:
+        q, keys, values = (a.transpose(1, 2) for a in (attn.norm_q(q), keys, values))
+        return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2)
 
 
 def rebuild(unet: UViT, norm: bool = True, cross: bool = True, as_products: bool = False) -> UViT:
@@ -99,13 +74,13 @@ def rebuild(unet: UViT, norm: bool = True, cross: bool = True, as_products: bool
     """
     unet = copy.deepcopy(unet)
     for owner in list(unet.modules()):
+        if isinstance(owner, CrossAttention) and cross:
+            owner.processor = StockCross()
         for name, module in list(owner.named_children()):
             if isinstance(module, GroupNormAct) and norm:
                 setattr(owner, name, StockNorm(module))
-            elif isinstance(module, CrossAttention) and cross:
-                setattr(owner, name, StockCross(module, as_products))
-            elif isinstance(module, SelfAttention) and as_products:
-                setattr(owner, name, ProductAttention(module))
+    if as_products:
+        attend_by_products(unet)
     return unet
 
 

@@ -6,20 +6,38 @@ from typing import Any
 import torch
 
 from semantica.engines import Bundle, network
-from semantica.engines.inductor import PACKAGES
-from semantica.errors import ArtifactError
+from semantica.engines.inductor import PACKAGES, InductorEngine, architecture
+from semantica.errors import ArtifactError, UserError
+from semantica.export.builders import Builder
 from semantica.export.program import MAX_BATCH, capture, quiet
 
 
-def compile_packages(bundle: Bundle, folder: Path) -> dict[str, Any]:
-    """Compile both halves. Raises `ArtifactError` where the compiler fails."""
-    unet, encoder = network.build(bundle, torch.device("cpu"))
-    captured = capture(unet, encoder, bundle.precision)
-    for name, file in PACKAGES.items():
-        try:
-            with quiet(), torch.no_grad():
-                torch._inductor.aoti_compile_and_package(getattr(captured, name), package_path=str(folder / file))
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ArtifactError(f"inductor cannot compile {file} ({type(error).__name__}: {reason})") from error
-    return {"profile": {"min": 1, "opt": 2, "max": MAX_BATCH}, "backend_version": torch.__version__}
+class InductorBuilder(Builder):
+    def architecture(self, asked: str) -> str:
+        here = architecture()
+        if asked not in ("auto", here):
+            raise UserError(f"--arch {asked}: inductor compiles for this machine, {here}; leave --arch out")
+        return here
+
+    def check(self, bundle: Bundle) -> None:
+        if bundle.precision == "fp16":
+            raise UserError(f"{bundle.folder} is fp16, for which a CPU has no fast arithmetic: export fp32 or bf16")
+
+    def build(self, bundle: Bundle, arch: str, batches: tuple[int, int, int], folder: Path) -> dict[str, Any]:
+        unet, encoder = network.build(bundle, torch.device("cpu"))
+        captured = capture(unet, encoder, bundle.precision)
+        for name, file in PACKAGES.items():
+            try:
+                with quiet(), torch.no_grad():
+                    torch._inductor.aoti_compile_and_package(getattr(captured, name), package_path=str(folder / file))
+            except Exception as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ArtifactError(f"inductor cannot compile {file} ({type(error).__name__}: {reason})") from error
+        # a package takes any batch, whatever the usual one
+        return {"profile": {"min": 1, "opt": 2, "max": MAX_BATCH}, "backend_version": torch.__version__}
+
+    def load(self, bundle: Bundle, folder: Path, manifest: dict[str, Any]) -> InductorEngine:
+        return InductorEngine(bundle, folder, manifest)
+
+
+BUILDER = InductorBuilder()

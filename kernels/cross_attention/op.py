@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semantica.kernels import launch
-from semantica.kernels import registry as backends
+from semantica.kernels import dispatch, launch
 
 HEAD_DIMS = (32, 48, 64, 80, 96, 128)
 RMS_EPS = 1e-6
@@ -200,7 +199,7 @@ def backward(ctx, do, dlse):
 
 op.register_autograd(backward, setup_context=save)
 
-backends.serve_triton(
+dispatch.register_triton(
     "cross_attention",
     fused,
     {
@@ -251,8 +250,8 @@ def check(q, k, v, sizes, lengths, gates, q_weight):
     batch, _, heads, dim = q.shape
     if dim not in HEAD_DIMS:
         raise ValueError(f"q {tuple(q.shape)} has head dim {dim}: expected one of {', '.join(map(str, HEAD_DIMS))}")
-    if q.dtype not in backends.DTYPES:
-        raise ValueError(f"q has dtype {q.dtype}: expected {backends.DTYPES_NAMED}")
+    if q.dtype not in dispatch.DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}: expected {dispatch.DTYPES_NAMED}")
     if not isinstance(sizes, Sequence) or not all(isinstance(size, int | torch.SymInt) for size in sizes):
         raise ValueError(f"sizes={sizes!r}: expected a whole number for each stream")
     if not sizes or any(size < 1 for size in sizes) or k.ndim != 4 or sum(sizes) != k.shape[1]:

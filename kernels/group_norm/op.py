@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semantica.kernels import launch
-from semantica.kernels import registry as backends
+from semantica.kernels import dispatch, launch
 
 ACTIVATIONS = ("silu", "none")
 
@@ -21,7 +20,7 @@ def group_norm_ref(
     scale: Tensor | None,
     shift: Tensor | None,
     activation: str,
-    eps: float,
+    eps: float = 1e-5,
 ) -> Tensor:
     """Plain torch; what the operator means, and what an exporter decomposes it into."""
     # stock channels-last GroupNorm on CPU loses digits when |mean| >> std, the contiguous one does not
@@ -147,22 +146,27 @@ def backward(ctx, dy, *_):
 op.register_autograd(backward, setup_context=save)
 
 
-def serves(*dtypes: torch.dtype):
+def supports(*dtypes: torch.dtype):
     """Whether a first argument is of one of these types, and not empty."""
     return lambda first: first.dtype in dtypes and first.numel() > 0
 
 
-def functions(module: str) -> dict[str, tuple]:
-    module = f"semantica.kernels.group_norm.{module}"
-    return {f"{module}:forward": (op, forward_plain), f"{module}:backward": (op_backward, backward_plain)}
+def kernels(forward_module: str, backward_module: str) -> dict[str, tuple]:
+    package = "semantica.kernels.group_norm"
+    return {
+        f"{package}.{forward_module}:forward": (op, forward_plain),
+        f"{package}.{backward_module}:backward": (op_backward, backward_plain),
+    }
 
 
-backends.serve_triton(
-    "group_norm", serves(torch.float32, torch.float16, torch.bfloat16), functions("forward")
+dispatch.register_triton(
+    "group_norm", supports(torch.float32, torch.float16, torch.bfloat16), kernels("forward", "backward")
 )
-if launch.DEVICE != "cpu" and (instructions := backends.cpu_loops()):
+if launch.DEVICE != "cpu" and (instructions := dispatch.cpp_instructions()):
     status = ("C++", f"semantica._C with {instructions}; fp16 and fp64 in plain torch")
-    backends.serve("group_norm", "cpu", serves(torch.float32, torch.bfloat16), functions("cpu"), status)
+    dispatch.register_kernels(
+        "group_norm", "cpu", supports(torch.float32, torch.bfloat16), kernels("cpu", "cpu"), status
+    )
 
 
 def group_norm(
@@ -199,8 +203,8 @@ def group_norm(
 def check(x, groups, weight, bias, scale, shift, activation):
     if not 3 <= x.ndim <= 5:
         raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, C, *spatial] with 1 to 3 spatial dimensions")
-    if x.dtype not in backends.DTYPES:
-        raise ValueError(f"x has dtype {x.dtype}: expected {backends.DTYPES_NAMED}")
+    if x.dtype not in dispatch.DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}: expected {dispatch.DTYPES_NAMED}")
     if not isinstance(groups, int):
         raise ValueError(f"groups={groups!r}: expected a whole number")
     if groups < 1 or x.shape[1] % groups:

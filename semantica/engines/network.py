@@ -9,36 +9,33 @@ from semantica.device import pick_device
 from semantica.engines.base import Engine
 from semantica.engines.bundle import WEIGHTS, Bundle
 from semantica.errors import UserError
-from semantica.model.encoders import PretrainedEncoder, ViTEncoder
+from semantica.model.conditioner import encode, from_plain, placed
 from semantica.model.uvit import UViT
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ENCODERS = {"ViTEncoder": ViTEncoder, "PretrainedEncoder": PretrainedEncoder}
 
 
 def load(bundle: Bundle, backend: str, device: str) -> "TorchEngine":
     return TorchEngine(bundle, pick_device(device))
 
 
-def build(bundle: Bundle, device: torch.device) -> tuple[UViT, ViTEncoder | PretrainedEncoder]:
+def build(bundle: Bundle, device: torch.device) -> tuple[UViT, torch.nn.Module]:
     """The two networks of a bundle with its weights. Raises `UserError` where configuration and weights disagree."""
     model = bundle.manifest["model"]
     weights = load_file(bundle.folder / WEIGHTS)
-    made = []
-    for name, classes in (("unet", {"UViT": UViT}), ("encoder", ENCODERS)):
-        config = dict(model.get(name) or {})
-        kind = classes.get(config.pop("class", None))
-        if kind is None or "auto_map" in (config.get("vision") or {}):
-            raise UserError(f"{bundle.folder} asks for other code as its {name}: it is never loaded")
-        module = kind.from_config(config).eval().requires_grad_(False)
-        torch.nn.Module.to(module, DTYPES[bundle.precision])
+    settings = dict(model.get("unet") or {})
+    if settings.pop("class", None) != UViT.__name__:
+        raise UserError(f"{bundle.folder} asks for other code as its unet: it is never loaded")
+    made = UViT.from_config(settings), from_plain(model.get("encoder"), bundle.folder)
+    for name, module in zip(("unet", "encoder"), made):
+        torch.nn.Module.to(module.eval().requires_grad_(False), DTYPES[bundle.precision])
         part = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
         try:
             module.load_state_dict(part)
         except RuntimeError as error:
             raise UserError(f"{bundle.folder}: its weights do not fit its {name}: export the bundle again") from error
-        made.append(torch.nn.Module.to(module, device))
-    return tuple(made)
+        torch.nn.Module.to(module, device)
+    return made
 
 
 class TorchEngine(Engine):
@@ -56,8 +53,8 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Condition:
-        stream = self.encoder(images.to(self.unet.device, self.unet.dtype))
-        condition = self.unet.condition(dict.fromkeys(self.unet.stream_names, stream))
+        inputs = placed({"image": images}, self.unet.device, self.unet.dtype)
+        condition = self.unet.condition(encode(self.encoder, self.unet.stream_names, inputs))
         # without any condition there is one embedding for all
         return condition if len(condition.emb) == len(images) else condition.repeat(len(images))
 

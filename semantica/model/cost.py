@@ -8,22 +8,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from semantica.condition import Stream
+from semantica.kernels import OPERATORS
 from semantica.model.encoders import ViTEncoder
 from semantica.model.presets import PRESETS, encoder_preset, preset
 from semantica.model.uvit import UViT
 
-
-@register_flop_formula(torch.ops.semantica.cross_attention)
-def cross_attention_flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
-    """Two matrix products of 2 * N * M * D each, per sample and head."""
-    batch, queries, heads, dim = q_shape
-    return 4 * batch * heads * queries * k_shape[1] * dim
-
-
-@register_flop_formula(torch.ops.semantica.cross_attention_backward)
-def cross_attention_backward_flops(do_shape, q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
-    """Five matrix products: the scores again, dP, dQ, dK, dV."""
-    return 5 * cross_attention_flops(q_shape, k_shape) // 2
+for operator in OPERATORS.values():
+    for name, formula in operator.flop_formulas.items():
+        register_flop_formula(getattr(torch.ops.semantica, name))(formula)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -8,16 +8,16 @@ the precision changes results.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from semantica.condition import Condition
-from semantica.kernels import cross_attention, group_norm
-from semantica.model.layers import GroupNormAct, ResBlock, TransformerBlock, modulate, rotate
+from semantica.model.attention import attend_by_products
+from semantica.model.layers import GroupNormAct, ResBlock, TransformerBlock
 from semantica.model.uvit import UViT
 
 
@@ -45,10 +45,6 @@ class Branches:
 torch.export.register_dataclass(Branches)
 
 
-def normalise(x: Tensor, norm: GroupNormAct, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    return group_norm(x, norm.groups, norm.weight, norm.bias, scale, shift)
-
-
 def half(norm: GroupNormAct, part: slice) -> GroupNormAct:
     """A norm of half of the channels; a group never straddles, since their number is even."""
     own = copy.deepcopy(norm)
@@ -67,129 +63,107 @@ def part_of(conv: nn.Conv2d, part: slice, bias: bool) -> nn.Conv2d:
     return own
 
 
-def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b, b of the same batch or of one branch only."""
-    return a + b if a.shape[0] == b.shape[0] else (a.unflatten(0, (-1, b.shape[0])) + b).flatten(0, 1)
+class Apart(nn.Module):
+    """A layer for each of a pair: (own(x), skip(s))."""
+
+    def __init__(self, own: nn.Module, skip: nn.Module):
+        super().__init__()
+        self.own, self.skip = own, skip
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.own(pair[0]), self.skip(pair[1])
 
 
-class UpBlock(nn.Module):
-    """A residual block whose second half of input channels is a skip, convolved apart: one branch's is both's."""
+class Added(Apart):
+    """own(x) + skip(s), where s may be of one branch and x of both."""
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        a, b = super().forward(pair)
+        return a + b if a.shape[0] == b.shape[0] else (a.unflatten(0, (-1, b.shape[0])) + b).flatten(0, 1)
+
+
+class UpBlock(ResBlock):
+    """A residual block that convolves its skip apart from what comes from below: one branch's is both's."""
 
     def __init__(self, block: ResBlock):
-        super().__init__()
+        vars(self).update(vars(block))
         width = block.conv1.out_channels
         mine, skip = slice(0, width), slice(width, 2 * width)
-        self.norm1, self.norm_skip = half(block.norm1, mine), half(block.norm1, skip)
-        self.conv1, self.conv_skip = part_of(block.conv1, mine, True), part_of(block.conv1, skip, False)
-        self.shortcut = part_of(block.shortcut, mine, True)
-        self.shortcut_skip = part_of(block.shortcut, skip, False)
-        self.norm2, self.conv2 = block.norm2, block.conv2
+        self.norm1 = Apart(half(block.norm1, mine), half(block.norm1, skip))
+        for name in ("conv1", "shortcut"):
+            conv = getattr(block, name)
+            setattr(self, name, Added(part_of(conv, mine, bias=True), part_of(conv, skip, bias=False)))
 
-    def forward(self, x: Tensor, skip: Tensor, film: Tensor) -> Tensor:
-        h = add(self.conv1(normalise(x, self.norm1)), self.conv_skip(normalise(skip, self.norm_skip)))
-        h = self.conv2(normalise(h, self.norm2, *film.chunk(2, -1)))
-        return add(self.shortcut(x), self.shortcut_skip(skip)) + h
+    def join(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        return x, skip
 
 
-class DownBlock(nn.Module):
-    """A residual block with the modulation given."""
+class PartingBlock(TransformerBlock):
+    """A transformer block at whose cross-attention the branches of guidance part.
 
-    def __init__(self, block: ResBlock):
-        super().__init__()
-        self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
-
-    def forward(self, x: Tensor, film: Tensor) -> Tensor:
-        h = self.conv1(normalise(x, self.norm1))
-        return x + self.conv2(normalise(h, self.norm2, *film.chunk(2, -1)))
-
-
-def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for `[B, N, H, D]` as two matrix products.
-
-    For CPUs: PyTorch's fused bf16 attention runs at an eighth of their matrix rate where there is no AMX.
+    Its keys and values are those of the samples that attend. A third array is what cross-attention adds to the
+    unconditional branch, `[B, C]`, which then does not attend.
     """
-    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float().softmax(-1)
-    return (weights.to(v.dtype) @ v).transpose(1, 2)
-
-
-class Block(nn.Module):
-    """A transformer block with the modulation given, and with the branches parted at cross-attention."""
 
     def __init__(self, block: TransformerBlock):
-        super().__init__()
-        self.norm1, self.norm2, self.norm_cross = block.norm1, block.norm2, block.norm_cross
-        self.attn, self.cross, self.mlp = block.attn, block.cross, block.mlp
+        vars(self).update(vars(block))
 
-    def forward(self, x: Tensor, film: Tensor, rope: tuple[Tensor, Tensor], keys, values, constant, branches: Branches):
-        shift1, scale1, gate1, shift2, scale2, gate2 = film.chunk(6, -1)
-        x = x + gate1[:, None] * self.attend_self(modulate(self.norm1(x), shift1, scale1), rope)
-        if self.cross is not None:
-            rows = keys.shape[0]
-            if constant is None:
-                x = torch.cat((x, x)) if x.shape[0] < rows else x
-                x = x + self.attend_cross(x, keys, values, branches)
-            else:
-                own, other = x[:rows], x[-rows:]
-                own = own + self.attend_cross(own, keys, values, branches)
-                x = torch.cat((own, other + constant[:, None]))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+    def attend(
+        self, x: Tensor, keys_values: tuple[Tensor, ...], sizes: tuple[int, ...], lengths: Tensor | None
+    ) -> Tensor:
+        keys, values, *constant = keys_values
+        rows = keys.shape[0]
+        if constant:
+            own = super().attend(x[:rows], (keys, values), sizes, lengths)
+            return torch.cat((own, x[-rows:] + constant[0][:, None]))
+        return super().attend(torch.cat((x, x)) if x.shape[0] < rows else x, (keys, values), sizes, lengths)
 
-    def attend_self(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        attn = self.attn
-        q, k, v = attn.to_qkv(x).unflatten(-1, (3, attn.heads, -1)).unbind(2)
-        q, k = (rotate(norm(a), *rope) for norm, a in ((attn.norm_q, q), (attn.norm_k, k)))
-        if x.device.type == "cpu":
-            return attn.to_out(products(q, k, v).flatten(2))
-        return attn.to_out(dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend).flatten(2))
 
-    def attend_cross(self, x: Tensor, keys: Tensor, values: Tensor, branches: Branches) -> Tensor:
-        cross = self.cross
-        q = cross.to_q(self.norm_cross(x)).unflatten(-1, (cross.heads, -1))
-        if x.device.type == "cpu" and branches.lengths is None:
-            parts = zip(keys.split(branches.sizes, 1), values.split(branches.sizes, 1))
-            q = cross.norm_q(q)
-            o = sum(products(q, k, v) for k, v in parts)
-        else:
-            o = cross_attention(q, keys, values, branches.sizes, branches.lengths, q_weight=cross.norm_q.weight)
-        return cross.to_out(o.flatten(2))
+def rearrange(net: UViT) -> None:
+    """Put the blocks above in the places of the network's own, and matrix products in those of attention on a CPU."""
+    for level in net.up_blocks:
+        for i, block in enumerate(level):
+            level[i] = UpBlock(block)
+    for i, block in enumerate(net.transformer_blocks):
+        net.transformer_blocks[i] = PartingBlock(block)
+    if net.device.type == "cpu":
+        attend_by_products(net)
+
+
+def merge(projections: list[nn.Linear]) -> nn.Linear:
+    """One projection that gives the results of several, one after the other."""
+    made = nn.Linear(projections[0].in_features, sum(p.out_features for p in projections))
+    made.weight = nn.Parameter(torch.cat([p.weight for p in projections]))
+    made.bias = nn.Parameter(torch.cat([p.bias for p in projections]))
+    return made
 
 
 class FastDenoiser(nn.Module):
     """A `UViT` for sampling: v of both branches, joined by guidance, from prepared conditions and modulations.
 
     Args:
-        unet: is copied; its weights are cast to `dtype`, those of group norms kept in fp32.
+        unet: where sampling happens; is copied. Weights are cast to `dtype`, those of group norms kept in fp32.
         dtype: of weights and activations.
     """
 
     def __init__(self, unet: UViT, dtype: torch.dtype):
         super().__init__()
-        self.config = unet.config
         self.dtype = dtype
-        net = copy.deepcopy(unet).eval().requires_grad_(False)
-        self.use_tokens, self.use_global = net.use_tokens, net.use_global
-        self.embed_noise = net.embed_noise
-        self.conv_in, self.downsamplers, self.upsamplers = net.conv_in, net.downsamplers, net.upsamplers
-        downs = [block for level in net.down_blocks for block in level]
-        ups = [block for level in reversed(net.up_blocks) for block in level]
-        self.depths = tuple(len(level) for level in net.down_blocks)
-        self.downs, self.ups = nn.ModuleList(map(DownBlock, downs)), nn.ModuleList(map(UpBlock, ups))
-        self.blocks = nn.ModuleList(map(Block, net.transformer_blocks))
-        self.norm_out, self.conv_out = net.norm_out, net.conv_out
-        modulations = [b.film for b in (*downs, *ups)] + [b.modulation for b in net.transformer_blocks]
-        self.widths = tuple(m.out_features for m in modulations)
-        # one product gives all modulations; in the given precision, since it runs once
-        self.modulation = nn.Linear(modulations[0].in_features, sum(self.widths))
-        self.modulation.weight = nn.Parameter(torch.cat([m.weight for m in modulations]))
-        self.modulation.bias = nn.Parameter(torch.cat([m.bias for m in modulations]))
-        self.register_buffer("rope_cos", net.rope_cos, persistent=False)
-        self.register_buffer("rope_sin", net.rope_sin, persistent=False)
-        keep = {self.embed_noise, self.modulation}
-        for module in self.children():
-            if module not in keep:
+        self.net = net = copy.deepcopy(unet).eval()
+        rearrange(net)
+        down, inner, up = net.blocks
+        projections = [block.film for block in (*down, *up)] + [block.modulation for block in inner]
+        self.widths = tuple(projection.out_features for projection in projections)
+        # in the given precision, since it runs once for all steps
+        self.modulation = merge(projections)
+        for block in (*down, *up):
+            block.film = nn.Identity()
+        for block in inner:
+            block.modulation = nn.Identity()
+        for module in net.children():
+            if module is not net.embed_noise:
                 module.to(dtype=dtype, memory_format=torch.channels_last)
-        for module in self.modules():
+        for module in net.modules():
             if isinstance(module, GroupNormAct):
                 module.float()
         self.requires_grad_(False)
@@ -205,12 +179,13 @@ class FastDenoiser(nn.Module):
 
         count = 1 if null is None else 2
         constants = ()
-        shared = count == 2 and self.use_tokens and not self.use_global
-        if count == 2 and self.use_tokens:
+        shared = count == 2 and self.net.use_tokens and not self.net.use_global
+        if count == 2 and self.net.use_tokens:
             if null.lengths is None and all(size == 1 for size in null.sizes):
                 # one token per stream: the softmax is 1 and the output the sum of the values
                 constants = tuple(
-                    block.cross.to_out(v.sum(1).flatten(1).to(self.dtype)) for block, v in zip(self.blocks, null.values)
+                    block.cross.to_out(v.sum(1).flatten(1).to(self.dtype))
+                    for block, v in zip(self.net.transformer_blocks, null.values)
                 )
             else:
                 condition = condition.join(null)
@@ -219,11 +194,16 @@ class FastDenoiser(nn.Module):
 
     def modulations(self, logsnr: Tensor, condition: Condition, null: Condition | None) -> Tensor:
         """Modulations `[steps, R, sum of widths]` at noise levels `[steps]`; R = 1 where all samples have the same."""
-        noise = self.embed_noise(logsnr)[:, None]
-        if self.use_global:
+        noise = self.net.embed_noise(logsnr)[:, None]
+        if self.net.use_global:
             emb = condition.emb if null is None else torch.cat((condition.emb, null.emb))
             noise = noise + emb.to(noise.dtype)
         return self.modulation(F.silu(noise)).to(self.dtype)
+
+    def rows(self, modulation: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """A row of `modulations`, cut for each block: on the way down, on the way up, in the transformer."""
+        rows, levels = modulation.split(self.widths, -1), sum(self.net.config.depths)
+        return rows[:levels], rows[levels : 2 * levels], rows[2 * levels :]
 
     def forward(self, z: Tensor, modulation: Tensor, scales: Tensor, branches: Branches) -> Tensor:
         """v `[B, 3, S, S]` in fp32.
@@ -233,35 +213,19 @@ class FastDenoiser(nn.Module):
             modulation: `[R, sum of widths]`, a row of `modulations`.
             scales: `[3]`: alpha, 1 / sigma (bounded) and the guidance scale of this step.
         """
-        films = list(modulation.split(self.widths, -1))
-        x = self.conv_in(z.to(self.dtype))
+        x = self.net.conv_in(z.to(self.dtype))
         if branches.count == 2 and not branches.shared:
             x = torch.cat((x, x))
-
-        def film(x: Tensor) -> Tensor:
-            return films.pop(0).expand(x.shape[0], -1)
-
-        skips, blocks = [], iter(self.downs)
-        for depth, down in zip(self.depths, self.downsamplers):
-            for _ in range(depth):
-                x = next(blocks)(x, film(x))
-                skips.append(x)
-            x = down(F.avg_pool2d(x, 2))
-        ups = [films.pop(0) for _ in self.ups]
-        height, width = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)
-        rope = self.rope_cos, self.rope_sin
-        for i, block in enumerate(self.blocks):
-            kv = (branches.keys[i], branches.values[i]) if self.use_tokens else (None, None)
-            x = block(x, films.pop(0), rope, *kv, branches.constants[i] if branches.constants else None, branches)
-        x = x.transpose(1, 2).unflatten(2, (height, width))
-        blocks = iter(zip(self.ups, ups))
-        for depth, up in zip(reversed(self.depths), reversed(self.upsamplers)):
-            x = F.interpolate(up(x), scale_factor=2.0, mode="nearest")
-            for _ in range(depth):
-                block, row = next(blocks)
-                x = block(x, skips.pop(), row.expand(x.shape[0], -1))
-        x = F.pixel_shuffle(self.conv_out(normalise(x, self.norm_out)), self.config.patch_size).float()
+        down, up, inner = self.rows(modulation)
+        embs = (
+            *(row.expand(len(x), -1) for row in down),
+            *inner,
+            *(row.expand(branches.count * len(z), -1) for row in up),
+        )
+        arrays = [a for a in (branches.keys, branches.values, branches.constants) if a]
+        contexts = zip(*arrays) if arrays else [None] * len(inner)
+        x, _ = self.net.walk(x, iter(embs), contexts, branches.sizes, branches.lengths)
+        x = x.float()
         if branches.count == 2:
             own, other = x.chunk(2)
             x = other + scales[2] * (own - other)

@@ -76,7 +76,10 @@ class NoiseEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Convolutional residual block with FiLM on the second norm (simple diffusion, arXiv 2301.11093, fig. 8)."""
+    """Convolutional residual block with FiLM on the second norm (simple diffusion, arXiv 2301.11093, fig. 8).
+
+    With `nn.Identity` in the place of `film` it takes scale and shift themselves, `[B, 2 C]`, computed beforehand.
+    """
 
     def __init__(self, channels_in: int, channels: int, emb_dim: int, dropout: float):
         super().__init__()
@@ -92,6 +95,10 @@ class ResBlock(nn.Module):
         h = self.conv1(self.norm1(x))
         h = self.conv2(self.dropout(self.norm2(h, scale, shift)))
         return self.shortcut(x) + h
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        """What `forward` takes on the way up: x from below with a skip from the way down."""
+        return torch.cat([x, skip], 1)
 
 
 def rotary_grid(side_h: int, side_w: int, dim: int) -> Tensor:
@@ -121,8 +128,10 @@ class SelfAttentionProcessor:
     def __call__(self, attn: "SelfAttention", hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1)).unbind(2)  # each [B, N, H, D]
         q, k = (rotate(norm(a), cos, sin) for norm, a in ((attn.norm_q, q), (attn.norm_k, k)))
-        out = dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
-        return attn.to_out(out.flatten(2))
+        return attn.to_out(self.attend(q, k, v).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
 
 
 class SelfAttention(nn.Module, AttentionModuleMixin):
@@ -143,8 +152,26 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, cos, sin)
 
 
+class CrossAttentionProcessor:
+    """Runs cross-attention through the fused operator, which normalises the queries as well."""
+
+    def __call__(
+        self,
+        attn: "CrossAttention",
+        q: Tensor,  # [B, N, H, D]
+        keys: Tensor,  # [B, M, H, D]
+        values: Tensor,
+        sizes: tuple[int, ...],
+        lengths: Tensor | None,
+    ) -> Tensor:
+        return cross_attention(q, keys, values, sizes, lengths, q_weight=attn.norm_q.weight)
+
+
 class CrossAttention(nn.Module):
-    """Queries against keys and values that were computed beforehand: one projection per stream, one shared query."""
+    """Queries against keys and values that were computed beforehand: one projection per stream, one shared query.
+
+    processor: what computes the attention itself; another one is another implementation of the same.
+    """
 
     def __init__(self, dim: int, heads: int, stream_dims: tuple[int, ...]):
         super().__init__()
@@ -153,6 +180,7 @@ class CrossAttention(nn.Module):
         self.norm_k = nn.ModuleList(RMSNorm(dim // heads) for _ in stream_dims)
         self.to_q, self.to_out = nn.Linear(dim, dim, bias=False), zero(nn.Linear(dim, dim))
         self.to_kv = nn.ModuleList(nn.Linear(stream_dim, 2 * dim, bias=False) for stream_dim in stream_dims)
+        self.processor = CrossAttentionProcessor()
 
     def keys_values(self, tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Streams `[B, M_s, C_s]` to keys and values `[B, M, H, D]`, one stream after the other."""
@@ -169,7 +197,7 @@ class CrossAttention(nn.Module):
         q = self.to_q(x).unflatten(-1, (self.heads, -1))  # [B, N, H, D]
         # keys and values may come from another precision, a cache or a bundle
         keys, values = keys.to(q.dtype), values.to(q.dtype)
-        return self.to_out(cross_attention(q, keys, values, sizes, lengths, q_weight=self.norm_q.weight).flatten(2))
+        return self.to_out(self.processor(self, q, keys, values, sizes, lengths).flatten(2))
 
 
 class MLP(nn.Sequential):
@@ -180,7 +208,11 @@ class MLP(nn.Sequential):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, MLP; AdaLN-zero from the embedding around the first and the last."""
+    """Self-attention, cross-attention, MLP; AdaLN-zero from the embedding around the first and the last.
+
+    With `nn.Identity` in the place of `modulation` it takes the six shifts, scales and gates themselves, `[B, 6 C]`,
+    computed beforehand.
+    """
 
     def __init__(self, dim: int, heads: int, emb_dim: int, stream_dims: tuple[int, ...], dropout: float):
         super().__init__()
@@ -204,5 +236,11 @@ class TransformerBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb).to(x.dtype).chunk(6, -1)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), *rope)
         if self.cross is not None:
-            x = x + self.cross(self.norm_cross(x), *keys_values, sizes, lengths)
+            x = self.attend(x, keys_values, sizes, lengths)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+    def attend(
+        self, x: Tensor, keys_values: tuple[Tensor, Tensor], sizes: tuple[int, ...], lengths: Tensor | None
+    ) -> Tensor:
+        """Cross-attention, with x added."""
+        return x + self.cross(self.norm_cross(x), *keys_values, sizes, lengths)

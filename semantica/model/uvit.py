@@ -3,7 +3,8 @@
 simple diffusion (Hoogeboom et al., arXiv 2301.11093) with cross-attention to encoder tokens (arXiv 2405.14857).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -180,35 +181,68 @@ class UViT(ModelMixin, ConfigMixin):
             `hidden` also the hidden states `[B, N, C]` of the transformer's grid, row by row.
         """
         emb = F.silu(self.embed_noise(logsnr) + condition.emb)
+        keys_values = (
+            zip(condition.keys, condition.values) if self.use_tokens else [None] * len(self.transformer_blocks)
+        )
         # latents may stay fp32 in front of a network of half precision; under autocast this changes nothing
         x = self.conv_in(z.to(self.conv_in.weight.dtype))
-        run, skips = block_runner(self), []
+        x, states = self.walk(x, repeat(emb), keys_values, condition.sizes, condition.lengths, hidden)
+        # a narrow network cannot carry the noise of a patch through to v, but the image it can name
+        wide = torch.promote_types(z.dtype, torch.float32)
+        alpha, sigma = alpha_sigma(logsnr.to(wide)[:, None, None, None])
+        v = ((alpha * z.to(wide) - x.to(wide)) / sigma.clamp(min=SIGMA_MIN)).to(z.dtype)
+        return v if hidden is None else (v, states)
+
+    def walk(
+        self,
+        x: Tensor,
+        embs: Iterator[Tensor],
+        keys_values: Iterable[tuple[Tensor, ...] | None],
+        sizes: tuple[int, ...],
+        lengths: Tensor | None,
+        hidden: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Down, through the transformer, and up again: from what `conv_in` gives to an estimate of the image.
+
+        Args:
+            x: `[B, C, S / patch, S / patch]`.
+            embs: for each block, in the order of computation, what its forward takes: an activated embedding
+                `[B, E]`, or the modulation itself where its projection was taken out.
+            keys_values: for each transformer block, what its cross-attention takes.
+            sizes, lengths: as in `Condition`. hidden: as in `forward`.
+
+        Returns:
+            The image `[B, 3, S, S]`, and the hidden states that were asked for.
+        """
+        run, skips, states = block_runner(self), [], None
         for blocks, down in zip(self.down_blocks, self.downsamplers):
             for block in blocks:
-                x = run(block, x, emb)
+                x = run(block, x, next(embs))
                 skips.append(x)
             x = down(F.avg_pool2d(x, 2))
 
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # [B, N, C]
         rope = (self.rope_cos, self.rope_sin)
-        for i, block in enumerate(self.transformer_blocks):
-            keys_values = (condition.keys[i], condition.values[i]) if self.use_tokens else None
-            x = run(block, x, emb, rope, keys_values, condition.sizes, condition.lengths)
-            if i + 1 == hidden:
+        for number, (block, pair) in enumerate(zip(self.transformer_blocks, keys_values, strict=True), 1):
+            x = run(block, x, next(embs), rope, pair, sizes, lengths)
+            if number == hidden:
                 states = x
         x = x.transpose(1, 2).unflatten(2, (height, width))
 
         for blocks, up in zip(reversed(self.up_blocks), reversed(self.upsamplers)):
             x = F.interpolate(up(x), scale_factor=2.0, mode="nearest")
             for block in blocks:
-                x = run(block, torch.cat([x, skips.pop()], 1), emb)
-        x = F.pixel_shuffle(self.conv_out(self.norm_out(x)), self.config.patch_size)
-        # a narrow network cannot carry the noise of a patch through to v, but the image it can name
-        wide = torch.promote_types(z.dtype, torch.float32)
-        alpha, sigma = alpha_sigma(logsnr.to(wide)[:, None, None, None])
-        v = ((alpha * z.to(wide) - x.to(wide)) / sigma.clamp(min=SIGMA_MIN)).to(z.dtype)
-        return v if hidden is None else (v, states)
+                x = run(block, block.join(x, skips.pop()), next(embs))
+        return F.pixel_shuffle(self.conv_out(self.norm_out(x)), self.config.patch_size), states
+
+    @property
+    def blocks(self) -> tuple[list[ResBlock], list[TransformerBlock], list[ResBlock]]:
+        """All repeated blocks in the order of computation: on the way down, in the transformer, on the way up."""
+        down, up = (
+            [block for level in levels for block in level] for levels in (self.down_blocks, reversed(self.up_blocks))
+        )
+        return down, [*self.transformer_blocks], up
 
     def _tokens(self, name: str, tokens: Tensor, drop: Tensor | None) -> Tensor:
         tokens = self.norm_tokens[name](tokens)

@@ -172,7 +172,7 @@ class VariationPipeline(ABC):
 
 
 def as_samples(image: Any) -> Any:
-    """A single value, such as a picture, as a list of one; iterables as lists."""
+    """A single value, such as a picture, as a list of one; iterables as lists; of several streams each by itself."""
     if isinstance(image, Mapping):
         return {name: as_samples(values) for name, values in image.items()}
     if isinstance(image, Image.Image | str):

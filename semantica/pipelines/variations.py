@@ -1,7 +1,7 @@
 """The pipeline: condition images in, variations out."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,17 +10,18 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
 from semantica.condition import Condition, Stream
 from semantica.errors import UserError
-from semantica.images import fit, to_tensor
-from semantica.model.encoders import PretrainedEncoder, ViTEncoder, encode_images
+from semantica.inputs import SINGLE, Prepared, samples_in
+from semantica.model.conditioner import Conditioner, encodings, fill, placed, prepare
+from semantica.model.image_encoder import ImageEncoder
 from semantica.model.uvit import UViT
+from semantica.pipelines import components
 from semantica.pipelines.base import VariationPipeline
-from semantica.runfolder import PATTERNS, check_run
+from semantica.pipelines.runfolder import CONFIGS, PATTERNS, address, check_run
 from semantica.sampling.loop import Denoiser
 from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.sampling.settings import Sampling
@@ -28,16 +29,13 @@ from semantica.sampling.settings import Sampling
 if TYPE_CHECKING:
     from semantica.pipelines.bundle import BundlePipeline
 
-# one picture, or several pictures that condition one sample together
-Picture = Image.Image | Sequence[Image.Image]
-
 
 class SemanticaPipeline(DiffusionPipeline, VariationPipeline):
     """Image variations from a run folder (arXiv 2405.14857), a pipeline of diffusers.
 
     Args:
         unet: the denoiser.
-        encoder: turns condition images into tokens.
+        encoder: turns condition pictures into tokens of every stream, or a `Conditioner` with an encoder for each.
         scheduler: noise schedule and solver.
     """
 
@@ -45,7 +43,7 @@ class SemanticaPipeline(DiffusionPipeline, VariationPipeline):
     _callback_tensor_inputs = ["latents"]
     output_class = ImagePipelineOutput
 
-    def __init__(self, unet: UViT, encoder: ViTEncoder | PretrainedEncoder, scheduler: SemanticaScheduler):
+    def __init__(self, unet: UViT, encoder: ImageEncoder | Conditioner, scheduler: SemanticaScheduler):
         super().__init__()
         self.register_modules(unet=unet, encoder=encoder, scheduler=scheduler)
         self._fast = None
@@ -127,43 +125,35 @@ class SemanticaPipeline(DiffusionPipeline, VariationPipeline):
         self._fast = denoiser, torch.nn.Module.to(encoder, denoiser.dtype)
         return self
 
+    @classmethod
+    def load_config(cls, *args, **kwargs) -> dict:
+        """A run folder's index, its classes sought where no others are, whatever modules it names."""
+        config = super().load_config(*args, **kwargs)
+        return config | {name: [components.__name__, config[name][1]] for name in CONFIGS}
+
+    def register_to_config(self, **components) -> None:
+        """Components by the address that run folders name, see `semantica.pipelines.runfolder.address`."""
+        named = {k: address(*v) if isinstance(v, tuple) and v[0] else v for k, v in components.items()}
+        super().register_to_config(**named)
+
     @torch.no_grad()
-    def encode(self, image: Tensor | Stream | Picture | Sequence[Picture]) -> Stream:
-        """Condition images to one stream `[B, M, C]`.
+    def encode(self, inputs: Any) -> Stream | dict[str, Stream]:
+        """What the encoder makes of condition pictures, to be given instead of them; of a `Conditioner`, by stream.
 
         Args:
-            image: a picture, a list of pictures (one sample each; a nested list is several pictures for one sample),
-                a tensor `[B, 3, S, S]` in [-1, 1] (`[B, K, 3, S, S]` for K pictures in each sample), or a stream that
-                was encoded before.
+            inputs: as `semantica.model.conditioner.prepare` takes them: a picture, a list of pictures (one sample each;
+                a nested list is several pictures for one sample), a tensor `[B, 3, S, S]` in [-1, 1]
+                (`[B, K, 3, S, S]` for K pictures in each sample), or a stream that was encoded before; of a
+                `Conditioner`, `{stream name: such values}`.
         """
-        if isinstance(image, Stream):
-            device, dtype = self._execution_device, self.unet.dtype
-            return Stream(image.tokens.to(device, dtype), image.pooled.to(device, dtype), image.lengths)
-        encoder = self.encoder if self._fast is None else self._fast[1]
-        if isinstance(image, Tensor):
-            return self._widened(encode_images(encoder, image.to(self._execution_device, encoder.dtype)))
-        samples = [image] if isinstance(image, Image.Image) else list(image)
-        samples = [[s] if isinstance(s, Image.Image) else list(s) for s in samples]
-        if not samples or not all(samples):
-            raise UserError("image is empty: give at least one picture for each sample")
-        size = encoder.image_size
-        flat = to_tensor([fit(picture.convert("RGB"), size) for sample in samples for picture in sample])
-        out = self._widened(encoder(flat.to(self._execution_device, encoder.dtype)))
-        counts = [len(sample) for sample in samples]
-        if max(counts) == 1:
-            return out
-        # several pictures are one longer stream; shorter samples are filled up and masked
-        per_image = out.tokens.shape[1]
-        tokens = [part.flatten(0, 1) for part in out.tokens.split(counts)]
-        lengths = torch.tensor([per_image * n for n in counts], device=out.tokens.device)
-        pooled = torch.stack([part.mean(0) for part in out.pooled.split(counts)])
-        return Stream(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), pooled, lengths)
+        made = self.encodings(prepare(self.encoder, inputs))
+        return made if isinstance(self.encoder, Conditioner) else made[SINGLE]
 
-    def _widened(self, stream: Stream) -> Stream:
-        """In the type that the network reads, where the encoder is an accelerated copy."""
-        if self._fast is None:
-            return stream
-        return Stream(stream.tokens.to(self.unet.dtype), stream.pooled.to(self.unet.dtype))
+    def encodings(self, prepared: dict[str, Prepared]) -> dict[str, Stream]:
+        """Prepared inputs to streams in the type that the network reads, also where the encoder is a faster copy."""
+        encoder, device = self.encoder if self._fast is None else self._fast[1], self._execution_device
+        made = encodings(encoder, placed(prepared, device, encoder.dtype))
+        return placed(made, device, self.unet.dtype)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -185,10 +175,10 @@ class SemanticaPipeline(DiffusionPipeline, VariationPipeline):
 
     def condition(self, image: Any) -> Condition:
         """Keys, values and embedding of what `encode` takes."""
-        stream = self.encode(image)
-        condition = self.unet.condition(dict.fromkeys(self.unet.stream_names, stream))
+        prepared = prepare(self.encoder, image)
+        condition = self.unet.condition(fill(self.unet.stream_names, self.encodings(prepared)))
         # without any condition there is one embedding for all
-        return condition if self.unet.stream_names else condition.repeat(len(stream.tokens))
+        return condition if self.unet.stream_names else condition.repeat(samples_in(prepared))
 
     def array(self, values: Any) -> Tensor:
         """On the device; the solver's sums keep their digits whatever the network computes in."""

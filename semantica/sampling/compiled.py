@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -50,7 +51,7 @@ class CompiledDenoiser:
         if compile == "network":
             self.network.compile(fullgraph=True, dynamic=False)
         elif compile == "blocks":
-            for block in (*self.network.downs, *self.network.blocks, *self.network.ups):
+            for block in chain(*self.network.net.blocks):
                 block.compile(fullgraph=True, dynamic=False)
         self.graphs = GraphCache() if graphs and self.device.type == "cuda" else None
 

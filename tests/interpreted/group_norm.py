@@ -14,15 +14,18 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semantica.kernels import launch
-from semantica.kernels.cases import GROUP_NORM, GroupNormCase
-from semantica.kernels.group_norm import forward as kernels
+from semantica.kernels import group_norm, launch
+from semantica.kernels.group_norm.backward import backward, plan_backward
+from semantica.kernels.group_norm.cases import CASES as GROUP_NORM
+from semantica.kernels.group_norm.cases import GroupNormCase
+from semantica.kernels.group_norm.forward import forward, plan_forward
 from semantica.kernels.group_norm.op import group_norm_ref
 from semantica.kernels.group_norm.tiles import place
 
 oracle = runpy.run_path(str(Path(__file__).parents[1] / "test_kernels.py"))
 run, widen, assert_accurate = (oracle[name] for name in ("run", "widen", "assert_accurate"))
 group_norm_exact = oracle["group_norm_exact"]
+run_guarded = runpy.run_path(str(Path(__file__).with_name("guards.py")))["run_guarded"]
 
 BOTH = [torch.float32, torch.float16]
 LAYOUTS = {"contiguous": False, "channels-last": True}
@@ -56,32 +59,9 @@ INLINE = SMALL | {"apply": {"default": [{"width": 1, **SPLIT, "block": 1024, "pi
 LADDERS = {"shipped": launch.table("group_norm"), "split": SMALL, "merged inline": INLINE}
 
 
-class Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, groups, weight, bias, scale, shift, activation, eps):
-        y, mean, rstd = kernels.forward(x, groups, weight, bias, scale, shift, activation, eps)
-        ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
-        ctx.settings = groups, activation
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, mean, rstd, *affine = ctx.saved_tensors
-        groups, activation = ctx.settings
-        dx, dweight, dbias, *film = kernels.backward(dy, x, mean, rstd, groups, *affine, activation)
-        assert all(d.numel() == 0 for d, a in zip(film, affine[2:]) if a is None)
-        dscale, dshift = (d if a is not None else None for d, a in zip(film, affine[2:]))
-        return dx, None, dweight, dbias, dscale, dshift, None, None
-
-
-def group_norm(x, groups, weight, bias, scale, shift, activation, eps=1e-5):
-    return Norm.apply(x, groups, weight, bias, scale, shift, activation, eps)
-
-
 def use(ladder, monkeypatch):
     monkeypatch.setattr(launch, "table", lambda operator: LADDERS[ladder])
-    for cut in (kernels.split, kernels.resident):
-        cut.cache_clear()
+    launch.forget_plans()
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +78,8 @@ def ladder(request, monkeypatch, shipped):
 def check(inputs, dtype):
     """Output and gradients against float64, beside eager torch on contiguous input; and the strides of the output."""
     actual = run(group_norm, inputs, dtype)
-    eager = run(group_norm_ref, {**inputs, "x": inputs["x"].contiguous(), "eps": 1e-5}, dtype)
-    truth = run(group_norm_ref, {**widen(inputs), "eps": 1e-5}, dtype)
+    eager = run(group_norm_ref, {**inputs, "x": inputs["x"].contiguous()}, dtype)
+    truth = run(group_norm_ref, widen(inputs), dtype)
     assert actual["out"].stride() == torch.empty_like(inputs["x"]).stride()
     assert_accurate(actual, eager, truth, dtype)
     return actual
@@ -124,7 +104,7 @@ def test_any_cut_is_accurate(name, layout, cut, monkeypatch):
 
 def test_the_reference_itself_is_right():
     inputs = CASES["odd channels"].inputs(torch.float64)
-    exact, reference = group_norm_exact(**inputs), group_norm_ref(**inputs, eps=1e-5)
+    exact, reference = group_norm_exact(**inputs), group_norm_ref(**inputs)
     torch.testing.assert_close(reference, exact, rtol=0, atol=1e-12)
 
 
@@ -146,28 +126,6 @@ def test_large_half_precision_values_do_not_overflow():
     check(inputs, torch.float16)
 
 
-def guarded(launches, given):
-    """The launches with every tensor inside a larger buffer of NaN; of the tensors themselves only `given` are filled.
-
-    Returns:
-        The launches, and for each tensor itself, its guarded copy and the buffer around that.
-    """
-    tensors = {id(a): a for planned in launches for a in planned.arguments.values() if isinstance(a, torch.Tensor)}
-    copies = {}
-    for key, tensor in tensors.items():
-        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
-        buffer = torch.full((extent + 128,), torch.nan, dtype=tensor.dtype)
-        copy = buffer.as_strided(tensor.shape, tensor.stride(), 64)
-        copies[key] = tensor, copy.copy_(tensor) if any(tensor is a for a in given) else copy, buffer
-    moved = [
-        dataclasses.replace(
-            planned, arguments={k: copies[id(a)][1] if id(a) in copies else a for k, a in planned.arguments.items()}
-        )
-        for planned in launches
-    ]
-    return moved, list(copies.values())
-
-
 @pytest.mark.parametrize("name", ["odd channels", "volume"])
 def test_nothing_else_is_written_nothing_stays_unwritten_and_runs_are_bit_equal(name, ladder):
     inputs = CASES[name].inputs(torch.float32)
@@ -175,25 +133,12 @@ def test_nothing_else_is_written_nothing_stays_unwritten_and_runs_are_bit_equal(
     # the two halves of one tensor, whose rows are not dense
     inputs["scale"], inputs["shift"] = torch.cat([inputs["scale"], inputs["shift"]], 1).chunk(2, 1)
     rest = [inputs[k] for k in ("groups", "weight", "bias", "scale", "shift", "activation")]
-    _, mean, rstd = kernels.forward(x, *rest, 1e-5)
+    _, mean, rstd = forward(x, *rest, 1e-5)
     dy = torch.empty_like(x).copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
     given = [x, dy, mean, rstd, *(a for a in rest if isinstance(a, torch.Tensor))]
-    plans = [(kernels.plan_forward, (x, *rest, 1e-5)), (kernels.plan_backward, (dy, x, mean, rstd, *rest))]
-    for plan, arguments in plans:
-        results = []
-        for _ in range(2):
-            launches, outputs = plan(*arguments)
-            launches, tensors = guarded(launches, given)
-            befores = [buffer.clone() for _, _, buffer in tensors]
-            launch.run(launches)
-            for (tensor, copy, buffer), before in zip(tensors, befores):
-                if any(tensor is a for a in given):
-                    torch.testing.assert_close(buffer, before, rtol=0, atol=0, equal_nan=True)
-                else:
-                    assert not copy.isnan().any()
-                    assert buffer.isnan().sum() == buffer.numel() - copy.numel()
-            results.append([copy for tensor, copy, _ in tensors if any(tensor is a for a in outputs)])
-        assert len(results[0]) == len(outputs)
+    for plan, arguments in ((plan_forward, (x, *rest, 1e-5)), (plan_backward, (dy, x, mean, rstd, *rest))):
+        results = [run_guarded(launches, given, outputs) for launches, outputs in (plan(*arguments) for _ in range(2))]
+        assert len(results[0]) == len(plan(*arguments)[1])
         assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
@@ -234,8 +179,8 @@ def test_any_shape_and_any_strides(data):
     with pytest.MonkeyPatch.context() as patch:
         use(ladder, patch)
         arguments = [inputs[k] for k in ("groups", "weight", "bias", "scale", "shift", "activation")]
-        y, mean, rstd = kernels.forward(inputs["x"], *arguments, eps)
-        gradients = kernels.backward(dy, inputs["x"], mean, rstd, *arguments)
+        y, mean, rstd = forward(inputs["x"], *arguments, eps)
+        gradients = backward(dy, inputs["x"], mean, rstd, *arguments)
     exact = widen(inputs)
     names = [n for n in ("x", "weight", "bias", "scale", "shift") if inputs[n] is not None]
     leaves = [exact[n].requires_grad_() for n in names]
@@ -257,9 +202,9 @@ def test_any_shape_and_any_strides(data):
 @pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)])
 def test_empty_input_launches_nothing(shape):
     x, weight, film = torch.empty(shape), torch.ones(8), torch.ones(shape[0], 8)
-    launches, (y, mean, rstd) = kernels.plan_forward(x, 4, weight, weight, film, None, "silu", 1e-5)
+    launches, (y, mean, rstd) = plan_forward(x, 4, weight, weight, film, None, "silu", 1e-5)
     assert launches == [] and y.shape == shape and mean.abs().sum() == rstd.abs().sum() == 0
-    launches, gradients = kernels.plan_backward(x, x, mean, rstd, 4, weight, weight, film, None, "silu")
+    launches, gradients = plan_backward(x, x, mean, rstd, 4, weight, weight, film, None, "silu")
     assert launches == [] and all(d.abs().sum() == 0 for d in gradients)
     assert [d.shape for d in gradients] == [x.shape, weight.shape, weight.shape, film.shape, (0,)]
 

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from semantica.device import pick_device, pick_precision
 from semantica.errors import UserError
+from semantica.files import read_json
 from semantica.images import BadImage, fit, load_image, to_tensor
 from semantica.model.encoders import frozen_encoder, own_folder, weights_sha256
-from semantica.runfolder import read_json
 from semantica.train.data.folders import PairData
 from semantica.train.data.pairs import _start_worker, open_data
 from semantica.train.data.shards import ShardData

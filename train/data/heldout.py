@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from semantica.model.encoders import encode_images
+from semantica.model.conditioner import encode_one
 from semantica.train.data.folders import PairData
 from semantica.train.data.pairs import Pairs, collate, streamed
 from semantica.train.data.shards import ShardData
@@ -44,7 +44,7 @@ def held_out_batches(
         encoder.to(device)
         with torch.no_grad():
             for batch in result:
-                batch["shown"], batch["condition"] = batch["condition"], encode_images(encoder, batch["condition"])
+                batch["shown"], batch["condition"] = batch["condition"], encode_one(encoder, batch["condition"])
         encoder.to("cpu")
     return result
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from semantica.files import read_json
 from semantica.model.cost import encoding_cost
-from semantica.runfolder import read_json
 from semantica.train.data.folders import PairData
 from semantica.train.data.pairs import gathered
 from semantica.train.data.shards import ShardData

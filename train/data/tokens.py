@@ -24,8 +24,8 @@ from safetensors.numpy import load
 from torch import nn
 
 from semantica.errors import UserError
+from semantica.files import UNSAFE, read_json
 from semantica.images import BadImage
-from semantica.runfolder import UNSAFE, read_json
 from semantica.train.data.folders import PairData
 from semantica.train.data.shards import ShardData
 from semantica.train.run.checkpoint import sha256

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from semantica.errors import UserError
-from semantica.runfolder import read_json
+from semantica.files import read_json
 from semantica.train.pages import engine
 from semantica.train.pages.config import FORMAT, PairsConfig, Rules
 from semantica.train.pages.describe import NONE, Encoder, describe_encoder, describer

@@ -187,7 +187,7 @@ def show(shards: Path, low: float | None, high: float | None) -> None:
     Raises:
         UserError: no finished shards there, or no embeddings while thresholds are given.
     """
-    from semantica.runfolder import read_json
+    from semantica.files import read_json
     from semantica.train.data.shards import Store, read_index
 
     index, stats = read_index(Store(shards)), read_json(shards / "stats.json")

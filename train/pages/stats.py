@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from semantica.runfolder import read_json
+from semantica.files import read_json
 
 # why a link of a page is not a stored picture, in the order in which a link meets the rules
 REASONS = {

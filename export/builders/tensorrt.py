@@ -1,0 +1,115 @@
+"""TensorRT engines from a bundle's graphs, for the GPU of this machine."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from semantica.engines import Bundle, Engine
+from semantica.engines.bundle import CONDITION, DENOISE
+from semantica.errors import ArtifactError, UserError
+from semantica.export.builders import Builder
+
+# what does the work; its results must be in the bundle's type
+COMPUTE = ("CONVOLUTION", "MATRIX_MULTIPLY", "ATTENTION_INPUT", "ATTENTION_OUTPUT")
+TYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT"}
+
+
+class TensorRTBuilder(Builder):
+    """backend, module: the backend's name, and the package that has TensorRT's interface."""
+
+    backend, module = "tensorrt", "tensorrt"
+
+    def architecture(self, asked: str) -> str:
+        here = present_gpu()
+        arch = here if asked == "auto" else asked
+        if here is None or arch != here:
+            raise UserError(f"tensorrt builds on the GPU that it is for, {arch or 'any'} is not here: build there")
+        return arch
+
+    def check(self, bundle: Bundle) -> None:
+        attention = bundle.manifest["graphs"][DENOISE]["nodes"].get("Attention", 0)
+        if bundle.precision == "fp32" and attention:
+            raise UserError(f"{bundle.folder} is fp32, for which {self.backend} has no attention: export fp16 or bf16")
+
+    def build(self, bundle: Bundle, arch: str, batches: tuple[int, int, int], folder: Path) -> dict[str, Any]:
+        """Both engines, each in a process of its own; the record holds the layers of the parsed networks."""
+        profile = dict(zip(("min", "opt", "max"), batches))
+        record: dict[str, Any] = {"profile": profile, "layers": {}}
+        here = present_gpu() == arch
+        for name in (CONDITION, DENOISE):
+            request = {
+                "module": self.module,
+                "onnx": str((bundle.folder / name).resolve()),
+                "profile": profile,
+                "engine": str(folder / name.replace(".onnx", ".engine")),
+                "layers": str(folder / name.replace(".onnx", ".layers.json")) if here else None,
+                **self.options(arch),
+            }
+            made = run_worker(request, folder / "request.json", self.backend, name)
+            check_types(made["layers"], bundle.precision, name)
+            record["layers"][name], record["backend_version"] = made["layers"], made["backend_version"]
+        return record
+
+    def options(self, arch: str) -> dict[str, Any]:
+        """What the worker is told besides: the GPU that is here, and where the times of its kernels are kept."""
+        # not in the bundle, which may come from others: the builder would read what they wrote
+        timings = Path.home() / ".cache" / "semantica" / f"{self.backend}-{arch}.timings"
+        timings.parent.mkdir(parents=True, exist_ok=True)
+        return {"arch": None, "timings": str(timings)}
+
+    def load(self, bundle: Bundle, folder: Path, manifest: dict[str, Any]) -> Engine | None:
+        if present_gpu() != manifest["arch"]:
+            return None
+        import torch
+
+        from semantica.engines.trt import TensorRTEngine
+
+        return TensorRTEngine(bundle, folder, manifest, torch.device("cuda"))
+
+
+def present_gpu() -> str | None:
+    """Architecture of the GPU that is here, such as "sm_89"."""
+    import torch
+
+    from semantica.kernels.launch import architecture
+
+    return architecture(torch.device("cuda")) if torch.cuda.is_available() else None
+
+
+def run_worker(request: dict[str, Any], place: Path, backend: str, name: str) -> dict[str, Any]:
+    """Run the builder's process. Raises `ArtifactError`, in one line, where it crashes or refuses."""
+    place.write_text(json.dumps(request))
+    answer = place.with_suffix(".result")
+    # -P: nothing from the folder that the user stands in is imported
+    command = [sys.executable, "-P", "-m", "semantica.export.builders._tensorrt_worker", str(place)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode < 0:
+            fault = signal.Signals(-done.returncode).name
+            raise ArtifactError(f"{backend} crashed on {name} ({fault}); nothing is kept")
+        if done.returncode or not answer.exists():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+            raise ArtifactError(f"{backend} failed on {name}: {last}; nothing is kept")
+        made = json.loads(answer.read_text())
+    finally:
+        place.unlink(missing_ok=True)
+    answer.unlink()
+    if "error" in made:
+        logged = " ".join(done.stdout.split() + done.stderr.split())[:300]
+        raise ArtifactError(f"{backend} cannot build {name}: {made['error']} {logged}; nothing is kept")
+    return made
+
+
+def check_types(layers: dict[str, dict[str, int]], precision: str, name: str) -> None:
+    """Raises `ArtifactError` where the parsed network computes in another type than the bundle's."""
+    for kind in COMPUTE:
+        strangers = {dtype: count for dtype, count in layers.get(kind, {}).items() if dtype != TYPES[precision]}
+        if strangers:
+            said = ", ".join(f"{count} in {dtype}" for dtype, count in strangers.items())
+            raise ArtifactError(f"{name} is {precision}, but of its {kind} layers {said}; nothing is kept")
+
+
+BUILDER = TensorRTBuilder()
