@@ -243,7 +243,7 @@ def test_the_pipelines_arguments_are_checked(bundles, picture, settings, says):
     with pytest.raises(UserError, match=says):
         pipeline(Image.open(picture), **settings)
     for image in ([], [[Image.open(picture)] * 2]):
-        with pytest.raises(UserError, match="one for each sample"):
+        with pytest.raises(UserError, match="one (value )?for each sample"):
             pipeline(image)
 
 

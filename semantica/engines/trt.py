@@ -1,6 +1,7 @@
 """TensorRT and TensorRT-RTX: one API in two packages. Not yet run on a GPU."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,8 +46,8 @@ class TensorRTEngine(Engine):
         self.parts = {name: ExecutionContext(trt, self.runtime, folder / file, device) for name, file in FILES.items()}
         self.blank = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
 
-    def encode(self, images: Tensor) -> Condition:
-        return self.as_condition(self.parts["encode"]({"image": images}), self.bundle.sizes)
+    def encode(self, inputs: Mapping[str, Tensor]) -> Condition:
+        return self.as_condition(self.parts["encode"](inputs), self.bundle.sizes)
 
     def null(self, batch: int) -> Condition:
         return self.null_from(self.blank, batch)
@@ -83,5 +84,5 @@ class ExecutionContext:
 
 
 def dtype_of(trt: ModuleType, dtype) -> torch.dtype:
-    table = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16}
-    return table[dtype]
+    table = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}
+    return {getattr(trt.DataType, name): made for name, made in table.items()}[dtype]
