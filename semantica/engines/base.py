@@ -9,7 +9,8 @@ import numpy as np
 from semantica.condition import Condition
 from semantica.engines.bundle import Bundle
 from semantica.errors import UserError
-from semantica.sampling.loop import Bound
+from semantica.inputs import by_name, samples_in
+from semantica.sampling.loop import Velocity
 
 Array = Any  # numpy.ndarray or torch.Tensor
 
@@ -57,14 +58,16 @@ class Engine(ABC):
             "gradients": f"{name} gives no gradients: sample the run folder that it was exported from",
         }
 
-    def condition(self, images: Array) -> Condition:
-        """Keys, values and embedding of condition pictures.
+    def condition(self, inputs: Array | Mapping[str, Array]) -> Condition:
+        """Keys, values and embedding of prepared pictures, and of what else the bundle's encoders take.
 
-        images: float32 `[B, 3, S, S]` in [-1, 1], S the bundle's image size. Raises `UserError` for another shape, or
-        a batch outside the profile.
+        inputs: float32 `[B, 3, S, S]` in [-1, 1], S the bundle's image size; `{name: array}` where there are several,
+        see `Bundle.inputs`. Raises `UserError` for another shape or name, or a batch outside the profile.
         """
-        self.check("image", images, len(images))
-        return self.encode(images)
+        inputs = by_name(inputs, self.bundle.inputs)
+        for name, array in inputs.items():
+            self.check(name, array, samples_in(inputs))
+        return self.encode(inputs)
 
     def __call__(self, z: Array, logsnr: Array, condition: Condition) -> Array:
         """Predict v `[B, 3, R, R]` float32 from z `[B, 3, R, R]` and log-SNR `[B]`, both float32.
@@ -73,7 +76,7 @@ class Engine(ABC):
         """
         return self.bind(condition)(z, logsnr)
 
-    def bind(self, condition: Condition) -> Bound:
+    def bind(self, condition: Condition) -> Velocity:
         """The engine for one condition, brought into the layout of its graph once. Raises as calling the engine."""
         batch = len(condition.emb)
         self.check("emb", condition.emb, batch)
@@ -107,7 +110,7 @@ class Engine(ABC):
         """The unconditional branch `[batch, ...]`, filled up to the streams' sizes."""
 
     @abstractmethod
-    def encode(self, images: Array) -> Condition: ...
+    def encode(self, inputs: Mapping[str, Array]) -> Condition: ...
 
     @abstractmethod
     def predict(self, z: Array, logsnr: Array, inputs: Any) -> Array:

@@ -1,6 +1,7 @@
 """AOTInductor packages: compiled by PyTorch ahead of time, run without the model's code."""
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ class InductorEngine(Engine):
         self.blank = load_file(bundle.folder / NULL)
 
     @torch.inference_mode()
-    def encode(self, images: Tensor) -> Condition:
-        pairs, emb = self.packages["encode"](images)
+    def encode(self, inputs: Mapping[str, Tensor]) -> Condition:
+        pairs, emb = self.packages["encode"](*(inputs[name] for name in self.bundle.inputs))
         keys, values = (tuple(pair[i].transpose(1, 2) for pair in pairs) for i in (0, 1))
         return Condition(keys, values, emb, None, self.bundle.sizes)
 

@@ -1,6 +1,6 @@
 """ONNX Runtime: on the CPU numpy arrays in and out, and no torch; for CUDA see `ort_bound`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,8 +50,9 @@ class OnnxRuntimeEngine(Engine):
         self.outputs = [output.name for output in self.encoder.get_outputs()]
         self.blank = load_file(bundle.folder / NULL)
 
-    def encode(self, images: np.ndarray) -> Condition:
-        made = self.encoder.run(self.outputs, {"image": images.astype(np.float32, copy=False)})
+    def encode(self, inputs: Mapping[str, np.ndarray]) -> Condition:
+        inputs = {name: a.astype(np.float32, copy=False) if a.dtype.kind == "f" else a for name, a in inputs.items()}
+        made = self.encoder.run(self.outputs, inputs)
         return self.as_condition(dict(zip(self.outputs, made, strict=True)), self.bundle.sizes)
 
     def null(self, batch: int) -> Condition:

@@ -3,6 +3,7 @@
 The binding is tested on a CPU; on CUDA, with the graphs that replay a whole step, it has not run yet.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnxruntime
@@ -21,6 +22,7 @@ ELEMENTS = {
     "tensor(float)": (torch.float32, 1),
     "tensor(float16)": (torch.float16, 10),
     "tensor(bfloat16)": (torch.bfloat16, 16),
+    "tensor(int64)": (torch.int64, 7),
 }
 
 
@@ -43,11 +45,11 @@ class BoundEngine(Engine):
     def __init__(self, bundle: Bundle, device: torch.device):
         super().__init__(bundle)
         self.device, self.arithmetic = str(device), f"{bundle.precision}, as typed in the graph"
-        self.denoiser, self.encoder = (Bound(bundle, name, device) for name in (DENOISE, CONDITION))
+        self.denoiser, self.encoder = (BoundSession(bundle, name, device) for name in (DENOISE, CONDITION))
         self.blank = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
 
-    def encode(self, images: Tensor) -> Condition:
-        return self.as_condition(self.encoder({"image": images}), self.bundle.sizes)
+    def encode(self, inputs: Mapping[str, Tensor]) -> Condition:
+        return self.as_condition(self.encoder(inputs), self.bundle.sizes)
 
     def null(self, batch: int) -> Condition:
         return self.null_from(self.blank, batch)
@@ -66,7 +68,7 @@ class Buffers:
     options: onnxruntime.RunOptions
 
 
-class Bound:
+class BoundSession:
     """One graph: inputs are copied into its buffers, results are copied out of them.
 
     A CUDA graph has its addresses written into it, so that they must not change from one replay to the next.
