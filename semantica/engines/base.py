@@ -10,7 +10,7 @@ from semantica.condition import Condition
 from semantica.engines.bundle import Bundle
 from semantica.errors import UserError
 from semantica.inputs import by_name, samples_in
-from semantica.sampling.loop import Bound
+from semantica.sampling.loop import Velocity
 
 Array = Any  # numpy.ndarray or torch.Tensor
 
@@ -76,7 +76,7 @@ class Engine(ABC):
         """
         return self.bind(condition)(z, logsnr)
 
-    def bind(self, condition: Condition) -> Bound:
+    def bind(self, condition: Condition) -> Velocity:
         """The engine for one condition, brought into the layout of its graph once. Raises as calling the engine."""
         batch = len(condition.emb)
         self.check("emb", condition.emb, batch)

@@ -45,7 +45,7 @@ class BoundEngine(Engine):
     def __init__(self, bundle: Bundle, device: torch.device):
         super().__init__(bundle)
         self.device, self.arithmetic = str(device), f"{bundle.precision}, as typed in the graph"
-        self.denoiser, self.encoder = (Bound(bundle, name, device) for name in (DENOISE, CONDITION))
+        self.denoiser, self.encoder = (BoundSession(bundle, name, device) for name in (DENOISE, CONDITION))
         self.blank = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Condition:
@@ -68,7 +68,7 @@ class Buffers:
     options: onnxruntime.RunOptions
 
 
-class Bound:
+class BoundSession:
     """One graph: inputs are copied into its buffers, results are copied out of them.
 
     A CUDA graph has its addresses written into it, so that they must not change from one replay to the next.

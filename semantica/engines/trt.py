@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from semantica.condition import Condition
+from semantica.engines import BACKENDS
 from semantica.engines.base import Engine
 from semantica.engines.built import open_built
 from semantica.engines.bundle import NULL, Bundle
 from semantica.errors import UserError
 from semantica.kernels.launch import architecture
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 FILES = {"encode": "condition.engine", "denoise": "denoise.engine"}
 
 
@@ -26,7 +26,7 @@ def load(bundle: Bundle, backend: str, device: str) -> "TensorRTEngine":
     if device == "cpu" or not torch.cuda.is_available():
         raise UserError(f"engine {backend!r} needs an NVIDIA GPU and a CUDA build of torch: use another --engine")
     place = torch.device("cuda" if device == "auto" else device)
-    version = importlib.import_module(MODULES[backend]).__version__
+    version = importlib.import_module(BACKENDS[backend].packages[0]).__version__
     return TensorRTEngine(bundle, *open_built(bundle, backend, architecture(place), version), place)
 
 
@@ -39,11 +39,11 @@ class TensorRTEngine(Engine):
         super().__init__(bundle)
         self.backend, self.device = manifest["backend"], str(device)
         self.arithmetic = f"{bundle.precision}, as typed in the graph"
-        trt = importlib.import_module(MODULES[self.backend])
+        trt = importlib.import_module(BACKENDS[self.backend].packages[0])
         self.max_batch = manifest["profile"]["max"]
         self.logger = trt.Logger(trt.Logger.WARNING)
         self.runtime = trt.Runtime(self.logger)
-        self.parts = {name: Part(trt, self.runtime, folder / file, device) for name, file in FILES.items()}
+        self.parts = {name: ExecutionContext(trt, self.runtime, folder / file, device) for name, file in FILES.items()}
         self.blank = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Condition:
@@ -56,7 +56,7 @@ class TensorRTEngine(Engine):
         return self.parts["denoise"]({"z": z, "logsnr": logsnr, **inputs})["v"]
 
 
-class Part:
+class ExecutionContext:
     """One engine: named tensors on the device in, new named tensors out."""
 
     def __init__(self, trt: ModuleType, runtime, path, device: torch.device):

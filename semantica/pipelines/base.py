@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from semantica.condition import Condition, concatenate
 from semantica.errors import UserError
 from semantica.images import to_uint8
 from semantica.inputs import Prepared, part_of, samples_in
-from semantica.sampling.loop import Array, Denoiser, refuse, sample
+from semantica.sampling.loop import Array, Denoiser, sample
 from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule
 
@@ -109,16 +110,14 @@ class VariationPipeline(ABC):
         """
         if output_type not in OUTPUTS:
             raise UserError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUTS)}")
-        n, seed = num_images_per_prompt, self.seed if seed is None else seed
+        n, shape = num_images_per_prompt, self.sample_shape
         if n < 1:
             raise UserError(f"num_images_per_prompt={n} must be at least 1")
-        denoiser, config = self.denoiser, {**self.scheduler_config, **({"solver": solver} if solver else {})}
-        settings = Sampling.of(
-            config, steps=num_inference_steps, guidance=guidance_scale, interval=interval, seed=seed or 0
-        )
-        guidance = None if guider is None else as_guidance(guider)
-        refuse(denoiser, *(guidance.needs if guidance else ()), *(("steps",) if callback_on_step_end else ()))
-        samples, shape = self.prepare(image), self.sample_shape
+        seed = self.seed if seed is None else seed
+        config = {**self.scheduler_config, **({"solver": solver} if solver else {})}
+        fields = dict(steps=num_inference_steps, guidance=guidance_scale, interval=interval, seed=seed or 0)
+        settings, schedule = Sampling.of(config, **fields), Schedule.of(config)
+        samples = self.prepare(image)
         total = samples_in(samples) * n
         if generator is not None or seed is None:
             noise = drawn(generator, shape, self._execution_device)
@@ -128,27 +127,29 @@ class VariationPipeline(ABC):
             latents = noise(range(total))
         elif tuple(latents.shape) != (total, *shape):
             raise UserError(f"latents have shape {tuple(latents.shape)}: expected {[total, *shape]}")
-        joined = denoiser.joins and guidance is None and guidance_scale != 1
-        made = []
-        for rows, condition in self.batches(samples, n, self.limit(2 if joined else 1)):
+        guidance, made = None if guider is None else as_guidance(guider), []
+        for rows, condition in self.batches(samples, n, self.limit(guidance_scale != 1 and guider is None)):
             z = self.array(latents[rows.start : rows.stop])
+            fresh = partial(self.fresh, noise, rows)
             with self.watched(settings, callback_on_step_end) as on_step:
-                made.append(sample(
-                    denoiser, z, condition, None, Schedule.of(config), settings,
-                    lambda i, rows=rows: self.array(noise(rows, i + 1)), guidance, on_step,
-                ))  # fmt: skip
-        images = finish(concatenate(made) if len(made) > 1 else made[0], output_type)
+                made.append(sample(self.denoiser, z, condition, None, schedule, settings, fresh, guidance, on_step))
+        images = finish(concatenate(made), output_type)
         return self.output_class(images=images) if return_dict else (images,)
+
+    def fresh(self, noise: Callable[..., Array], rows: range, step: int) -> Array:
+        """What a solver adds in a step."""
+        return self.array(noise(rows, step + 1))
 
     @property
     def _execution_device(self) -> Any:
         return self.denoiser.device
 
-    def limit(self, branches: int) -> int | None:
+    def limit(self, guided: bool) -> int | None:
         """How many samples are denoised at once. Raises `UserError` where the denoiser takes none."""
         most = self.denoiser.max_batch
         if most is None:
             return self.max_samples
+        branches = 2 if guided and self.denoiser.joins else 1
         if most < branches:
             raise UserError(f"this engine takes a batch of {most}, guidance needs {branches}: set it to 1")
         return most // branches

@@ -5,12 +5,15 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
+from tyro.extras import literal_type_from_choices
 
+from semantica.engines import BACKENDS, load_engine
 from semantica.errors import UserError
+from semantica.solvers import SOLVERS
 
 CHUNK = 64
 
@@ -32,8 +35,8 @@ class SampleConfig:
     guidance: float = 1.5
     """Classifier-free guidance, uncond + guidance * (cond - uncond); 1 = off."""
     seed: int = 0
-    solver: Literal["dpmpp_2m", "ddim", "ddpm"] = "dpmpp_2m"
-    engine: Literal["auto", "torch", "torch-compile", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor"] = "auto"
+    solver: literal_type_from_choices(SOLVERS) = "dpmpp_2m"
+    engine: literal_type_from_choices(("auto", *BACKENDS)) = "auto"
     """What runs a bundle. A run folder runs in torch: eager in fp32 by default; torch-compile is several times faster
     (bf16 where the processor has it) once it has compiled, which takes from ten seconds to minutes."""
     device: str = "auto"
@@ -59,7 +62,6 @@ def make_variations(config: SampleConfig, pictures: list) -> np.ndarray:
     from semantica.engines.bundle import is_bundle
 
     if is_bundle(config.model):
-        from semantica.engines import load_engine
         from semantica.memory import keep_freed_memory
         from semantica.pipelines.bundle import BundlePipeline
 

@@ -191,7 +191,7 @@ class SemanticaPipeline(DiffusionPipeline, VariationPipeline):
     @contextmanager
     def watched(self, settings: Sampling, callback: Callable | None) -> Iterator[Callable | None]:
         """With diffusers' progress bar, where the denoiser lets its steps be seen."""
-        if "steps" in self.denoiser.refuses:
+        if callback is None and "steps" in self.denoiser.refuses:
             yield None
             return
         # callbacks read the run's timesteps there

@@ -20,7 +20,7 @@ Array = Any  # numpy.ndarray or torch.Tensor
 # v by number of step and z, guidance included
 Predict = Callable[[int, Array], Array]
 # (z, log-SNR) -> v, of one condition
-Bound = Callable[[Array, Array], Array]
+Velocity = Callable[[Array, Array], Array]
 
 
 class Denoiser(Protocol):
@@ -160,7 +160,7 @@ def classifier_free(
     return lambda i, z: guide(*branches(i, z), settings.guidance) if guided[i] else own(z, levels[i])
 
 
-def bind(denoiser: Denoiser, condition: Condition) -> Bound:
+def bind(denoiser: Denoiser, condition: Condition) -> Velocity:
     """The denoiser for one condition, in whatever layout it reads."""
     if hasattr(denoiser, "bind"):
         return denoiser.bind(condition)
