@@ -12,6 +12,7 @@ from semantica.benchmarks.kernels import tune_command as bench_tune
 from semantica.benchmarks.sampling import command as bench_sample
 from semantica.benchmarks.training import command as bench_train
 from semantica.errors import UserError
+from semantica.options import parse
 
 USAGE = """usage: semantica bench kernels [options]           time the operators beside other implementations
        semantica bench kernels --compile-only      compile every Triton kernel without a GPU: registers, spills, ...
@@ -138,3 +139,15 @@ VERBS = {
     "table": (TableConfig, table),
     "tune": (bench_tune.TuneConfig, bench_tune.tune),
 }
+
+
+def run(arguments: list[str]) -> int:
+    """One benchmark, by its name and options; returns the exit code. Raises `UserError`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in VERBS:
+        raise UserError(f"unknown benchmark {name!r}: choose one of {', '.join(VERBS)}")
+    config, function = VERBS[name]
+    return function(parse(config, f"bench {name}", rest))

@@ -71,7 +71,7 @@ def tiny_tower(folder: Path) -> str:
 
 def phases(crawl: Path, encoder_name: str) -> dict[str, float]:
     """Processor seconds of each phase of mining one file."""
-    from semantica.train.pages.config import PairsConfig
+    from semantica.train.pages.config import MineConfig
     from semantica.train.pages.describe import NONE, describe_encoder, describer
     from semantica.train.pages.join import join_unit
     from semantica.train.pages.read import read_unit
@@ -82,7 +82,7 @@ def phases(crawl: Path, encoder_name: str) -> dict[str, float]:
     source = Input(str(crawl), "warc")
     encoder = describe_encoder(encoder_name, "cpu")
     describe = describer(encoder) if encoder_name != NONE else None
-    rules = PairsConfig((crawl,), Path("x"), encoder=encoder_name).rules()
+    rules = MineConfig((crawl,), Path("x"), encoder=encoder_name).rules()
     seconds = {}
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
@@ -108,14 +108,14 @@ def phases(crawl: Path, encoder_name: str) -> dict[str, float]:
 
 def links_only(crawl: Path) -> float:
     """Processor seconds of `--urls-only`."""
-    from semantica.train.pages.config import PairsConfig
+    from semantica.train.pages.config import UrlsConfig
     from semantica.train.pages.urls import write_urls
 
     # its import is not the crawl's cost
     importlib.import_module("pyarrow.parquet")
     with tempfile.TemporaryDirectory() as name:
         began = time.process_time()
-        write_urls(PairsConfig((crawl,), Path(name) / "urls.parquet", urls_only=True))
+        write_urls(UrlsConfig((crawl,), Path(name) / "urls.parquet"))
         return time.process_time() - began
 
 

@@ -88,8 +88,11 @@ def written(
             raise UserError(f"{path} exists by now: choose another name")
         if not (existing == "keep" and path.exists()):
             move_in(aside, path)
-    except OSError as error:
-        raise full(path, error) or error from error
+    except Exception as error:
+        # safetensors has errors of its own
+        if problem := full(path, error):
+            raise problem from error
+        raise
     finally:
         remove(aside)
 
@@ -107,10 +110,10 @@ def move_in(aside: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def full(path: Path, error: BaseException) -> UserError | None:
+def full(path: Path, error: BaseException, intact: str = "what was there before is") -> UserError | None:
     """The error of a full disk as one line; None for any other."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        return UserError(f"no space left to write {path}: free some; what was there before is intact")
+        return UserError(f"no space left to write {path}: free some; {intact} intact")
     return None
 
 

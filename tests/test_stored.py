@@ -19,7 +19,7 @@ from semantica.benchmarks.quality.web import draw_web
 from semantica.cli import main
 from semantica.model.presets import PRESETS
 from semantica.train.config import TrainConfig
-from semantica.train.data.pairs import open_data
+from semantica.train.data.open import open_data
 from semantica.train.loop import train
 
 STORED = Path(__file__).parent / "stored"
