@@ -18,8 +18,9 @@ from semantica import SemanticaPipeline, UserError, engines
 from semantica.cli import main
 from semantica.engines import BACKENDS, Backend, load_engine, open_bundle
 from semantica.engines import bundle as bundle_module
+from semantica.engines.base import GraphEngine
 from semantica.engines.built import open_built
-from semantica.engines.bundle import entries
+from semantica.files import entries
 
 
 @pytest.fixture
@@ -199,14 +200,15 @@ def test_hooks_where_the_engine_allows_them(bundles, picture):
 def test_a_backend_from_outside(bundles, picture, monkeypatch):
     monkeypatch.setattr(engines, "BACKENDS", dict(BACKENDS))
 
-    class Constant(engines.Engine):
+    class Constant(GraphEngine):
         backend, array, arithmetic = "constant", "numpy", "none at all"
 
-        def encode(self, images):
-            return self.null(len(images))
+        def __init__(self, bundle):
+            super().__init__(bundle)
+            self.null_arrays = load_file(bundle.folder / "null.safetensors")
 
-        def null(self, batch):
-            return self.null_from(load_file(self.bundle.folder / "null.safetensors"), batch)
+        def encode(self, inputs):
+            return self.null(len(inputs["image"]))
 
         def predict(self, z, logsnr, inputs):
             assert inputs["k.0"].flags.c_contiguous and inputs["k.0"].shape == self.bundle.shape_of("k.0", len(z))

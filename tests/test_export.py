@@ -17,13 +17,14 @@ from semantica import PretrainedEncoder, SemanticaPipeline
 from semantica.benchmarks.sampling.models import build
 from semantica.cli import main
 from semantica.engines import load_engine
-from semantica.engines.bundle import entries, open_bundle
+from semantica.engines.bundle import open_bundle
 from semantica.engines.ort_bound import BoundEngine
 from semantica.errors import ArtifactError
 from semantica.export import write
 from semantica.export.config import ExportConfig
 from semantica.export.gate import gate
 from semantica.export.program import capture
+from semantica.files import entries
 from semantica.model.layers import GroupNormAct
 from semantica.sampling.loop import sample
 from semantica.sampling.settings import Sampling
