@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semantica.benchmarks.harness.suite import cumulative
+from semantica.benchmarks.harness.ladder import cumulative
 from semantica.condition import Condition
 from semantica.kernels.group_norm.op import per_channel
 from semantica.model.attention import attend_by_products
