@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from semantica.files import write_text
+
 # a page of a photo site: markup of about 60 kB around its pictures
 PICTURES, PARAGRAPHS, SIDES = 6, 350, ((1024, 768), (640, 480), (320, 240))
 PAGES, POOL = 20, 24
@@ -71,7 +73,7 @@ def tiny_tower(folder: Path) -> str:
 
 def phases(crawl: Path, encoder_name: str) -> dict[str, float]:
     """Processor seconds of each phase of mining one file."""
-    from semantica.train.pages.config import PairsConfig
+    from semantica.train.pages.config import MineConfig
     from semantica.train.pages.describe import NONE, describe_encoder, describer
     from semantica.train.pages.join import join_unit
     from semantica.train.pages.read import read_unit
@@ -82,7 +84,7 @@ def phases(crawl: Path, encoder_name: str) -> dict[str, float]:
     source = Input(str(crawl), "warc")
     encoder = describe_encoder(encoder_name, "cpu")
     describe = describer(encoder) if encoder_name != NONE else None
-    rules = PairsConfig((crawl,), Path("x"), encoder=encoder_name).rules()
+    rules = MineConfig((crawl,), Path("x"), encoder=encoder_name).rules()
     seconds = {}
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
@@ -108,14 +110,14 @@ def phases(crawl: Path, encoder_name: str) -> dict[str, float]:
 
 def links_only(crawl: Path) -> float:
     """Processor seconds of `--urls-only`."""
-    from semantica.train.pages.config import PairsConfig
+    from semantica.train.pages.config import UrlsConfig
     from semantica.train.pages.urls import write_urls
 
     # its import is not the crawl's cost
     importlib.import_module("pyarrow.parquet")
     with tempfile.TemporaryDirectory() as name:
         began = time.process_time()
-        write_urls(PairsConfig((crawl,), Path(name) / "urls.parquet", urls_only=True))
+        write_urls(UrlsConfig((crawl,), Path(name) / "urls.parquet"))
         return time.process_time() - began
 
 
@@ -153,7 +155,7 @@ def measure(out: Path) -> dict:
         write_crawl(root / "c.warc.gz", 10 * PAGES, bodies=False)
         result["urls_only"] = {"pages": 10 * PAGES, "seconds": links_only(root / "c.warc.gz")}
         result["peak_bytes"] = {str(PAGES): peak(root / "a.warc.gz"), str(10 * PAGES): peak(root / "b.warc.gz")}
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(out, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from semantica.engines import BACKENDS, Bundle, missing, open_bundle
+from semantica.engines import BACKENDS, Bundle, open_bundle
 from semantica.engines.built import FORMAT, SOURCES, VERSION, engine_folder
 from semantica.engines.bundle import MANIFEST, REFERENCE
 from semantica.errors import ArtifactError, UserError
@@ -28,8 +28,8 @@ def build(config: BuildConfig) -> Path:
     """
     config.check()
     bundle, backend = open_bundle(config.bundle), config.backend
-    if missing(backend):
-        raise UserError(f'{backend} is not installed here: pip install "semantica-diffusion[{BACKENDS[backend][2]}]"')
+    if BACKENDS[backend].missing():
+        raise UserError(f"{backend} is not installed here: {BACKENDS[backend].install}")
     builder = builders.find(backend)
     arch = builder.architecture(config.arch)
     builder.check(bundle)

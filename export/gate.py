@@ -5,16 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from semantica.engines import load_engine
 from semantica.engines.bundle import CONDITION, DENOISE, FILES, MANIFEST, NULL, REFERENCE, WEIGHTS
 from semantica.errors import ArtifactError
-from semantica.export import locate, parity
+from semantica.export import diagnose, parity
 from semantica.export import onnx as graph
-from semantica.export.program import DTYPES, Captured, Denoise, Encode
-from semantica.export.reduced import Reduced, ReducedNetwork
+from semantica.export.program import Captured
+from semantica.export.reduced import ReducedNetwork
 from semantica.files import entries
 
 # an activation this close to the type's largest number overflows on another picture
@@ -44,7 +43,7 @@ def gate(unet, encoder, schedule, captured: Captured, folder: Path, levels: int,
         reduced = ReducedNetwork(captured)
         words = f"{captured.precision}, products added up in fp32"
         rows["program"] = parity.compare(reduced, problem, words)
-        check(rows["program"], "program", network, problem, captured, folder)
+        check(rows["program"], "program", network, problem, captured, None)
         record["headroom"] = reduced.headroom()
         check_headroom(record["headroom"], captured.precision)
     whole = folder if captured.precision != "bf16" else write_twin(folder)
@@ -59,51 +58,21 @@ def gate(unet, encoder, schedule, captured: Captured, folder: Path, levels: int,
     return {"parity": rows, "bounds": vars(parity.BOUNDS[captured.precision]), **record}
 
 
-def check(row: dict, name: str, network: parity.Network, problem: parity.Problem, captured: Captured, folder: Path):
-    """Raise `ArtifactError` where a row is over its bound, with the layer that is to blame."""
+def check(
+    row: dict, name: str, network: parity.Network, problem: parity.Problem, captured: Captured, files: Path | None
+):
+    """Raise `ArtifactError` where a row is over its bound, with the layer of `files`, or of the program, to blame."""
     bounds = parity.BOUNDS[captured.precision]
     said = parity.failures(row, bounds)
     if not said:
         return
-    on_condition = not row["condition_error"] <= bounds.condition
-    layer = blame(name, on_condition, row["worst_logsnr"], network, problem, captured, folder)
+    # NaN is over any bound
+    at = row["worst_logsnr"] if row["condition_error"] <= bounds.condition else None
+    layer = diagnose.blame(network, problem, captured, at, files)
     raise ArtifactError(
         f"{name} ({row['arithmetic']}) differs from the fp32 network: {'; '.join(said)}; worst layer: {layer}; "
         "nothing was written"
     )
-
-
-def blame(
-    name: str, on_condition: bool, logsnr: float, network: parity.Network, problem: parity.Problem,
-    captured: Captured, folder: Path,
-) -> str:  # fmt: skip
-    """The layer at which the error of an artifact grows most, on the first picture and at one noise level."""
-    if on_condition:
-        twin, program, file, images = Encode(network.unet, network.encoder), captured.encode, CONDITION, problem.images
-        arguments, feeds = (images[:1],), {"image": images[:1]}
-    else:
-        at = int((problem.levels - logsnr).abs().argmin())
-        z, level, rows = problem.z[at : at + 1], problem.levels[at : at + 1], problem.condition.map(lambda a: a[:1])
-        pairs = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(rows.keys, rows.values)]
-        twin, program, file = Denoise(network.unet, captured.sizes), captured.denoise, DENOISE
-        arguments, feeds = (z, level, pairs, rows.emb), {"z": z, "logsnr": level, "emb": rows.emb}
-        feeds |= {f"{kind}.{i}": array for i, pair in enumerate(pairs) for kind, array in zip("kv", pair)}
-    reference = locate.reference_outputs(twin, lambda module: module(*arguments))
-    narrow = DTYPES[captured.precision]
-    kept = ("z", "logsnr", "image")
-    if name == "program":
-        reduced = Reduced(program, captured.precision, keep=True)
-        inputs = arguments if on_condition else (*arguments[:2], *torch.utils._pytree.tree_map(
-            lambda a: a.to(narrow), arguments[2:]))  # fmt: skip
-        with torch.no_grad():
-            reduced.run(*inputs)
-        actual = reduced.outputs
-    else:
-        # a widened twin takes fp32 throughout
-        dtype = torch.float32 if narrow == torch.bfloat16 else narrow
-        arrays = {key: (a if key in kept else a.to(dtype)).contiguous().numpy() for key, a in feeds.items()}
-        actual = locate.onnx_outputs(folder / file, arrays)
-    return locate.worst_layer(reference, actual, torch.finfo(narrow).eps)
 
 
 def check_headroom(record: dict[str, Any], precision: str) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from semantica import solvers
 from semantica.condition import Condition
 from semantica.engines.bundle import REFERENCE, Bundle
-from semantica.sampling import loop as sampler
+from semantica.sampling.loop import sample
+from semantica.sampling.settings import Sampling
 
 GUIDANCE = 1.5
 # samples a call at the noise levels, and pictures of the sampling runs (guidance doubles them)
@@ -55,7 +56,8 @@ class Problem:
     levels: Tensor
     z: Tensor
     noise: Tensor
-    plan: solvers.Plan
+    settings: Sampling
+    schedule: solvers.Schedule
     condition: Condition
     v: Tensor
     made: Tensor
@@ -100,7 +102,7 @@ def inputs(schedule: solvers.Schedule, image: int, levels: int, steps: int) -> d
         "levels": torch.from_numpy(logsnr.astype(np.float32)),
         "z": alpha * pictures(levels, size, 1) + sigma * torch.from_numpy(solvers.noise(2, (levels, 3, size, size))),
         "noise": torch.from_numpy(solvers.noise(3, (count, 3, size, size))),
-        "plan": solvers.make_plan("dpmpp_2m", schedule.grid(steps)[1]),
+        "settings": Sampling(steps, guidance=GUIDANCE),
     }
 
 
@@ -111,8 +113,8 @@ def make_problem(network: "Network", schedule: solvers.Schedule, image: int, lev
     count = max(BATCHES)
     condition = network.condition(given["images"])
     v = at_levels(network, given["z"], given["levels"], condition, count)
-    made = whole_run(network, given["noise"], condition, network.null(count), given["plan"])
-    return Problem(**given, condition=condition, v=v, made=made)
+    made = whole_run(network, given["noise"], condition, schedule, given["settings"])
+    return Problem(**given, schedule=schedule, condition=condition, v=v, made=made)
 
 
 def save_problem(problem: Problem, path: Path) -> None:
@@ -127,14 +129,12 @@ def save_problem(problem: Problem, path: Path) -> None:
 def load_problem(bundle: Bundle) -> Problem:
     """What `save_problem` kept beside a bundle's graphs, with the inputs that it belongs to."""
     arrays, row = load_file(bundle.folder / REFERENCE), bundle.manifest["parity"]["onnxruntime"]
-    scheduler = bundle.manifest["model"]["scheduler"]
-    names = ("image_size", "reference", "logsnr_min", "logsnr_max")
-    schedule = solvers.Schedule(*(scheduler[name] for name in names))
+    schedule = solvers.Schedule.of(bundle.manifest["model"]["scheduler"])
     given = inputs(schedule, bundle.shapes["image"], row["levels"], row["steps"])
     blocks = range(bundle.shapes["blocks"])
     keys, values = (tuple(arrays[f"{kind}.{i}"] for i in blocks) for kind in "kv")
     condition = Condition(keys, values, arrays["emb"], None, bundle.sizes)
-    return Problem(**given, condition=condition, v=arrays["v"], made=arrays["made"])
+    return Problem(**given, schedule=schedule, condition=condition, v=arrays["v"], made=arrays["made"])
 
 
 def at_levels(denoiser, z: Tensor, levels: Tensor, condition: Condition, batch: int) -> Tensor:
@@ -148,10 +148,10 @@ def at_levels(denoiser, z: Tensor, levels: Tensor, condition: Condition, batch: 
     return torch.cat(parts)
 
 
-def whole_run(denoiser, noise: Tensor, condition: Condition, null: Condition, plan: solvers.Plan) -> Tensor:
+def whole_run(denoiser, noise: Tensor, condition: Condition, schedule: solvers.Schedule, settings: Sampling) -> Tensor:
     """Images of a guided run from given noise, clipped to [-1, 1]."""
     z = noise.numpy() if denoiser.array == "numpy" else noise
-    return as_torch(sampler.sample(denoiser, z, condition, null, plan, GUIDANCE)).clamp(-1, 1)
+    return as_torch(sample(denoiser, z, condition, None, schedule, settings)).clamp(-1, 1)
 
 
 def call(denoiser, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
@@ -188,21 +188,24 @@ def compare(engine: Any, problem: Problem, arithmetic: str) -> dict[str, Any]:
         if float(per_level.max()) > worst["v_max_error"]:
             worst["v_max_error"], worst_level = float(per_level.max()), int(per_level.argmax()) * (each.step or 1)
         worst["v_mean_error"] = max(worst["v_mean_error"], float(error.mean()))
-        made = whole_run(engine, problem.noise[:batch], condition, engine.null(batch), problem.plan)
+        made = whole_run(engine, problem.noise[:batch], condition, problem.schedule, problem.settings)
         finite = finite and bool(v.isfinite().all()) and bool(made.isfinite().all())
         worst["psnr_db"] = min(worst["psnr_db"], psnr(made, problem.made[:batch]))
     return {
-        "arithmetic": arithmetic, "batches": list(BATCHES), "levels": len(problem.levels), "steps": len(problem.plan),
-        "finite": finite, **worst, "worst_logsnr": float(problem.levels[worst_level]),
-    }  # fmt: skip
+        "arithmetic": arithmetic,
+        "batches": list(BATCHES),
+        "levels": len(problem.levels),
+        "steps": problem.settings.steps,
+        "finite": finite,
+        **worst,
+        "worst_logsnr": float(problem.levels[worst_level]),
+    }
 
 
-def matching(a: Condition, b: Condition) -> Iterator[tuple[Tensor, Tensor]]:
-    """The arrays of two conditions in pairs, as fp32 tensors of one layout, `[B, M, H, D]`."""
-    yield as_torch(a.emb), as_torch(b.emb)
-    for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True):
-        x, y = (as_torch(t) for t in (x, y))
-        yield (x.transpose(1, 2) if a.axis == 2 else x), (y.transpose(1, 2) if b.axis == 2 else y)
+def matching(a: Condition, b: Condition) -> Iterator[tuple[Tensor, ...]]:
+    """The arrays of two conditions in pairs, as fp32 tensors."""
+    for pair in zip((a.emb, *a.keys, *a.values), (b.emb, *b.keys, *b.values), strict=True):
+        yield tuple(map(as_torch, pair))
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

@@ -14,10 +14,10 @@ from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from semantica.condition import Condition
+from semantica.engines.network import DTYPES
 from semantica.kernels.cross_attention.op import RMS_EPS, cross_attention_ref
 from semantica.kernels.group_norm.op import group_norm_ref, statistics_like
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_BATCH = 4096
 
 

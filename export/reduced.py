@@ -13,15 +13,25 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from semantica.condition import Condition
+from semantica.engines.base import heads_first
 from semantica.export.onnx import enclosing
 from semantica.export.program import DTYPES, Captured
 
 aten = torch.ops.aten
 ACCUMULATED = {
-    aten.linear.default, aten.conv2d.default, aten.matmul.default, aten.mm.default, aten.addmm.default,
-    aten.bmm.default, aten.scaled_dot_product_attention.default, aten.group_norm.default, aten.layer_norm.default,
-    aten.rms_norm.default, aten.avg_pool2d.default, aten.mean.dim,
-}  # fmt: skip
+    aten.linear.default,
+    aten.conv2d.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.scaled_dot_product_attention.default,
+    aten.group_norm.default,
+    aten.layer_norm.default,
+    aten.rms_norm.default,
+    aten.avg_pool2d.default,
+    aten.mean.dim,
+}
 
 
 def module_of(node: Node) -> str:
@@ -80,16 +90,15 @@ class ReducedNetwork:
 
     def condition(self, images: Tensor) -> Condition:
         pairs, emb = self.runners["encode"].run(images)
-        keys, values = (tuple(pair[i] for pair in pairs) for i in (0, 1))
-        return Condition(keys, values, emb, None, self.sizes, axis=2)
+        keys, values = (tuple(pair[i].transpose(1, 2) for pair in pairs) for i in (0, 1))
+        return Condition(keys, values, emb, None, self.sizes)
 
     def null(self, batch: int) -> Condition:
-        made = self.unet.null(batch).fill(self.sizes)
-        keys, values = (tuple(a.transpose(1, 2) for a in arrays) for arrays in (made.keys, made.values))
-        return Condition(keys, values, made.emb, None, self.sizes, axis=2)
+        return self.unet.null(batch).fill(self.sizes)
 
     def __call__(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
-        return self.runners["denoise"].run(z, logsnr, list(zip(condition.keys, condition.values)), condition.emb)
+        pairs = [(heads_first(key), heads_first(value)) for key, value in zip(condition.keys, condition.values)]
+        return self.runners["denoise"].run(z, logsnr, pairs, condition.emb)
 
     def headroom(self) -> dict[str, Any]:
         """How far the largest activations stay below the type's largest number, and the nodes that come closest."""

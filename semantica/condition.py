@@ -56,7 +56,6 @@ class Condition:
     emb: `[B, E]`, added to the noise-level embedding; zeros without global conditioning.
     lengths: `[B, S]`, valid tokens per sample and stream, or None for all.
     sizes: the static size of each stream along M.
-    axis: the dimension of keys and values that M is: 1, or 2 where an engine reads `[B, H, M, D]`.
     """
 
     keys: tuple[Array, ...]
@@ -64,13 +63,12 @@ class Condition:
     emb: Array
     lengths: Array | None
     sizes: tuple[int, ...]
-    axis: int = 1
 
     def map(self, function: Callable[[Array], Array]) -> "Condition":
         """Apply a function to every array, as for moving, casting or indexing along the batch."""
         lengths = None if self.lengths is None else function(self.lengths)
         keys, values = tuple(map(function, self.keys)), tuple(map(function, self.values))
-        return Condition(keys, values, function(self.emb), lengths, self.sizes, self.axis)
+        return Condition(keys, values, function(self.emb), lengths, self.sizes)
 
     def repeat(self, times: int) -> "Condition":
         """Each sample `times` times in a row: `[B, ...]` becomes `[B * times, ...]`."""
@@ -86,14 +84,14 @@ class Condition:
             return self
         if len(self.sizes) != len(sizes) or any(a not in (1, b) for a, b in zip(self.sizes, sizes)):
             raise UserError(f"condition with stream sizes {self.sizes} cannot be filled up to {sizes}: use a null one")
-        starts, axis = np.cumsum((0, *self.sizes)), self.axis
+        starts = np.cumsum((0, *self.sizes))
 
         def filled(array: Array) -> Array:
-            parts = [array[(slice(None),) * axis + (slice(a, b),)] for a, b in zip(starts, starts[1:])]
-            return concatenate([repeat_each(p, size // p.shape[axis], axis) for p, size in zip(parts, sizes)], axis)
+            parts = [array[:, a:b] for a, b in zip(starts, starts[1:])]
+            return concatenate([repeat_each(p, size // p.shape[1], 1) for p, size in zip(parts, sizes)], 1)
 
         keys, values = tuple(map(filled, self.keys)), tuple(map(filled, self.values))
-        return Condition(keys, values, self.emb, None, sizes, axis)
+        return Condition(keys, values, self.emb, None, sizes)
 
     def join(self, null: "Condition") -> "Condition":
         """Both branches of guidance as one batch `[2 B, ...]`: this condition first, then the null one, filled up.
@@ -114,4 +112,4 @@ class Condition:
             for stream, size in enumerate(sizes):
                 full[:, stream] += size
             lengths = concatenate((lengths, full))
-        return Condition(keys, values, emb, lengths, sizes, self.axis)
+        return Condition(keys, values, emb, lengths, sizes)

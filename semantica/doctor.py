@@ -138,16 +138,11 @@ def attention() -> Iterator[tuple[str, str, Status]]:
 
 
 def engines() -> Iterator[tuple[str, str, Status]]:
-    from semantica.engines import BACKENDS, missing
+    from semantica.engines import BACKENDS
 
-    where = {
-        "onnxruntime": "the CPU; onnxruntime-gpu: a GPU too", "torch": "the CPU or a GPU",
-        "torch-compile": "the CPU or a GPU", "inductor": "the CPU it was built on",
-    }  # fmt: skip
-    for name, (_, _, extra) in BACKENDS.items():
-        absent = missing(name)
-        how = f'missing {", ".join(absent)}: pip install "{DISTRIBUTION}[{extra}]"'
-        yield name, how if absent else f"runs bundles on {where.get(name, 'an NVIDIA GPU')}", "note" if absent else "ok"
+    for name, backend in BACKENDS.items():
+        reason = backend.why_not()
+        yield name, reason or f"runs bundles on {backend.place}", "note" if reason else "ok"
 
 
 def optional() -> Iterator[tuple[str, str, Status]]:
@@ -218,14 +213,22 @@ def processor() -> str:
     return model[1] if model else platform.processor() or platform.machine()
 
 
-def run(presets: bool = False) -> int:
-    """Prints the facts, or with `presets` the table of model sizes. Returns the exit code: 1 for a problem, else 0."""
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say what is installed, what the machine offers, and what the package will use of it and why."""
+
+    presets: bool = False
+    """Print the table of model sizes instead."""
+
+
+def run(config: DoctorConfig) -> int:
+    """Print the facts, or the table of model sizes; returns the exit code: 1 for a problem, else 0."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(soft_wrap=True, highlight=False)
-    if presets:
+    if config.presets:
         from semantica.model.cost import preset_table
 
         rows = preset_table()

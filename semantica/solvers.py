@@ -6,8 +6,9 @@ This module imports numpy only, so that an exported model can be sampled where t
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,7 +16,6 @@ from semantica.errors import UserError
 
 Array = TypeVar("Array")  # numpy.ndarray or torch.Tensor
 
-SOLVERS = ("ddpm", "ddim", "dpmpp_2m")
 THRESHOLDS = ("none", "clip", "dynamic")
 
 
@@ -44,6 +44,12 @@ class Schedule:
             raise UserError(f"noise schedule: image size {self.image_size}, reference {self.reference}: use 1 or more")
         if not self.logsnr_min < self.logsnr_max:
             raise UserError(f"noise schedule: logsnr_min {self.logsnr_min} must be below logsnr_max {self.logsnr_max}")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Schedule":
+        """The schedule in a `SemanticaScheduler`'s configuration."""
+        names = ("image_size", "reference", "logsnr_min", "logsnr_max")
+        return cls(**{name: config[name] for name in names if name in config})
 
     def logsnr(self, t: float | np.ndarray) -> np.ndarray:
         """Log-SNR at times t in [0, 1], any shape; float64."""
@@ -109,44 +115,89 @@ class Plan:
         return len(self.logsnr)
 
 
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The noise levels that each step of a run goes from, and to: float64 arrays [n]; size: by how much log-SNR."""
+
+    alpha: np.ndarray
+    sigma: np.ndarray
+    alpha_next: np.ndarray
+    sigma_next: np.ndarray
+    size: np.ndarray
+
+
+# the scales of a `Plan` by name; those that a solver leaves out are 0
+Solver = Callable[[Steps], dict[str, np.ndarray]]
+SOLVERS: dict[str, Solver] = {}
+
+
+def register_solver(name: str, solver: Solver) -> Solver:
+    """Add a solver under a name: then the scheduler, every pipeline and the command line take it."""
+    SOLVERS[name] = solver
+    return solver
+
+
+def dpmpp_2m(steps: Steps) -> dict[str, np.ndarray]:
+    """DPM-Solver++(2M), arXiv 2211.01095, algorithm 2.
+
+    The first step is of first order, having no previous x, and so is the last, which keeps few-step runs stable and is
+    the only choice when the last level is +inf (diffusers: `lower_order_final`). A single first-order step leaves the
+    run's convergence of second order.
+    """
+    first = ddim(steps)
+    # x is extrapolated, linearly in lambda, to the middle of the step; not in the first and the last step
+    extrapolation = np.zeros_like(steps.size)
+    extrapolation[1:-1] = steps.size[1:-1] / (2 * steps.size[:-2])
+    return first | {
+        "x_scale": (1 + extrapolation) * first["x_scale"],
+        "x_previous_scale": -extrapolation * first["x_scale"],
+    }
+
+
+def ddim(steps: Steps) -> dict[str, np.ndarray]:
+    """arXiv 2010.02502, equation 12 with no noise, eps recomputed from the thresholded x; it is DPM-Solver++(1)."""
+    return {
+        "z_scale": steps.sigma_next / steps.sigma,
+        "x_scale": -steps.alpha_next * np.expm1(-steps.size / 2),
+    }
+
+
+def ddpm(steps: Steps) -> dict[str, np.ndarray]:
+    """Ancestral sampling with the variance sigma_s^2 (1 - exp(lambda_t - lambda_s)) of simple diffusion."""
+    # expm1 keeps the variance accurate when steps are short
+    fraction = -np.expm1(-steps.size)
+    return {
+        "z_scale": np.exp(-steps.size) * steps.alpha_next / steps.alpha,
+        "x_scale": steps.alpha_next * fraction,
+        "noise_scale": steps.sigma_next * np.sqrt(fraction),
+    }
+
+
+for solver in (dpmpp_2m, ddim, ddpm):
+    register_solver(solver.__name__, solver)
+
+
+def check_solver(name: str) -> None:
+    """Raises `UserError` for an unknown solver."""
+    if name not in SOLVERS:
+        raise UserError(f"unknown solver {name!r}: choose one of {', '.join(SOLVERS)}")
+
+
 def make_plan(solver: str, logsnrs: np.ndarray) -> Plan:
     """Coefficients of a run through the n + 1 increasing noise levels `logsnrs` (float [n + 1]; the last may be +inf).
 
-    - "ddpm": ancestral sampling with the variance sigma_s^2 (1 - exp(lambda_t - lambda_s)) of simple diffusion.
-    - "ddim": arXiv 2010.02502, equation 12 with no noise, eps recomputed from the thresholded x; it is DPM-Solver++(1).
-    - "dpmpp_2m": DPM-Solver++(2M), arXiv 2211.01095, algorithm 2. The first step is of first order, having no
-      previous x, and so is the last, which keeps few-step runs stable and is the only choice when the last level is
-      +inf (diffusers: `lower_order_final`). A single first-order step leaves the run's convergence of second order.
-
-    With a last level of +inf the last step of every solver returns x exactly; with a finite one it stops at that level.
-    Raises `UserError` for an unknown solver and for levels that do not increase.
+    solver: a name in `SOLVERS`. With a last level of +inf the last step of every solver returns x exactly; with a
+    finite one it stops at that level. Raises `UserError` for an unknown solver and for levels that do not increase.
     """
-    if solver not in SOLVERS:
-        raise UserError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+    check_solver(solver)
     logsnrs = np.asarray(logsnrs, np.float64)
     if logsnrs.ndim != 1 or len(logsnrs) < 2 or not np.isfinite(logsnrs[0]) or not (np.diff(logsnrs) > 0).all():
         raise UserError(f"noise levels of a sampling run must increase from a finite log-SNR, got {logsnrs.tolist()}")
     alpha, sigma = alpha_sigma(logsnrs)
-    alpha_next, sigma_next = alpha[1:], sigma[1:]
-    logsnr, alpha, sigma = logsnrs[:-1], alpha[:-1], sigma[:-1]
-    step_size = logsnrs[1:] - logsnr
-    x_previous_scale, noise_scale = np.zeros_like(logsnr), np.zeros_like(logsnr)
-    if solver == "ddpm":
-        # expm1 keeps the variance accurate when steps are short
-        fraction = -np.expm1(-step_size)
-        z_scale = np.exp(-step_size) * alpha_next / alpha
-        x_scale = alpha_next * fraction
-        noise_scale = sigma_next * np.sqrt(fraction)
-    else:
-        z_scale = sigma_next / sigma
-        x_scale = -alpha_next * np.expm1(-step_size / 2)
-    if solver == "dpmpp_2m":
-        # x is extrapolated, linearly in lambda, to the middle of the step; not in the first and the last step
-        extrapolation = np.zeros_like(logsnr)
-        extrapolation[1:-1] = step_size[1:-1] / (2 * step_size[:-2])
-        x_previous_scale = -extrapolation * x_scale
-        x_scale = (1 + extrapolation) * x_scale
-    return Plan(logsnr, alpha, sigma, z_scale, x_scale, x_previous_scale, noise_scale)
+    scales = SOLVERS[solver](Steps(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], np.diff(logsnrs)))
+    blank = np.zeros(len(logsnrs) - 1)
+    names = ("z_scale", "x_scale", "x_previous_scale", "noise_scale")
+    return Plan(logsnrs[:-1], alpha[:-1], sigma[:-1], *(scales.get(name, blank) for name in names))
 
 
 def predict_x(plan: Plan, i: int, z: Array, v: Array) -> Array:
@@ -169,14 +220,19 @@ def step(plan: Plan, i: int, z: Array, x: Array, x_previous: Array | None = None
     return z_next
 
 
+def check_thresholding(kind: str) -> None:
+    """Raises `UserError` for an unknown kind."""
+    if kind not in THRESHOLDS:
+        raise UserError(f"unknown thresholding {kind!r}: choose one of {', '.join(THRESHOLDS)}")
+
+
 def threshold(x: Array, kind: str, clip_range: float = 1.0, ratio: float = 0.995) -> Array:
     """Predicted clean images x [B, ...] brought back into [-clip_range, clip_range].
 
     "none" returns x; "clip" clamps; "dynamic" clamps each image to its own s = max(clip_range, the `ratio` quantile of
     |x|) and divides by s / clip_range (Imagen, arXiv 2205.11487, section 2.3). Raises `UserError` for another kind.
     """
-    if kind not in THRESHOLDS:
-        raise UserError(f"unknown thresholding {kind!r}: choose one of {', '.join(THRESHOLDS)}")
+    check_thresholding(kind)
     if kind == "none":
         return x
     if kind == "clip":

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from semantica import cli
 from semantica.cli import main
+from semantica.options import parse
+from semantica.train.data.config import TokensConfig
+from semantica.train.pages.command import PairsConfig
+from semantica.train.pages.config import MineConfig, ReportConfig, UrlsConfig
 
 VERBS = ("doctor", "demo", "pairs", "train", "sample", "evaluate", "export", "build")
 RESULTS = sorted(map(str, (Path(__file__).parents[1] / "benchmarks" / "results").glob("*/group_norm*.json")))
@@ -76,6 +81,29 @@ def test_impossible_values_are_one_line(capsys):
         assert all(word in error for word in words) and "\n" not in error and "│" not in error, error
 
 
+def test_a_registered_verb_is_one_of_them(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "VERBS", dict(cli.VERBS))
+    cli.register_verb("presets", "sizes of models", "semantica.doctor:run", "semantica.doctor:DoctorConfig")
+    assert main(["presets", "--presets"]) == 0 and "tiny" in capsys.readouterr().out
+    assert main(["--help"]) == 0 and "\n  presets    sizes of models\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["in.warc", "--out", "shards", "--engine", "ray"], MineConfig),
+        (["in.warc", "--out", "shards", "--on", "ray"], MineConfig),
+        (["in.warc", "--out", "urls.parquet", "--urls-only"], UrlsConfig),
+        (["--report", "shards", "--low", "0.3"], ReportConfig),
+        (["--tokens", "photos", "--encoder", "dino"], TokensConfig),
+    ],
+)
+def test_pairs_is_four_commands_in_one(arguments, kind):
+    chosen = parse(PairsConfig, "pairs", arguments).chosen()
+    assert type(chosen) is kind
+    assert getattr(chosen, "on", "ray") == "ray" and getattr(chosen, "low", 0.3) == 0.3
+
+
 def test_unknown_verbs_and_mistakes_are_one_line(capsys, tmp_path, data, model):
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -84,6 +112,11 @@ def test_unknown_verbs_and_mistakes_are_one_line(capsys, tmp_path, data, model):
     text.write_text("no picture")
     for arguments, message in (
         (["paint"], "unknown verb 'paint'"),
+        (["pairs"], "nothing to do: give crawls"),
+        (["pairs", picture, "--out", tmp_path / "run", "--low", "0.1"], "--low and --high belong to --report"),
+        (["pairs", "--report", data, "--out", tmp_path / "run"], "--report takes one folder"),
+        (["pairs", "--tokens", data, "--urls-only"], "--tokens takes no crawl"),
+        (["pairs", "--tokens", data, "--processes", "0"], "--processes is 0"),
         (["train", "--data", tmp_path / "no", "--out", tmp_path / "run"], "does not exist"),
         (["train", "--data", data, "--out", tmp_path / "run", "--steps", "0"], "--steps is 0"),
         (["sample", "--model", tmp_path / "no", "--image", picture], "is not a folder"),
@@ -120,29 +153,8 @@ def test_sampling_writes_a_grid_or_single_pictures_and_is_repeatable(tmp_path, d
     names = sorted(p.name for p in (tmp_path / "single").iterdir())
     assert names == [*(f"{i:03d}-{s}-{j}.png" for i, s in enumerate("01") for j in range(3)), "config.json"]
     # the picture does not depend on what else is made with it
-    assert (
-        main(
-            [
-                str(a)
-                for a in (
-                    "sample",
-                    "--model",
-                    model,
-                    "--image",
-                    pictures[0],
-                    "-n",
-                    "1",
-                    "--steps",
-                    "2",
-                    "--seed",
-                    "5",
-                    "--out",
-                    tmp_path / "one",
-                )
-            ]
-        )
-        == 0
-    )
+    one = ["--image", pictures[0], "-n", "1", "--steps", "2", "--seed", "5", "--out", tmp_path / "one"]
+    assert main([str(a) for a in ("sample", "--model", model, *one)]) == 0
     alone, among = (np.asarray(Image.open(tmp_path / f / "000-0-0.png")).astype(int) for f in ("one", "single"))
     assert np.abs(alone - among).max() <= 1
 

@@ -125,7 +125,7 @@ def test_a_dependency_too_old_is_a_problem(plant, capsys):
     plant("diffusers", "0.1.0")
     (fact,) = (fact for fact in doctor.collect() if fact.status == "problem")
     assert fact.name == "diffusers" and fact.value.startswith("0.1.0, but >=") and "pip install" in fact.value
-    assert doctor.run() == 1
+    assert doctor.run(doctor.DoctorConfig()) == 1
     assert "PROBLEM  diffusers" in capsys.readouterr().out
 
 
@@ -156,11 +156,11 @@ def test_a_check_that_breaks_is_a_fact(monkeypatch, capsys):
     facts = doctor.collect()
     assert [f.value for f in facts if f.section == "operators"] == ["RuntimeError: driver too old"]
     assert values(facts, "self-attention")
-    assert doctor.run() == 1
+    assert doctor.run(doctor.DoctorConfig()) == 1
 
 
 def test_one_line_per_fact(capsys):
-    assert doctor.run() == 0
+    assert doctor.run(doctor.DoctorConfig()) == 0
     facts = doctor.collect()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(facts) + len({fact.section for fact in facts}) + 1
@@ -170,6 +170,6 @@ def test_one_line_per_fact(capsys):
 
 
 def test_presets_are_listed(capsys):
-    assert doctor.run(presets=True) == 0
+    assert doctor.run(doctor.DoctorConfig(presets=True)) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in PRESETS)

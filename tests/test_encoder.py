@@ -99,7 +99,7 @@ def test_the_trainable_encoder_learns_from_every_parameter():
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), [("dinov2", 70), ("clip", 64), ("siglip", 64)])
 def test_the_layers_of_a_tower_compile_whole_and_as_one_graph(tmp_path, save_tower, kind, size):
-    from semantica.train.objective import compile_in_place
+    from semantica.model.compile import compile_in_place
 
     save_tower(tmp_path, kind)
     encoder = PretrainedEncoder.from_source(str(tmp_path), image_size=size)

@@ -5,12 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from semantica import Stream, UserError, UViT
+from semantica import Stream, UViT
 from semantica.cli import main
 from semantica.model.fast import FastDenoiser
-from semantica.sampling.compiled import BUCKETS, FastSampler, Graphs
+from semantica.sampling.compiled import BUCKETS, CompiledDenoiser, GraphCache
 from semantica.sampling.loop import sample
-from semantica.solvers import Schedule, make_plan
+from semantica.sampling.settings import Sampling
+from semantica.solvers import Schedule
 
 STREAMS = {"image": 24, "text": 12}
 
@@ -40,8 +41,14 @@ def noise(seed=7, batch=3):
     return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def plan_of(steps=5):
-    return make_plan("dpmpp_2m", Schedule(16).grid(steps)[1])
+def settings(guidance=1.0, steps=5, **changes):
+    """Schedule and settings of a run."""
+    return Schedule(16), Sampling(steps, guidance=guidance, **changes)
+
+
+def fast(unet, dtype, *arguments):
+    """A whole run through the rearranged network, not compiled."""
+    return sample(CompiledDenoiser(unet, dtype, "none"), *arguments)
 
 
 LENGTHS = (torch.tensor([5, 2, 0]), torch.tensor([3, 1, 3]))
@@ -56,11 +63,11 @@ LENGTHS = (torch.tensor([5, 2, 0]), torch.tensor([3, 1, 3]))
 def test_images_are_those_of_the_network(conditioning, lengths, interval):
     unet = network(conditioning)
     condition, null = conditions(unet, lengths=lengths)
-    arguments = (noise(), condition, null, plan_of(), 2.5, interval)
+    arguments = (noise(), condition, null, *settings(2.5, interval=interval))
     with torch.no_grad():
         expected = sample(unet, *arguments)
-        other = sample(unet, *arguments[:2], null, plan_of(), 1.0)
-    actual = FastSampler(unet, torch.float32, "none")(*arguments)
+        other = sample(unet, *arguments[:3], *settings(1.0))
+    actual = fast(unet, torch.float32, *arguments)
     assert (expected - other).abs().max() > 1e-2, "guidance must matter for this test to mean anything"
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
@@ -71,8 +78,8 @@ def test_a_null_condition_that_is_no_single_token_attends():
     with torch.no_grad():
         negative = unet.condition({n: Stream(torch.randn(3, 4, w) * 2) for n, w in STREAMS.items()})
         condition = unet.condition({n: Stream(torch.randn(3, 4, w)) for n, w in STREAMS.items()})
-        expected = sample(unet, noise(), condition, negative, plan_of(), 2.0)
-    actual = FastSampler(unet, torch.float32, "none")(noise(), condition, negative, plan_of(), 2.0)
+        expected = sample(unet, noise(), condition, negative, *settings(2.0))
+    actual = fast(unet, torch.float32, noise(), condition, negative, *settings(2.0))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
@@ -80,8 +87,8 @@ def test_no_condition_at_all_and_no_guidance():
     unet = network("none", {})
     null = unet.null(3)
     with torch.no_grad():
-        expected = sample(unet, noise(), null, None, plan_of())
-    actual = FastSampler(unet, torch.float32, "none")(noise(), null, None, plan_of())
+        expected = sample(unet, noise(), null, None, *settings())
+    actual = fast(unet, torch.float32, noise(), null, None, *settings())
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
@@ -90,8 +97,8 @@ def test_half_precision_is_close_and_the_network_stays_as_it_was():
     before = {name: p.clone() for name, p in unet.state_dict().items()}
     condition, null = conditions(unet)
     with torch.no_grad():
-        expected = sample(unet, noise(), condition, null, plan_of(), 1.5)
-    actual = FastSampler(unet, torch.bfloat16, "none")(noise(), condition, null, plan_of(), 1.5)
+        expected = sample(unet, noise(), condition, null, *settings(1.5))
+    actual = fast(unet, torch.bfloat16, noise(), condition, null, *settings(1.5))
     assert actual.dtype == torch.float32
     assert 0 < (actual - expected).square().mean().sqrt() < 0.02
     assert all(torch.equal(p, before[name]) for name, p in unet.state_dict().items())
@@ -133,15 +140,15 @@ def test_both_branches_share_what_they_can():
 def test_compiled_equals_eager(compile):
     unet = network(depths=(1, 1), depth=1)
     condition, null = conditions(unet)
-    arguments = (noise(), condition, null, plan_of(3), 2.0)
-    sampler = FastSampler(unet, torch.float32, compile)
-    expected = FastSampler(unet, torch.float32, "none")(*arguments)
-    torch.testing.assert_close(sampler(*arguments), expected, rtol=0, atol=1e-4)
+    arguments = (noise(), condition, null, *settings(2.0, 3))
+    compiled = CompiledDenoiser(unet, torch.float32, compile)
+    expected = fast(unet, torch.float32, *arguments)
+    torch.testing.assert_close(sample(compiled, *arguments), expected, rtol=0, atol=1e-4)
     # another condition, another batch
     condition, null = conditions(unet, 2, (torch.tensor([5, 1]), None))
-    arguments = (noise(8, 2), condition, null, plan_of(3), 2.0)
-    expected = FastSampler(unet, torch.float32, "none")(*arguments)
-    torch.testing.assert_close(sampler(*arguments), expected, rtol=0, atol=1e-4)
+    arguments = (noise(8, 2), condition, null, *settings(2.0, 3))
+    expected = fast(unet, torch.float32, *arguments)
+    torch.testing.assert_close(sample(compiled, *arguments), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -154,12 +161,6 @@ def test_a_run_folder_is_sampled_by_the_command_compiled(small_run, picture, tmp
         made[engine] = np.asarray(Image.open(out), np.float64)
     error = np.square(made["torch"] - made["torch-compile"]).mean()
     assert 0 < error < 255**2 / 10**3.5
-
-
-def test_impossible_intervals_are_refused():
-    unet = network()
-    with pytest.raises(UserError, match="interval"):
-        FastSampler(unet, torch.float32, "none")(noise(), *conditions(unet), plan_of(), 2.0, (0.5, 0.2))
 
 
 class Recorded:
@@ -185,7 +186,7 @@ def graphs(faster=True):
         return made[-1]
 
     # the call is measured first, the replay second
-    return Graphs(record, lambda call: -next(times) if faster else next(times)), made
+    return GraphCache(record, lambda call: -next(times) if faster else next(times)), made
 
 
 def test_a_graph_is_recorded_once_for_each_kind_of_call():
@@ -219,21 +220,27 @@ def test_old_graphs_make_room():
 
 def test_runs_that_differ_in_what_a_graph_bakes_in_have_graphs_of_their_own():
     unet = network()
-    sampler = FastSampler(unet, torch.float32, "none")
-    sampler.graphs, made = graphs()
+    denoiser = CompiledDenoiser(unet, torch.float32, "none")
+    denoiser.graphs, made = graphs()
     condition, null = conditions(unet)
+    few = [c.map(lambda t: t[:2]) for c in (condition, null)]
     runs = {
-        "first": (noise(), condition, null, plan_of(3), 2.0),
-        "same kind, other values": (noise(8), condition.map(lambda t: t * 0.9), null, plan_of(3), 2.0),
-        "guidance": (noise(), condition, null, plan_of(3), 3.0),
-        "steps": (noise(), condition, null, plan_of(4), 2.0),
-        "interval": (noise(), condition, null, plan_of(3), 2.0, (0.0, 0.5)),
-        "batch": (noise(7, 2), *(c.map(lambda t: t[:2]) for c in (condition, null)), plan_of(3), 2.0),
+        "first": (noise(), condition, null, *settings(2.0, 3)),
+        "same kind, other values": (noise(8), condition.map(lambda t: t * 0.9), null, *settings(2.0, 3)),
+        "seed": (noise(), condition, null, *settings(2.0, 3, seed=1)),
+        "guidance": (noise(), condition, null, *settings(3.0, 3)),
+        "steps": (noise(), condition, null, *settings(2.0, 4)),
+        "interval": (noise(), condition, null, *settings(2.0, 3, interval=(0.0, 0.5))),
+        "schedule": (noise(), condition, null, Schedule(16, logsnr_min=-9.0), settings(2.0, 3)[1]),
+        "batch": (noise(7, 2), *few, *settings(2.0, 3)),
     }
     for name, arguments in runs.items():
-        expected = FastSampler(unet, torch.float32, "none")(*arguments)
-        torch.testing.assert_close(sampler(*arguments), expected, rtol=0, atol=1e-6, msg=name)
-    assert len(made) == len(runs) - 1
+        expected = fast(unet, torch.float32, *arguments)
+        torch.testing.assert_close(sample(denoiser, *arguments), expected, rtol=0, atol=1e-6, msg=name)
+    assert len(made) == len(runs) - 2
+    # fresh noise in every step is no part of a graph
+    sample(denoiser, noise(), condition, null, *settings(2.0, 3, solver="ddpm"), noise)
+    assert len(made) == len(runs) - 2
 
 
 @pytest.mark.gpu
@@ -242,21 +249,21 @@ def test_runs_that_differ_in_what_a_graph_bakes_in_have_graphs_of_their_own():
 def test_on_a_gpu_nothing_waits_and_replay_equals_eager(compile):
     unet = network().cuda()
     condition, null = (c.map(lambda t: t.cuda()) for c in conditions(network()))
-    arguments = (condition, null, plan_of(), 2.0)
-    eager = FastSampler(unet, torch.bfloat16, compile, graphs=False)
-    graphed = FastSampler(unet, torch.bfloat16, compile)
+    arguments = (condition, null, *settings(2.0))
+    eager = CompiledDenoiser(unet, torch.bfloat16, compile, graphs=False)
+    graphed = CompiledDenoiser(unet, torch.bfloat16, compile)
     # the graph is to be used here whatever the clock says
     times = iter((2.0, 1.0))
     graphed.graphs.measure = lambda call: next(times)
     for seed in (7, 8):
         z = noise(seed).cuda()
-        expected = eager(z, *arguments)
-        actual = graphed(z, *arguments)
+        expected = sample(eager, z, *arguments)
+        actual = sample(graphed, z, *arguments)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        eager(z, *arguments)
-        graphed(z, *arguments)
+        sample(eager, z, *arguments)
+        sample(graphed, z, *arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -19,13 +19,13 @@ from PIL import Image
 from warcio.archiveiterator import ArchiveIterator
 
 from semantica.errors import UserError
-from semantica.train.pages.config import PairsConfig
+from semantica.train.pages.config import MineConfig, UrlsConfig
 from semantica.train.pages.mine import mine
 from semantica.train.pages.urls import write_urls
 
 
 def dig(*inputs, out, **options) -> dict:
-    return mine(PairsConfig(tuple(inputs), out, **{"encoder": "none", "processes": 1} | options))
+    return mine(MineConfig(tuple(inputs), out, **{"encoder": "none", "processes": 1} | options))
 
 
 def stored(shards: Path) -> dict[str, list[dict]]:
@@ -248,7 +248,9 @@ def test_saved_pages_wacz_and_img2dataset_are_inputs_too(crawl, tmp_path):
     )
     stats = dig(pages, out=tmp_path / "s1")
     assert stats["pictures"] == {"kept": 3, "not_captured": 3}
-    assert [image["url"] for image in stored(tmp_path / "s1")["file:///trip.html"]][0] == "file:///trip_files/photo%200.jpg"
+    assert [image["url"] for image in stored(tmp_path / "s1")["file:///trip.html"]][
+        0
+    ] == "file:///trip_files/photo%200.jpg"
 
     with zipfile.ZipFile(tmp_path / "x.wacz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.warc.gz", crawl.site(2).bytes())
@@ -261,7 +263,7 @@ def test_saved_pages_wacz_and_img2dataset_are_inputs_too(crawl, tmp_path):
         one.page(f"http://e.org/{number}/", text)
     one.page("http://e.org/one/", "<img src=b.jpg>")
     table = tmp_path / "urls.parquet"
-    assert write_urls(PairsConfig((one.save(tmp_path / "x.warc"),), table, urls_only=True)) == 8
+    assert write_urls(UrlsConfig((one.save(tmp_path / "x.warc"),), table)) == 8
     import pyarrow.parquet
 
     rows = pyarrow.parquet.read_table(table).to_pylist()
@@ -336,7 +338,6 @@ def test_mistakes_are_one_line(crawl, tmp_path):
         ((path,), {"encoder": str(tmp_path / "nowhere")}, "or give --encoder colour-and-shape"),
         ((path,), {"max_aspect": 0.5}, "--max-aspect is 0.5"),
         ((path,), {"processes": 0}, "--processes is 0"),
-        ((path,), {"low": 0.1}, "belong to --report"),
         ((), {}, "nothing to do"),
     ):
         with pytest.raises(UserError, match=words) as caught:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from semantica.train.pages import engine
 from semantica.train.pages.body import BadBody, decode
-from semantica.train.pages.config import MAX_HTML, PairsConfig
+from semantica.train.pages.config import MAX_HTML, MineConfig
 from semantica.train.pages.links import BadPage, Link, canonical, encoding, largest, page_links
 from semantica.train.pages.mine import mine
 from semantica.train.pages.picture import Rejected, by_name, examine, slug
@@ -23,7 +23,7 @@ from semantica.train.pages.sources import Input, digest, events, find_inputs
 from semantica.train.pages.warc import captures
 from semantica.train.pages.write import furniture_limit
 
-RULES = PairsConfig((Path("x"),), Path("y"), encoder="none").rules()
+RULES = MineConfig((Path("x"),), Path("y"), encoder="none").rules()
 
 
 def read(data: bytes) -> tuple[list, list[tuple[str, str]]]:
@@ -254,7 +254,7 @@ def test_a_hostile_crawl_is_mined_all_the_same(crawl, tmp_path):
     (tmp_path / "in" / "c.warc.gz").write_bytes(b"\x1f\x8b\x08 nothing")
     (tmp_path / "in" / "d.wacz").write_bytes(b"PK\x03\x04 no zip")
     (tmp_path / "in" / "e.tar").write_bytes(b"no tar" * 1000)
-    config = PairsConfig((tmp_path / "in",), tmp_path / "out", encoder="none", processes=2, furniture_pages=9)
+    config = MineConfig((tmp_path / "in",), tmp_path / "out", encoder="none", processes=2, furniture_pages=9)
     stats = mine(config)
     rows = {row["name"]: row for row in stats["inputs"]}
     assert rows["a.warc"]["stored"] == {"pages": 2, "images": 7, "pairs": 4 * 3 + 3 * 2}

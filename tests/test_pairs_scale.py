@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from semantica.train.pages.config import PairsConfig
+from semantica.train.pages.config import MineConfig
 from semantica.train.pages.mine import locked, mine
 
 FIXED = ("tar", "safetensors", "index.json", "stats.json")
@@ -104,8 +104,8 @@ def test_ray_gives_the_same_bytes(crawl, crawls, tmp_path):
     # a GPU that exists by name alone: the encoder's actors are placed on it
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        options = dict(encoder="colour-and-shape", shard_mb=1, engine="ray")
-        mine(PairsConfig((crawls,), tmp_path / "ray", **options))
+        options = dict(encoder="colour-and-shape", shard_mb=1, on="ray")
+        mine(MineConfig((crawls,), tmp_path / "ray", **options))
     finally:
         ray.shutdown()
     assert shards_of(tmp_path / "ray") == wanted

@@ -23,14 +23,15 @@ from semantica import SemanticaPipeline, UserError
 from semantica.model.layers import GroupNormAct
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
+from semantica.train.data.config import TokensConfig
 from semantica.train.data.encode import store_tokens
 from semantica.train.data.folders import scan
 from semantica.train.data.pairs import Pairs, batches
 from semantica.train.loop import train
 from semantica.train.objective import Objective
-from semantica.train.pages.config import PairsConfig
-from semantica.train.processes import Ranks, mesh
+from semantica.train.processes import World
 from semantica.train.run import checkpoint
+from semantica.train.sharding import parallelize
 
 FILES = ("unet", "encoder", "head", "ema_unet", "ema_encoder", "ema_head", "optimizer")
 
@@ -252,7 +253,7 @@ def test_a_loss_that_is_infinite_on_one_process_ends_the_run_of_all(runs, kind):
     assert "\n" not in first["error"] and second == {"left": 1}
     folder = root / f"spoiled-{kind}" / "checkpoints"
     assert [p.name for p in folder.iterdir()] == ["step-00000002"]
-    state, _ = checkpoint.load_newest(folder, Ranks(), pytest.fail)
+    state, _ = checkpoint.load_newest(folder, World(), pytest.fail)
     assert state["step"] == 2
     assert furthest(folder / "step-00000002", root / "lost" / "checkpoints" / "step-00000002") < 1e-5
     assert not (root / f"spoiled-{kind}" / "model_index.json").exists()
@@ -297,7 +298,7 @@ def test_a_disk_that_is_full_for_one_process_ends_the_run_of_all_in_one_line(run
     first, second = ended["full"]
     assert first["error"].startswith("no space left to write ") and second == {"left": 2}, ended["full"]
     assert [p.name for p in checkpoint.folders(root / "full" / "checkpoints")] == ["step-00000001", "step-00000002"]
-    assert checkpoint.load_newest(root / "full" / "checkpoints", Ranks(), pytest.fail)[0]["step"] == 2
+    assert checkpoint.load_newest(root / "full" / "checkpoints", World(), pytest.fail)[0]["step"] == 2
 
 
 def test_held_out_pictures_that_one_process_cannot_read_end_the_run_of_all_in_one_line(runs):
@@ -380,9 +381,10 @@ def test_sharded_networks_keep_channels_last_and_the_fused_operators(photos, tmp
     unet, encoder, _ = build(settings, torch.device("cpu"))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        ranks = Ranks("fsdp")
+        world = World("fsdp")
+        parallel = parallelize(world, torch.device("cpu"), torch.bfloat16)
         for module in (unet, encoder):
-            ranks.shard(torch.bfloat16, torch.device("cpu"))(module)
+            parallel.shard(module)
         seen = []
         norms = [m for m in unet.modules() if isinstance(m, GroupNormAct)]
         for norm in norms:
@@ -392,7 +394,7 @@ def test_sharded_networks_keep_channels_last_and_the_fused_operators(photos, tmp
                 )
             )
         g = torch.Generator().manual_seed(0)
-        images = [ranks.place(torch.randn(2, 3, 32, 32, generator=g)) for _ in range(3)]
+        images = [parallel.place(torch.randn(2, 3, 32, 32, generator=g)) for _ in range(3)]
         with torch.autocast("cpu", torch.bfloat16), profile(activities=[ProfilerActivity.CPU]) as found:
             losses, *_ = Objective(unet, encoder)(*images, torch.randn(2), torch.zeros(2, dtype=torch.bool))
             losses.mean().backward()
@@ -402,10 +404,9 @@ def test_sharded_networks_keep_channels_last_and_the_fused_operators(photos, tmp
         assert counts["semantica::cross_attention"] == len(unet.transformer_blocks)
         for parameter in unet.parameters():
             assert parameter.dtype == parameter.grad.dtype == torch.float32
-        ranks.close()
+        world.close()
     finally:
         dist.destroy_process_group()
-        mesh.cache_clear()
 
 
 @pytest.mark.slow
@@ -414,7 +415,7 @@ def test_alignment_and_stored_tokens_in_two_processes(photos, together, tmp_path
     train(config(photos, tmp_path / "teacher", steps=1))
     source = str(tmp_path / "teacher")
     place = tmp_path / "tokens"
-    store_tokens(PairsConfig(tokens=str(photos), encoder=source, out=place, device="cpu", precision="fp32"))
+    store_tokens(TokensConfig(str(photos), encoder=source, out=place, device="cpu", precision="fp32"))
     kinds = {
         "repa": dict(repa=0.5, repa_encoder=source),
         "stored": dict(encoder=source, tokens=str(place), align=0.0),

@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 
 from semantica import SemanticaPipeline, SemanticaScheduler, UserError, UViT, ViTEncoder
 from semantica.pipelines.runfolder import check_run
-from semantica.sampling.guided import denoise
+from semantica.sampling.guidance import Guided
+from semantica.sampling.loop import sample
+from semantica.sampling.settings import Sampling
+from semantica.solvers import Schedule
 
 
 def make(conditioning="tokens"):
@@ -127,17 +130,15 @@ def test_guidance_interval_and_autoguidance(pipe):
 
 def test_any_callable_denoises(pipe):
     target = torch.rand(2, 3, 16, 16) * 2 - 1
-    scheduler = SemanticaScheduler(image_size=16)
-    scheduler.set_timesteps(6)
+    guider = Guided(ClassifierFreeGuidance(guidance_scale=1.0))
 
     def denoiser(z, logsnr, condition):
         alpha, sigma = torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
         # always sure of the same images
         return (alpha[:, None, None, None] * z - target) / sigma[:, None, None, None]
 
-    out = denoise(
-        denoiser, scheduler, ClassifierFreeGuidance(guidance_scale=1.0), torch.randn(2, 3, 16, 16), None, None
-    )
+    null = pipe.unet.null(2)
+    out = sample(denoiser, torch.randn(2, 3, 16, 16), null, null, Schedule(16), Sampling(6), guidance=guider)
     torch.testing.assert_close(out, target, rtol=0, atol=1e-4)
 
 

@@ -14,9 +14,9 @@ from semantica.cli import main
 from semantica.condition import Stream
 from semantica.model.encoders import frozen_encoder
 from semantica.train.config import TrainConfig
+from semantica.train.heads import RepaHead, aligned_depth, patch_tokens, resampled
 from semantica.train.loop import train
 from semantica.train.objective import Objective
-from semantica.train.repa import RepaHead, aligned_depth, patch_tokens, resampled
 from semantica.train.run import checkpoint
 
 SIDE = 32
@@ -199,7 +199,8 @@ def test_one_step_descends_the_weighted_sum(home, tmp_path):
     """The gradient norm of the first step against autograd on the weighted sum of both losses."""
     from semantica.diffusion import noise_levels
     from semantica.train.build import alignment, build
-    from semantica.train.data.pairs import Pairs, collate, open_data
+    from semantica.train.data.open import open_data
+    from semantica.train.data.pairs import Pairs, collate
 
     settings = config(home, tmp_path / "run", repa=0.5, steps=1, drop=0.0)
     train(settings)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from semantica import UserError
 from semantica.cli import main
-from semantica.train.processes import Ranks
+from semantica.train.processes import Vote, World
 from semantica.train.run import checkpoint, storage
 
 HERE = Path(__file__).parent
@@ -38,7 +38,7 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
 
 def load(root: Path) -> tuple[int, dict[str, torch.Tensor]]:
     """The newest whole checkpoint: its step, and what is in it."""
-    state, reader = checkpoint.load_newest(root, Ranks(), print)
+    state, reader = checkpoint.load_newest(root, World(), print)
     found = tensors(torch.nan)
     checkpoint.load(reader, found, None)
     return state["step"], found
@@ -74,7 +74,7 @@ def test_a_crash_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(tmp_p
 
 def test_a_full_disk_keeps_the_older_checkpoint_and_is_said_at_the_next_step(tmp_path, monkeypatch):
     root = tmp_path / "checkpoints"
-    saver = checkpoint.Saver(root, Ranks(), keep=2, device=torch.device("cpu"))
+    saver = checkpoint.Saver(root, World(), keep=2, device=torch.device("cpu"))
     saver.save(1, tensors(1), {})
     saver.wait()
     before = contents(root / "step-00000001")
@@ -86,10 +86,10 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_is_said_at_the_next_step(tmp
     monkeypatch.setattr(storage, "save_file", full)
     saver.save(2, tensors(2), {})
     saver.close()
-    assert saver.failed
+    assert saver.vote == Vote.SAVE_FAILED
     with pytest.raises(UserError, match="no space left .* earlier checkpoints are intact"):
         saver.wait()
-    assert not saver.failed
+    assert saver.vote == Vote.CONTINUE
     assert [p.name for p in root.iterdir()] == ["step-00000001"] and contents(root / "step-00000001") == before
 
 
@@ -102,7 +102,7 @@ def test_a_save_holds_the_values_of_its_step_and_only_one_is_under_way(tmp_path,
         save_file(content, path, metadata)
 
     monkeypatch.setattr(storage, "save_file", slow)
-    saver = checkpoint.Saver(root, Ranks(), keep=2, device=torch.device("cpu"))
+    saver = checkpoint.Saver(root, World(), keep=2, device=torch.device("cpu"))
     live = tensors(1)
     saver.save(1, live, {})
     for tensor in live.values():
@@ -142,7 +142,7 @@ def test_names_that_lead_out_of_the_folder_are_not_followed(tmp_path):
 
 def test_another_models_checkpoint_is_refused(tmp_path):
     folder = checkpoint.save(tmp_path, 1, tensors(1), {}, keep=1)
-    state, reader = checkpoint.load_newest(tmp_path, Ranks(), print)
+    state, reader = checkpoint.load_newest(tmp_path, World(), print)
     assert folder.name == "step-00000001" and state["step"] == 1
     for other in ({"unet/x": torch.zeros(5)}, {**tensors(0), "unet/x": torch.zeros(6)}):
         with pytest.raises(UserError, match="belongs to another model"):
@@ -218,7 +218,7 @@ def said_by(process: subprocess.Popen) -> tuple[str, list[str]]:
 def newest_whole(out: Path) -> int:
     """The step of the newest checkpoint, which is whole, as are all others."""
     root = out / "checkpoints"
-    state, _ = checkpoint.load_newest(root, Ranks(), pytest.fail)
+    state, _ = checkpoint.load_newest(root, World(), pytest.fail)
     return state["step"]
 
 

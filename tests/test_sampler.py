@@ -1,4 +1,4 @@
-"""The fast sampling loop: the pipeline's result, for numpy as for torch, with one call of the network a step."""
+"""The sampling loop: the scheduler's result, for numpy as for torch, with whatever predicts v, and its hooks."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,10 @@ import torch
 from diffusers.guiders import ClassifierFreeGuidance
 
 from semantica import Condition, SemanticaScheduler, Stream, UserError, UViT
-from semantica.sampling.guided import denoise
-from semantica.sampling.loop import guided_steps, sample
-from semantica.solvers import SOLVERS, Schedule, make_plan
+from semantica.sampling.guidance import Guided
+from semantica.sampling.loop import sample
+from semantica.sampling.settings import Sampling
+from semantica.solvers import SOLVERS, Schedule, guide
 
 STREAMS = {"image": 24, "text": 12}
 LENGTHS = (torch.tensor([5, 2, 0]), torch.tensor([3, 1, 3]))
@@ -45,37 +46,51 @@ def noise(step=0):
     return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(step + 7), dtype=torch.float64)
 
 
-def plan_of(solver, steps=6):
-    return make_plan(solver, Schedule(16).grid(steps)[1])
+SCHEDULE = Schedule(16)
+
+
+def calls_of(unet):
+    """A denoiser that is a mere function, with both branches in a call, and the batches that it was called with."""
+    batches = []
+
+    def denoiser(z, logsnr, condition):
+        batches.append(len(z))
+        return unet(z, logsnr, condition)
+
+    return denoiser, batches
 
 
 @pytest.mark.parametrize("lengths", [(None, None), LENGTHS], ids=["full", "lengths"])
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.7)])
 def test_equals_the_scheduler_with_diffusers_guider(unet, lengths, interval):
     condition, null = conditions(unet, lengths)
-    scheduler = SemanticaScheduler(image_size=16)
-    scheduler.set_timesteps(6)
     guider = ClassifierFreeGuidance(guidance_scale=2.5, start=interval[0], stop=interval[1])
-    calls = []
-
-    def counted(z, logsnr, condition):
-        calls.append(len(z))
-        return unet(z, logsnr, condition)
-
+    scheduler, expected = SemanticaScheduler(image_size=16), noise()
+    scheduler.set_timesteps(6)
+    settings = Sampling(6, guidance=2.5, interval=interval)
+    denoiser, batches = calls_of(unet)
     with torch.no_grad():
-        expected = denoise(unet, scheduler, guider, noise(), condition, null)
-        actual = sample(counted, noise(), condition, null, plan_of("dpmpp_2m"), guidance=2.5, interval=interval)
-    # the scheduler's noise levels are float32 as well; only the grouping into batches differs
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+        for i, (t, guided) in enumerate(zip(scheduler.timesteps, settings.guided(), strict=True)):
+            logsnr = scheduler.logsnrs[i].expand(3)
+            v, other = (unet(expected, logsnr, c) for c in (condition, null))
+            expected = scheduler.step(guide(v, other, 2.5) if guided else v, t, expected).prev_sample
+        joined = sample(denoiser, noise(), condition, null, SCHEDULE, settings)
+        # the network itself takes the branches one after the other
+        apart = sample(unet, noise(), condition, null, SCHEDULE, settings)
+        through_guider = sample(unet, noise(), condition, null, SCHEDULE, Sampling(6), guidance=Guided(guider))
+    # only the grouping into batches differs
+    torch.testing.assert_close(joined, expected, rtol=0, atol=1e-9)
+    assert torch.equal(apart, expected) and torch.equal(through_guider, expected)
     # 6 steps, and int(0.2 * 6) = 1 <= i < int(0.7 * 6) = 4
-    assert calls == ([6] * 6 if interval == (0.0, 1.0) else [3, 6, 6, 6, 3, 3])
+    assert batches == ([6] * 6 if interval == (0.0, 1.0) else [3, 6, 6, 6, 3, 3])
 
 
 def test_no_guidance_calls_one_branch(unet):
     condition, _ = conditions(unet)
     with torch.no_grad():
-        out = sample(unet, noise(), condition, None, plan_of("ddim"))
-    assert out.shape == (3, 3, 16, 16) and out.isfinite().all()
+        denoiser, batches = calls_of(unet)
+        out = sample(denoiser, noise(), condition, None, SCHEDULE, Sampling(6, "ddim", guidance=1))
+    assert out.shape == (3, 3, 16, 16) and out.isfinite().all() and batches == [3] * 6
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -87,13 +102,11 @@ def test_numpy_equals_torch(unet, solver):
         with torch.no_grad():
             return unet(torch.from_numpy(z), torch.from_numpy(logsnr), condition.map(torch.from_numpy)).numpy()
 
-    plan = plan_of(solver)
+    arrays = (noise().numpy(), *(c.map(lambda t: t.numpy()) for c in (condition, null)))
+    settings = SCHEDULE, Sampling(6, solver, guidance=2.0)
     with torch.no_grad():
-        expected = sample(unet, noise(), condition, null, plan, guidance=2.0, noise=noise)
-    actual = sample(
-        through_torch, noise().numpy(), condition.map(lambda t: t.numpy()), null.map(lambda t: t.numpy()), plan,
-        guidance=2.0, noise=lambda i: noise(i).numpy(),
-    )  # fmt: skip
+        expected = sample(unet, noise(), condition, null, *settings, noise)
+    actual = sample(through_torch, *arrays, *settings, lambda i: noise(i).numpy())
     np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-12)
 
 
@@ -116,9 +129,67 @@ def test_repeat_is_the_same_for_both_kinds():
         np.testing.assert_array_equal(np.asarray(made), array[[0, 0, 1, 1, 2, 2]])
 
 
+def test_a_step_hook_sees_every_step_and_may_change_it(unet):
+    condition, null = conditions(unet)
+    seen = []
+
+    def on_step(i, z):
+        seen.append(i)
+        return z * 0 if i == 5 else z
+
+    with torch.no_grad():
+        out = sample(unet, noise(), condition, null, SCHEDULE, Sampling(6), on_step=on_step)
+    assert seen == [*range(6)] and not out.any()
+
+
+def test_a_condition_is_bound_once_for_all_steps(unet):
+    class Bound:
+        bound = []
+
+        def bind(self, condition):
+            self.bound.append(len(condition.emb))
+            return lambda z, logsnr: unet(z, logsnr, condition)
+
+    condition, null = conditions(unet)
+    settings = Sampling(6, guidance=2.0, interval=(0.2, 0.7))
+    with torch.no_grad():
+        made, expected = (sample(d, noise(), condition, null, SCHEDULE, settings) for d in (Bound(), unet))
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-9)
+    assert Bound.bound == [3, 6]
+
+
 def test_refusals(unet):
     condition, null = conditions(unet)
     with pytest.raises(UserError, match="adds noise"):
-        sample(unet, noise(), condition, null, plan_of("ddpm"))
-    with pytest.raises(UserError, match="interval"):
-        guided_steps(4, 2.0, (0.5, 0.2))
+        sample(unet, noise(), condition, null, SCHEDULE, Sampling(6, "ddpm"))
+
+    def denoiser(z, logsnr, condition):
+        raise AssertionError("called although it cannot do what is asked for")
+
+    denoiser.refuses = {"steps": "no callback here", "module": "no guider here"}
+    guider = Guided(ClassifierFreeGuidance(guidance_scale=2.0))
+    for hooks, says in (({"on_step": lambda i, z: z}, "no callback"), ({"guidance": guider}, "no guider")):
+        with pytest.raises(UserError, match=says):
+            sample(denoiser, noise(), condition, null, SCHEDULE, Sampling(6), **hooks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"steps": 0}, "steps 0 must be at least 1"),
+        ({"solver": "euler"}, "unknown solver 'euler': choose one of dpmpp_2m, ddim, ddpm"),
+        ({"thresholding": "hard"}, "unknown thresholding 'hard'"),
+        ({"interval": (0.5, 0.2)}, "interval"),
+        ({"seed": -1}, "seed -1"),
+    ],
+)
+def test_impossible_settings_are_one_line(settings, says):
+    with pytest.raises(UserError, match=says) as error:
+        Sampling(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_a_scheduler():
+    config = SemanticaScheduler(image_size=16, solver="ddim", thresholding="dynamic", clip_range=2.0).config
+    assert Sampling.of(config, steps=7) == Sampling(7, "ddim", thresholding="dynamic", clip_range=2.0)
+    assert Sampling.of(config, solver="ddpm").solver == "ddpm" and Schedule.of(config) == SCHEDULE

@@ -18,9 +18,10 @@ from PIL import Image
 
 from semantica.cli import main
 from semantica.errors import UserError
-from semantica.train.data.pairs import Pairs, batches, open_data
+from semantica.train.data.open import open_data
+from semantica.train.data.pairs import Pairs, batches
 from semantica.train.data.shards import Store, open_shards, pair_number
-from semantica.train.pages.config import PairsConfig
+from semantica.train.pages.config import MineConfig
 from semantica.train.pages.mine import mine
 
 COUNTS = (2, 3, 5, 9, 16)
@@ -39,7 +40,7 @@ def shards(crawl, tmp_path_factory) -> Path:
             for i, name in enumerate(names):
                 one.picture(name, crawl.photo(10_000 * number + 100 * page + i))
         paths.append(one.save(root / f"{number}.warc.gz"))
-    mine(PairsConfig(tuple(paths), root / "out", encoder="colour-and-shape", processes=1))
+    mine(MineConfig(tuple(paths), root / "out", encoder="colour-and-shape", processes=1))
     return root / "out"
 
 
@@ -305,7 +306,7 @@ def test_cut_shards_missing_members_and_lost_files_are_named(copy):
 
 
 def test_what_cannot_be_read_is_one_line(copy, crawl, tmp_path, capsys):
-    mine(PairsConfig((crawl.site(2).save(tmp_path / "x.warc"),), tmp_path / "plain", encoder="none", furniture_pages=9))
+    mine(MineConfig((crawl.site(2).save(tmp_path / "x.warc"),), tmp_path / "plain", encoder="none", furniture_pages=9))
     index = json.loads((copy / "index.json").read_text())
 
     def rewritten(**changes) -> str:

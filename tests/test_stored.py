@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from semantica import SemanticaPipeline
 from semantica.benchmarks.quality.web import draw_web
 from semantica.cli import main
-from semantica.model import presets
+from semantica.model.presets import PRESETS
 from semantica.train.config import TrainConfig
-from semantica.train.data.pairs import open_data
+from semantica.train.data.open import open_data
 from semantica.train.loop import train
 
 STORED = Path(__file__).parent / "stored"
@@ -60,11 +60,8 @@ def test_the_same_pictures(model, solver, expected, tmp_path):
 
 
 def test_a_checkpoint_goes_on_as_it_did(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        presets.PRESETS, "micro",
-        dict(image_size=32, patch_size=4, channels=(16,), depths=(1,), width=32, depth=1, heads=1, emb_dim=32),
-    )  # fmt: skip
-    monkeypatch.setitem(presets.ENCODERS, "micro", dict(width=32, depth=1, heads=1))
+    micro = dict(image_size=32, patch_size=4, channels=(16,), depths=(1,), width=32, depth=1, heads=1, emb_dim=32)
+    monkeypatch.setitem(PRESETS, "micro", micro | {"encoder": dict(width=32, depth=1, heads=1, grid=16)})
     draw_web(tmp_path / "web", groups=16, images_per_group=4)
     run = shutil.copytree(STORED / "run", tmp_path / "run")
     before = {name: load_file(run / name / "diffusion_pytorch_model.safetensors") for name in ("unet", "encoder")}

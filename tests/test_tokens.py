@@ -22,8 +22,9 @@ from semantica.condition import Stream
 from semantica.images import fit, load_image, to_tensor
 from semantica.model.encoders import frozen_encoder
 from semantica.train.config import TrainConfig
-from semantica.train.data import encode
-from semantica.train.data.pairs import Pairs, batches, collate, open_data
+from semantica.train.data import encode, tokenfile
+from semantica.train.data.open import open_data
+from semantica.train.data.pairs import Pairs, batches, collate
 from semantica.train.data.tokens import read_index
 from semantica.train.loop import train
 
@@ -220,10 +221,11 @@ def test_pictures_held_out_elsewhere_are_encoded_once(home, stored, tmp_path):
 def killed_at(home: Path, out: Path, moment) -> None:
     """Run the command in a process of its own, and kill it when `moment()` is true."""
     code = (
-        "import sys, time; from semantica.train import encode; encode.FILE = 10 * encode.picture_bytes((4, 32))\n"
-        "real = encode.write_json\n"
-        "def slow(*a): real(*a); time.sleep(0.3)\n"
-        "encode.write_json = slow\n"
+        "import sys, time; from semantica.train.data import encode, tokenfile\n"
+        "encode.FILE = 10 * encode.picture_bytes((4, 32))\n"
+        "real = tokenfile.write_json\n"
+        "def slow(*a, **k): real(*a, **k); time.sleep(0.3)\n"
+        "tokenfile.write_json = slow\n"
         "from semantica.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-P", "-c", code, "pairs", "--tokens", str(home / "photos"), "--out", str(out)]
@@ -394,7 +396,7 @@ def test_files_that_are_wrong_altered_or_missing_are_one_line(home, copy, tmp_pa
 
 
 def test_what_fp16_does_not_hold_is_an_error(home, tmp_path, monkeypatch, capsys):
-    check = encode.check_range
+    check = tokenfile.check_range
     check("x", torch.full((2, 3), 65504.0), torch.zeros(3))
     for value in (65520.0, float("inf"), float("nan")):
         with pytest.raises(UserError, match="beyond what fp16 holds"):
@@ -416,7 +418,7 @@ def test_a_full_disk_leaves_nothing_half_written(home, tmp_path, monkeypatch, ca
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(encode, "tables", full)
+        patched.setattr(tokenfile, "tables", full)
         assert store(home, tmp_path / "tokens") == 2
     assert "no space left to write" in capsys.readouterr().err
     assert {p.name for p in (tmp_path / "tokens").iterdir()} == {"identity.json", "encoder"}
@@ -440,7 +442,7 @@ def test_broken_pictures_have_no_tokens_and_are_passed_over(home, photos, tmp_pa
 
 
 def test_shards_have_a_file_of_tokens_each(home, crawl, tmp_path):
-    from semantica.train.pages.config import PairsConfig
+    from semantica.train.pages.config import MineConfig
     from semantica.train.pages.mine import mine
 
     paths = []
@@ -452,7 +454,7 @@ def test_shards_have_a_file_of_tokens_each(home, crawl, tmp_path):
             for i, name in enumerate(names):
                 one.picture(name, crawl.photo(100 * number + 10 * page + i))
         paths.append(one.save(tmp_path / f"{number}.warc.gz"))
-    mine(PairsConfig(tuple(paths), tmp_path / "shards", encoder="none", processes=1))
+    mine(MineConfig(tuple(paths), tmp_path / "shards", encoder="none", processes=1))
     assert main(["pairs", "--tokens", str(tmp_path / "shards"), *options(home)]) == 0
     out = tmp_path / "shards.tokens"
     data = open_data(tmp_path / "shards", tokens=out)
@@ -467,7 +469,7 @@ def test_shards_have_a_file_of_tokens_each(home, crawl, tmp_path):
     other.page("http://s.org/", "".join(f"<img src=http://s.org/{i}.jpg>" for i in range(3)))
     for i in range(3):
         other.picture(f"http://s.org/{i}.jpg", crawl.photo(900 + i))
-    mine(PairsConfig((other.save(tmp_path / "2.warc.gz"),), tmp_path / "others", encoder="none", processes=1))
+    mine(MineConfig((other.save(tmp_path / "2.warc.gz"),), tmp_path / "others", encoder="none", processes=1))
     with pytest.raises(UserError, match="shard 'pages-00000-00000' changed since"):
         open_data(tmp_path / "others", tokens=out)
     with pytest.raises(UserError, match="belong to shards, and .* holds folders"):

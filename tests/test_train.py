@@ -26,9 +26,9 @@ from semantica.train.data.heldout import held_out_batches, partners
 from semantica.train.data.pairs import Pairs, collate
 from semantica.train.loop import train
 from semantica.train.objective import Objective
-from semantica.train.processes import Ranks
+from semantica.train.processes import World
 from semantica.train.run import checkpoint
-from semantica.train.run.folder import Measure
+from semantica.train.run.measure import Measure
 
 
 def config(photos, out, **changes) -> TrainConfig:
@@ -266,7 +266,7 @@ def test_one_graph_is_for_one_whole_process(photos, tmp_path, parallel, processe
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(photos, tmp_path):
     settings = config(photos, tmp_path / "run")
-    measure = Measure(settings, torch.device("cpu"), torch.float32, 10**9, Ranks())
+    measure = Measure(settings, torch.device("cpu"), torch.float32, 10**9, World())
     measure.start()
     measure.step(torch.tensor(1.0), torch.tensor(2.0))
     measure.check()

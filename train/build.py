@@ -10,7 +10,7 @@ from semantica.model.uvit import UViT
 from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.config import TrainConfig
 from semantica.train.data.tokens import stored_encoder
-from semantica.train.repa import RepaHead, aligned_depth
+from semantica.train.heads import RepaHead, aligned_depth
 
 
 def build(config: TrainConfig, device: torch.device) -> tuple[UViT, nn.Module, SemanticaScheduler]:

@@ -1,84 +1,17 @@
 """The loss of one batch, as a module that can be compiled in place."""
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semantica.condition import Stream
 from semantica.diffusion import add_noise, loss_weight, multiscale_loss, noise_levels, v_target
 from semantica.inputs import Prepared
 from semantica.model.conditioner import encodings, fill, picture_input
-from semantica.model.encoders import ENCODERS
-from semantica.model.layers import ResBlock, TransformerBlock
 from semantica.model.uvit import UViT
-from semantica.model.vit import EncoderBlock
-from semantica.train.repa import RepaHead, last_patches, patch_tokens
-
-REPEATED = (TransformerBlock, ResBlock, EncoderBlock)
-
-
-def compile_in_place(module: nn.Module, scope: Literal["blocks", "network"] = "blocks") -> None:
-    """Compile the repeated blocks, where one graph serves all of a kind, or the whole module as one graph."""
-    if scope == "network":
-        # all batches of a run have one shape
-        module.compile(fullgraph=True, dynamic=False)
-        return
-    for block in repeated(module):
-        block.compile(fullgraph=True)
-    for encoder in module.modules():
-        if isinstance(encoder, tuple(ENCODERS.values())):
-            for layer in getattr(encoder, "layers", ()):
-                layer.compile(fullgraph=True)
-
-
-def repeated(module: nn.Module) -> Iterator[nn.Module]:
-    """The blocks that make up most of a network: each is compiled, checkpointed and sharded as one."""
-    return (block for block in module.modules() if isinstance(block, REPEATED))
-
-
-class Gather(torch.autograd.Function):
-    """Rows `[B, C]` of every process, one after the other; a gradient is the sum of what every process' loss gives."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
-        whole = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(whole, rows.contiguous())
-        return whole
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
-        return own
-
-
-class PairHead(nn.Module):
-    """InfoNCE between the two pictures of a pair, against the other pairs of the batch (arXiv 1807.03748, eq. 4).
-
-    What makes two pictures a pair is what the condition has to carry, so an encoder that starts from nothing finds it
-    long before the denoiser could ask for it.
-    """
-
-    temperature = 0.1
-
-    def __init__(self, dim: int, width: int = 64, across: bool = False):
-        """across: the other pairs are those of all processes, as if their batches were one."""
-        super().__init__()
-        self.across = across
-        self.project = nn.Linear(dim, width, bias=False)
-
-    def forward(self, condition: Tensor, target: Tensor) -> Tensor:
-        """Pooled codes `[B, C]` of conditions and targets to losses `[B]`."""
-        a, b = (F.normalize(self.project(code).float(), dim=-1) for code in (condition, target))
-        own = torch.arange(len(a), device=a.device)
-        if self.across:
-            own, b = own + dist.get_rank() * len(b), Gather.apply(b)
-        return F.cross_entropy(a @ b.T / self.temperature, own, reduction="none")
+from semantica.train.heads import PairHead, RepaHead, last_patches, patch_tokens
 
 
 class Objective(nn.Module):
@@ -139,11 +72,7 @@ class Objective(nn.Module):
             v = self.unet(z, logsnr, values)
         else:
             v, states = self.unet(z, logsnr, values, self.repa.depth)
-            if target_tokens is None:
-                tokens = patch_tokens(self.repa_encoder, target)
-            else:
-                tokens = last_patches(self.repa_encoder, target_tokens)
-            aligned = self.repa(states, tokens)
+            aligned = self.repa(states, self.tokens_of(target, target_tokens))
         weight = loss_weight(logsnr, self.loss, self.bias)
         losses = multiscale_loss(v.float(), v_target(target, noise, logsnr), weight, self.scales)
         pairing = None
@@ -151,6 +80,12 @@ class Objective(nn.Module):
             name, pictures = picture_input(self.encoder)
             pairing = self.head(made[name].pooled, pictures(target).pooled)
         return losses, pairing, aligned
+
+    def tokens_of(self, target: Tensor, stored: Tensor | None) -> Tensor:
+        """What hidden states are aligned to: patch tokens `[B, M, D]` of the targets, computed unless stored."""
+        if stored is not None:
+            return last_patches(self.repa_encoder, stored)
+        return patch_tokens(self.repa_encoder, target)
 
 
 @torch.no_grad()

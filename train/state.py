@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from semantica.train.config import TrainConfig, ema_decay, learning_rate
-from semantica.train.processes import is_sharded, local
+from semantica.train.sharding import is_sharded, local
 
 SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -17,8 +17,8 @@ class TrainState:
 
     Args:
         modules: name -> module; one without trainable parameters is left out.
-        shard: splits a module among the processes in place, see `semantica.train.processes.Ranks.shard`; averages and
-            moments follow. None leaves everything whole.
+        shard: splits a module among the processes in place, see `semantica.train.sharding`; averages and moments
+            follow. None leaves everything whole.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semantica.errors import UserError
+from semantica.files import write_json
 
 CONDITIONS_PER_GROUP, VARIATIONS, SAMPLING_STEPS, GUIDANCE = 4, 4, 20, 4.0
 # noise levels that the bundle is compared at; times each way to run the model is timed; what its images must reach
@@ -111,7 +112,7 @@ def draw_grid(config: DemoConfig, run: Path) -> None:
     from semantica.train.data.folders import scan
 
     data = scan(config.out / "web" / "val", "folders")
-    pipeline = load_pipeline(run, "cpu", "dpmpp_2m")
+    pipeline = load_pipeline(run, "cpu")
     pictures = [load_image(data.root / members[0]) for members in data.groups.values()]
     made = variations(pipeline, pictures, 6, SAMPLING_STEPS, GUIDANCE, config.seed)
     size = pipeline.unet.config.image_size
@@ -152,7 +153,7 @@ def engines_beside_torch(config: DemoConfig, run: Path) -> list[dict]:
 
     data = scan(config.out / "web" / "val", "folders")
     pictures = [load_image(data.root / members[0]) for members in list(data.groups.values())[:4]]
-    pipelines = {"PyTorch, the pipeline": load_pipeline(run, "cpu", "dpmpp_2m")}
+    pipelines = {"PyTorch, the pipeline": load_pipeline(run, "cpu")}
     for backend, name in (("torch", "PyTorch, the bundle"), ("onnxruntime", "ONNX Runtime, the bundle")):
         pipelines[name] = SemanticaPipeline.from_bundle(config.out / "bundle", backend, "cpu")
     size = pipelines["PyTorch, the pipeline"].unet.config.image_size
@@ -182,12 +183,6 @@ def engines_beside_torch(config: DemoConfig, run: Path) -> list[dict]:
         {"engine": n, "arithmetic": arithmetic[n], "median_ms": float(np.median(times[n])), "psnr_db": psnr[n]}
         for n in pipelines
     ]
-
-
-def write_json(path: Path, content: dict) -> None:
-    aside = path.with_name(f".{path.name}.incomplete")
-    aside.write_text(json.dumps(content, indent=1))
-    aside.replace(path)
 
 
 def report(config: DemoConfig, metrics: dict, engines: list[dict], seconds: dict[str, float]) -> None:

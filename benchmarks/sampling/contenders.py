@@ -1,5 +1,8 @@
 """Who is raced in sampling: how each implementation is built from a run folder, and from its exported bundle.
 
+One more is one entry of `CONTENDERS`, or from outside `--impl module:function` with a function that is called as those
+in the table are.
+
 Every implementation is `(images, noise, steps, guidance) -> images`, float32 numpy arrays `[B, 3, S, S]` in and out,
 so that encoding, copies between devices and waiting for the device are inside whatever is timed.
 """
@@ -7,12 +10,16 @@ so that encoding, copies between devices and waiting for the device are inside w
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from semantica.solvers import Plan, Schedule, make_plan
+from semantica.benchmarks.harness.process import resolve
+from semantica.engines.bundle import Bundle
+from semantica.sampling.settings import Sampling
+from semantica.solvers import Schedule
 
 Call = Callable[[np.ndarray, np.ndarray, int, float], np.ndarray]
 
@@ -94,16 +101,17 @@ def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
 
     def builder(build: Build) -> tuple[Call, str]:
         from semantica.engines import load_engine
+        from semantica.sampling.loop import sample
 
         engine = load_engine(build.bundle, backend, build.device)
-        plans = plans_of(build.bundle)
+        schedule, settings = sampling_of(engine.bundle)
 
         def run(images, noise, steps, guidance):
             if engine.array == "torch":
                 import torch
 
                 images, noise = (torch.from_numpy(a).to(engine.device) for a in (images, noise))
-            made = engine.sample(noise, engine.condition(images), plans(steps), guidance)
+            made = sample(engine, noise, engine.condition(images), None, schedule, settings(steps, guidance))
             return np.asarray(made) if engine.array == "numpy" else made.cpu().numpy()
 
         return run, engine.arithmetic
@@ -117,10 +125,12 @@ def openvino(hint: str) -> Callable[[Build], tuple[Call, str]]:
     def builder(build: Build) -> tuple[Call, str]:
         from semantica.condition import Condition
         from semantica.engines import open_bundle
+        from semantica.engines.base import heads_first
         from semantica.engines.bundle import CONDITION, DENOISE, NULL
         from semantica.sampling.loop import sample
 
-        bundle, plans, core = open_bundle(build.bundle), plans_of(build.bundle), import_module("openvino").Core()
+        bundle, core = open_bundle(build.bundle), import_module("openvino").Core()
+        schedule, sampling = sampling_of(bundle)
         settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
         blank, requests = load_file(bundle.folder / NULL), {}
 
@@ -133,61 +143,80 @@ def openvino(hint: str) -> Callable[[Build], tuple[Call, str]]:
             return requests[name, batch]
 
         def condition_of(arrays: dict, sizes: tuple[int, ...]) -> Condition:
-            keys, values = ([arrays[f"{kind}.{i}"] for i in range(bundle.shapes["blocks"])] for kind in "kv")
-            return Condition(tuple(keys), tuple(values), arrays["emb"], None, sizes, axis=2)
+            blocks = range(bundle.shapes["blocks"])
+            keys, values = (tuple(arrays[f"{kind}.{i}"].swapaxes(1, 2) for i in blocks) for kind in "kv")
+            return Condition(keys, values, arrays["emb"], None, sizes)
 
         def denoise(z, logsnr, condition):
             feeds = {"z": z, "logsnr": logsnr, "emb": condition.emb}
             for i, pair in enumerate(zip(condition.keys, condition.values)):
-                feeds[f"k.{i}"], feeds[f"v.{i}"] = pair
+                feeds[f"k.{i}"], feeds[f"v.{i}"] = map(heads_first, pair)
             return request(DENOISE, len(z)).infer(feeds, share_inputs=True)["v"].copy()
 
         def run(images, noise, steps, guidance):
             encoded = request(CONDITION, len(images)).infer({"image": images})
             named = {output.any_name: array.copy() for output, array in encoded.items()}
             null = condition_of(blank, (1,) * len(bundle.sizes)).fill(bundle.sizes).repeat(len(images))
-            return sample(denoise, noise, condition_of(named, bundle.sizes), null, plans(steps), guidance)
+            condition = condition_of(named, bundle.sizes)
+            return sample(denoise, noise, condition, null, schedule, sampling(steps, guidance))
 
         return run, {"f32": "fp32"}.get(hint, hint)
 
     return builder
 
 
-def plans_of(bundle: Path) -> Callable[[int], Plan]:
-    """Plans by number of steps, of the schedule and solver in a bundle."""
-    from semantica.engines import open_bundle
+def sampling_of(bundle: Bundle) -> tuple[Schedule, Callable[[int, float], Sampling]]:
+    """Schedule of a bundle, and its settings by number of steps and guidance."""
+    config = bundle.manifest["model"]["scheduler"]
+    return Schedule.of(config), lambda steps, guidance: Sampling.of(config, steps=steps, guidance=guidance)
 
-    config = open_bundle(bundle).manifest["model"]["scheduler"]
-    names = ("image_size", "reference", "logsnr_min", "logsnr_max")
-    schedule = Schedule(**{name: config[name] for name in names if name in config})
-    return lambda steps: make_plan(config["solver"], schedule.grid(steps)[1])
+
+@dataclass(frozen=True)
+class Contender:
+    """An implementation and what it needs.
+
+    Attributes:
+        build: returns the call and the name of its arithmetic.
+        bundle: the precision of the bundle that it runs; empty where it runs the run folder.
+        engine: whether `semantica build` makes an engine of its name from the bundle first.
+        packages: that may not be installed.
+        cpu_only: whether no GPU runs it here.
+        ours: whether its rows are stale when our code changes.
+        raced: unless others are asked for.
+    """
+
+    build: Callable[[Build], tuple[Call, str]]
+    bundle: str = ""
+    engine: bool = False
+    packages: tuple[str, ...] = ()
+    cpu_only: bool = False
+    ours: bool = False
+    raced: bool = True
+
+    def why_not(self, device: str) -> str:
+        """Why it cannot run here; empty where it can."""
+        if self.cpu_only and device != "cpu":
+            return "runs on the CPU only"
+        missing = [package for package in self.packages if find_spec(package) is None]
+        return f"not installed: {', '.join(missing)}" if missing else ""
 
 
 REARRANGED = "+ rearranged"
-IMPLEMENTATIONS: dict[str, Callable[[Build], tuple[Call, str]]] = {
-    "reference": reference,
-    "plain": ladder("plain"),
-    "strong": strong,
-    "torch-compile": fast("network", graphs=True),
-    "torch-blocks": fast("blocks", graphs=True),
-    "torch-eager": fast("none"),
-    "onnxruntime": through_engine("onnxruntime"),
-    "inductor": through_engine("inductor"),
-    "openvino": openvino("f32"),
-    "openvino-bf16": openvino("bf16"),
+EXPORT = ("onnx", "onnxscript")
+CONTENDERS = {
+    "reference": Contender(reference, raced=False),
+    "plain": Contender(ladder("plain")),
+    "strong": Contender(strong),
+    "torch-compile": Contender(fast("network", graphs=True), ours=True),
+    "torch-blocks": Contender(fast("blocks", graphs=True), ours=True, raced=False),
+    "torch-eager": Contender(fast("none"), ours=True, raced=False),
+    "onnxruntime": Contender(
+        through_engine("onnxruntime"), "fp32", packages=(*EXPORT, "onnxruntime"), cpu_only=True, ours=True
+    ),
+    "inductor": Contender(through_engine("inductor"), "bf16", engine=True, packages=EXPORT, cpu_only=True, ours=True),
+    "openvino": Contender(openvino("f32"), "fp32", packages=(*EXPORT, "openvino"), cpu_only=True),
+    "openvino-bf16": Contender(openvino("bf16"), "fp32", packages=(*EXPORT, "openvino"), cpu_only=True),
 }
-RACED = ("plain", "strong", "torch-compile", "onnxruntime", "inductor", "openvino", "openvino-bf16")
-# what implementations run: a bundle of this precision, and packages that may not be installed
-BUNDLED = {"onnxruntime": "fp32", "inductor": "bf16", "openvino": "fp32", "openvino-bf16": "fp32"}
-PACKAGES = {
-    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
-    "inductor": ("onnx", "onnxscript"),
-    "openvino": ("onnx", "onnxscript", "openvino"),
-    "openvino-bf16": ("onnx", "onnxscript", "openvino"),
-}
-CPU_ONLY = tuple(BUNDLED)
-# whose rows are stale when our code changes
-OURS = ("torch-compile", "torch-blocks", "torch-eager", "onnxruntime", "inductor")
 
 
 def ladder_names(device: str) -> list[str]:
@@ -202,15 +231,12 @@ def builder_of(name: str) -> Callable[[Build], tuple[Call, str]]:
     Raises:
         UserError: no such module or function.
     """
-    if name in IMPLEMENTATIONS:
-        return IMPLEMENTATIONS[name]
+    if name in CONTENDERS:
+        return CONTENDERS[name].build
     if name == REARRANGED:
         return fast("network")
     if name == "+ graph":
         return fast("network", graphs=True)
     if name.startswith("+"):
         return ladder(name)
-    # imports torch, which an engine's process must not
-    from semantica.benchmarks.kernels.compile_only import resolve
-
     return resolve(name)

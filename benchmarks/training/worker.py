@@ -12,18 +12,19 @@ from pathlib import Path
 
 import torch
 
+from semantica.benchmarks.harness.ladder import cumulative
 from semantica.benchmarks.harness.process import peak_memory, serve
-from semantica.benchmarks.harness.suite import cumulative
 from semantica.benchmarks.sampling.stock import rebuild
 from semantica.diffusion import noise_levels
 from semantica.memory import keep_freed_memory
 from semantica.model.attention import set_attention
+from semantica.model.compile import compile_in_place
 from semantica.model.cost import step_flops
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
 from semantica.train.data.folders import scan
 from semantica.train.data.pairs import Pairs, batches
-from semantica.train.objective import Objective, compile_in_place
+from semantica.train.objective import Objective
 from semantica.train.state import TrainState
 
 STRONG = "strong"

@@ -1,24 +1,32 @@
-"""What every engine has in common: a callable whose inputs are checked before anything is launched."""
+"""What every engine has in common: a denoiser whose inputs are checked before anything is launched."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from semantica.condition import Condition
 from semantica.engines.bundle import Bundle
 from semantica.errors import UserError
-from semantica.sampling import loop as sampler
-from semantica.solvers import Plan
+from semantica.inputs import by_name, samples_in
+from semantica.sampling.loop import Velocity
 
 Array = Any  # numpy.ndarray or torch.Tensor
 
 
+def heads_first(array: Array) -> Array:
+    """`[B, M, H, D]` as exported graphs read it, contiguous `[B, H, M, D]`."""
+    swapped = array.swapaxes(1, 2)
+    return np.ascontiguousarray(swapped) if isinstance(swapped, np.ndarray) else swapped.contiguous()
+
+
 class Engine(ABC):
-    """The denoiser and the condition encoder of a bundle, run by one backend.
+    """The denoiser and the condition encoder of a bundle, run by one backend; a `semantica.sampling.loop.Denoiser`.
 
     backend: its name. arithmetic: what it really computes in, in words. device: where.
     max_batch: the largest batch of one call (both branches of guidance count), None for any.
-    array: "numpy" or "torch", the kind of arrays that it takes and gives. axis: of the tokens in keys and values.
+    array: "numpy" or "torch", the kind of arrays that it takes and gives.
     """
 
     backend: str
@@ -26,7 +34,7 @@ class Engine(ABC):
     array: str
     device: str = "cpu"
     max_batch: int | None = None
-    axis: int = 2
+    joins = True
 
     def __init__(self, bundle: Bundle):
         self.bundle = bundle
@@ -36,54 +44,56 @@ class Engine(ABC):
         """The bundle's manifest."""
         return self.bundle.manifest
 
-    def condition(self, images: Array) -> Condition:
-        """Keys, values and embedding of condition pictures, in the layout that every step reads.
+    @property
+    def dtype(self) -> str:
+        """The bundle's precision: "fp32", "fp16" or "bf16"."""
+        return self.bundle.precision
 
-        images: float32 `[B, 3, S, S]` in [-1, 1], S the bundle's image size. Raises `UserError` for another shape, or
-        a batch outside the profile.
+    @property
+    def refuses(self) -> Mapping[str, str]:
+        """No gradients, and no module that guiders could change."""
+        name = f"engine {self.backend!r}"
+        return {
+            "module": f"{name} takes no guider: use guidance_scale and interval, or the engine 'torch'",
+            "gradients": f"{name} gives no gradients: sample the run folder that it was exported from",
+        }
+
+    def condition(self, inputs: Array | Mapping[str, Array]) -> Condition:
+        """Keys, values and embedding of prepared pictures, and of what else the bundle's encoders take.
+
+        inputs: float32 `[B, 3, S, S]` in [-1, 1], S the bundle's image size; `{name: array}` where there are several,
+        see `Bundle.inputs`. Raises `UserError` for another shape or name, or a batch outside the profile.
         """
-        self.check("image", images, len(images))
-        return self.encode(images)
+        inputs = by_name(inputs, self.bundle.inputs)
+        for name, array in inputs.items():
+            self.check(name, array, samples_in(inputs))
+        return self.encode(inputs)
 
     def __call__(self, z: Array, logsnr: Array, condition: Condition) -> Array:
         """Predict v `[B, 3, R, R]` float32 from z `[B, 3, R, R]` and log-SNR `[B]`, both float32.
 
         Raises `UserError` for another shape, or a batch outside the profile; nothing is launched then.
         """
-        batch = len(z)
-        self.check("z", z, batch)
-        self.check("logsnr", logsnr, batch)
+        return self.bind(condition)(z, logsnr)
+
+    def bind(self, condition: Condition) -> Velocity:
+        """The engine for one condition, brought into the layout of its graph once. Raises as calling the engine."""
+        batch = len(condition.emb)
         self.check("emb", condition.emb, batch)
         if condition.sizes != self.bundle.sizes or condition.lengths is not None:
             raise UserError(
                 f"condition has stream sizes {condition.sizes}: this bundle's streams are fixed at {self.bundle.sizes}"
             )
         for keys in (*condition.keys, *condition.values):
-            self.check("k.0", keys if self.axis == 2 else keys.swapaxes(1, 2), batch)
-        return self.predict(z, logsnr, condition)
+            self.check("k.0", keys.swapaxes(1, 2), batch)
+        inputs = self.inputs(condition)
 
-    def sample(
-        self,
-        z: Array,
-        condition: Condition,
-        plan: Plan,
-        guidance: float = 1.0,
-        interval: tuple[float, float] = (0.0, 1.0),
-        thresholding: str = "clip",
-        clip_range: float = 1.0,
-        ratio: float = 0.995,
-        noise: Callable[[int], Array] | None = None,
-    ) -> Array:
-        """A whole run from noise z to images, against the engine's own null condition.
+        def predict(z: Array, logsnr: Array) -> Array:
+            for name, array in (("z", z), ("logsnr", logsnr), ("emb", condition.emb)):
+                self.check(name, array, len(z))
+            return self.predict(z, logsnr, inputs)
 
-        Arguments, result and errors as `semantica.sampling.loop.sample`; the engine's own errors as calling it.
-        """
-        null = self.null(len(z)) if guidance != 1 else None
-        return self.run(z, condition, null, plan, guidance, interval, thresholding, clip_range, ratio, noise)
-
-    def run(self, z: Array, condition: Condition, null: Condition | None, *settings: Any) -> Array:
-        """The loop: everything that `semantica.sampling.loop.sample` takes after the denoiser."""
-        return sampler.sample(self, z, condition, null, *settings)
+        return predict
 
     def check(self, name: str, array: Array, batch: int) -> None:
         expected = self.bundle.shape_of(name, batch)
@@ -100,25 +110,45 @@ class Engine(ABC):
         """The unconditional branch `[batch, ...]`, filled up to the streams' sizes."""
 
     @abstractmethod
-    def encode(self, images: Array) -> Condition: ...
+    def encode(self, inputs: Mapping[str, Array]) -> Condition: ...
+
+    def inputs(self, condition: Condition) -> Any:
+        """A condition in the layout that every step reads."""
+        return condition
 
     @abstractmethod
-    def predict(self, z: Array, logsnr: Array, condition: Condition) -> Array: ...
+    def predict(self, z: Array, logsnr: Array, inputs: Any) -> Array:
+        """v; inputs: what `inputs` made of the condition."""
+
+
+class GraphEngine(Engine):
+    """An engine over the bundle's two graphs.
+
+    encoder, denoiser: `{input: array} -> {output: array}`, each. null_arrays: what null.safetensors holds.
+    """
+
+    encoder: Callable[[Mapping[str, Array]], dict[str, Array]]
+    denoiser: Callable[[Mapping[str, Array]], dict[str, Array]]
+    null_arrays: dict[str, Array]
+
+    def null(self, batch: int) -> Condition:
+        sizes = self.bundle.sizes
+        return self.as_condition(self.null_arrays, (1,) * len(sizes)).fill(sizes).repeat(batch)
+
+    def encode(self, inputs: Mapping[str, Array]) -> Condition:
+        return self.as_condition(self.encoder(inputs), self.bundle.sizes)
 
     def as_condition(self, outputs: dict[str, Array], sizes: tuple[int, ...]) -> Condition:
-        """Named arrays k.i, v.i `[B, H, M, D]` and emb as a `Condition`."""
+        """Named arrays k.i, v.i `[B, H, M, D]` and emb as a `Condition`, without a copy."""
         blocks = range(self.bundle.shapes["blocks"])
-        keys, values = (tuple(outputs[f"{kind}.{i}"] for i in blocks) for kind in "kv")
-        return Condition(keys, values, outputs["emb"], None, sizes, axis=2)
+        keys, values = (tuple(outputs[f"{kind}.{i}"].swapaxes(1, 2) for i in blocks) for kind in "kv")
+        return Condition(keys, values, outputs["emb"], None, sizes)
 
-    def feeds(self, z: Array, logsnr: Array, condition: Condition) -> dict[str, Array]:
-        """The inputs of `denoise.onnx` by name."""
-        feeds = {"z": z, "logsnr": logsnr, "emb": condition.emb}
-        for i, (key, value) in enumerate(zip(condition.keys, condition.values)):
-            feeds[f"k.{i}"], feeds[f"v.{i}"] = key, value
-        return feeds
+    def inputs(self, condition: Condition) -> dict[str, Array]:
+        named = {"emb": condition.emb}
+        for i, pair in enumerate(zip(condition.keys, condition.values)):
+            named[f"k.{i}"], named[f"v.{i}"] = map(heads_first, pair)
+        return named
 
-    def null_from(self, arrays: dict[str, Array], batch: int) -> Condition:
-        """`null.safetensors`, one token per stream and batch 1, at the bundle's sizes and another batch."""
-        sizes = self.bundle.sizes
-        return self.as_condition(arrays, (1,) * len(sizes)).fill(sizes).repeat(batch)
+    def predict(self, z: Array, logsnr: Array, inputs: dict[str, Array]) -> Array:
+        return self.denoiser({"z": z, "logsnr": logsnr, **inputs})["v"]

@@ -1,5 +1,6 @@
 """The network in PyTorch, rearranged and compiled for sampling, from a bundle's weights: fast, and slow to start."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from semantica.condition import Condition
 from semantica.device import pick_device
 from semantica.engines.bundle import Bundle
 from semantica.engines.network import TorchEngine
-from semantica.sampling.compiled import FastSampler
+from semantica.sampling.compiled import CompiledDenoiser
 
 
 def load(bundle: Bundle, backend: str, device: str) -> "CompiledEngine":
@@ -17,16 +18,21 @@ def load(bundle: Bundle, backend: str, device: str) -> "CompiledEngine":
 
 
 class CompiledEngine(TorchEngine):
-    """`TorchEngine` whose whole runs go through a `FastSampler`; a single call is the eager network."""
+    """`TorchEngine` whose whole runs go through a `CompiledDenoiser`; a single call is the eager network."""
 
     backend = "torch-compile"
+    refuses = dict.fromkeys(CompiledDenoiser.refuses, "engine 'torch-compile' takes no guider and no callback")
 
     def __init__(self, bundle: Bundle, device: torch.device):
         super().__init__(bundle, device)
-        self.sampler = FastSampler(self.unet, self.unet.dtype)
+        self.compiled = CompiledDenoiser(self.unet, self.unet.dtype)
+        self.predictor = self.compiled.predictor
 
-    def run(self, z: Tensor, condition: Condition, null: Condition | None, *settings: Any) -> Tensor:
+    def null(self, batch: int) -> Condition:
+        """Not filled up: one token per stream makes cross-attention a constant."""
+        return self.unet.null(batch)
+
+    def execute(self, run: Callable, z: Tensor, *arguments: Any) -> Tensor:
         """The first run of each batch size compiles."""
         self.check("z", z, len(z))
-        # not filled up: one token per stream makes cross-attention a constant
-        return self.sampler(z, condition, null and self.unet.null(len(z)), *settings)
+        return self.compiled.execute(run, z, *arguments)

@@ -57,8 +57,8 @@ class UViT(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerBlock", "ResBlock"]
-    # any batch, of torch tensors
-    max_batch, array = None, "torch"
+    # as a `semantica.sampling.loop.Denoiser`; branches of guidance apart, for half the memory
+    array, max_batch, joins, refuses = "torch", None, False, {}
 
     @register_to_config
     def __init__(

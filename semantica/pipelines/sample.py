@@ -5,12 +5,15 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
+from tyro.extras import literal_type_from_choices
 
+from semantica.engines import BACKENDS, load_engine
 from semantica.errors import UserError
+from semantica.solvers import SOLVERS
 
 CHUNK = 64
 
@@ -32,8 +35,8 @@ class SampleConfig:
     guidance: float = 1.5
     """Classifier-free guidance, uncond + guidance * (cond - uncond); 1 = off."""
     seed: int = 0
-    solver: Literal["dpmpp_2m", "ddim", "ddpm"] = "dpmpp_2m"
-    engine: Literal["auto", "torch", "torch-compile", "onnxruntime", "tensorrt", "tensorrt-rtx", "inductor"] = "auto"
+    solver: literal_type_from_choices(SOLVERS) = "dpmpp_2m"
+    engine: literal_type_from_choices(("auto", *BACKENDS)) = "auto"
     """What runs a bundle. A run folder runs in torch: eager in fp32 by default; torch-compile is several times faster
     (bf16 where the processor has it) once it has compiled, which takes from ten seconds to minutes."""
     device: str = "auto"
@@ -58,72 +61,49 @@ def make_variations(config: SampleConfig, pictures: list) -> np.ndarray:
     """Variations from a run folder or a bundle, which start from the same noise: uint8 `[pictures, n, S, S, 3]`."""
     from semantica.engines.bundle import is_bundle
 
-    if not is_bundle(config.model):
-        if config.engine not in ("auto", "torch", "torch-compile"):
-            raise UserError(f"--engine {config.engine} runs a bundle, {config.model} is none: 'semantica export' first")
-        pipeline = load_pipeline(config.model, config.device, config.solver)
+    if is_bundle(config.model):
+        from semantica.memory import keep_freed_memory
+        from semantica.pipelines.bundle import BundlePipeline
+
+        keep_freed_memory()
+        pipeline = BundlePipeline(load_engine(config.model, config.engine, config.device))
+    elif config.engine not in ("auto", "torch", "torch-compile"):
+        raise UserError(f"--engine {config.engine} runs a bundle, {config.model} is none: 'semantica export' first")
+    else:
+        pipeline = load_pipeline(config.model, config.device)
         if config.engine == "torch-compile":
             pipeline.accelerate()
-        return variations(pipeline, pictures, config.n, config.steps, config.guidance, config.seed)
-
-    from semantica.engines import load_engine
-    from semantica.memory import keep_freed_memory
-    from semantica.pipelines.bundle import BundlePipeline
-
-    keep_freed_memory()
-    pipeline = BundlePipeline(load_engine(config.model, config.engine, config.device))
-    made = pipeline(pictures, config.n, config.steps, config.guidance, config.seed, solver=config.solver).images
-    arrays = np.stack([np.asarray(image) for image in made])
-    return arrays.reshape(len(pictures), config.n, *arrays.shape[1:])
+    return variations(pipeline, pictures, config.n, config.steps, config.guidance, config.seed, config.solver)
 
 
-def load_pipeline(model: Path, device_name: str, solver: str):
+def load_pipeline(model: Path, device_name: str):
     """A pipeline on a device, ready to sample. Raises `UserError` as `SemanticaPipeline.from_pretrained`."""
     import torch
 
     from semantica.device import pick_device
     from semantica.memory import keep_freed_memory
     from semantica.pipelines.variations import SemanticaPipeline
-    from semantica.sampling.scheduler import SemanticaScheduler
 
     device = pick_device(device_name)
     if device.type == "cpu":
         keep_freed_memory()
     pipeline = SemanticaPipeline.from_pretrained(model).to(device)
-    pipeline.scheduler = SemanticaScheduler.from_config(pipeline.scheduler.config, solver=solver)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.max_samples = CHUNK
     return pipeline
 
 
-def variations(pipeline, pictures: list, n: int, steps: int, guidance: float, seed: int) -> np.ndarray:
+def variations(
+    pipeline, pictures: list, n: int, steps: int, guidance: float, seed: int, solver: str = "dpmpp_2m"
+) -> np.ndarray:
     """`n` variations of each picture: uint8 `[len(pictures), n, S, S, 3]`, a function of the seed.
 
-    The starting noise of variation j of picture i depends on (seed, i, j) alone, on no device or batch.
+    The noise of variation j of picture i depends on (seed, i, j) alone, on no device or batch.
     """
-    import torch
-
-    from semantica.images import to_uint8
-    from semantica.solvers import noise
-
-    size = pipeline.unet.config.image_size
-    per_call = max(1, CHUNK // n)
-    made = []
-    for start in range(0, len(pictures), per_call):
-        part = pictures[start : start + per_call]
-        z = np.stack([noise(seed, (3, size, size), start + i, j) for i in range(len(part)) for j in range(n)])
-        out = pipeline(
-            part,
-            num_images_per_prompt=n,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            latents=torch.from_numpy(z),
-            # only the ancestral solver draws more
-            generator=torch.Generator().manual_seed(seed + start),
-            output_type="pt",
-        ).images
-        made.append(to_uint8(out * 2 - 1).reshape(len(part), n, size, size, 3))
-    return np.concatenate(made)
+    made = pipeline(pictures, n, steps, guidance, seed=seed, solver=solver).images
+    arrays = np.stack([np.asarray(image) for image in made])
+    return arrays.reshape(len(pictures), n, *arrays.shape[1:])
 
 
 def unconditional(pipeline, count: int, steps: int, seed: int) -> np.ndarray:
@@ -131,19 +111,17 @@ def unconditional(pipeline, count: int, steps: int, seed: int) -> np.ndarray:
     import torch
 
     from semantica.images import to_uint8
-    from semantica.pipelines.variations import make_guider
-    from semantica.sampling.guided import denoise
+    from semantica.sampling.loop import sample
+    from semantica.sampling.settings import Sampling
     from semantica.solvers import noise
 
     unet, made = pipeline.unet, []
-    size = unet.config.image_size
+    settings = Sampling.of(pipeline.scheduler.config, steps=steps, guidance=1.0, solver="dpmpp_2m")
     for start in range(0, count, CHUNK):
-        batch = min(CHUNK, count - start)
-        z = torch.from_numpy(noise(seed, (batch, 3, size, size), start)).to(unet.device)
-        pipeline.scheduler.set_timesteps(steps, device=unet.device)
+        shape = (min(CHUNK, count - start), *pipeline.sample_shape)
+        z = torch.from_numpy(noise(seed, shape, start)).to(unet.device)
         with torch.no_grad():
-            null = unet.null(batch)
-            made.append(to_uint8(denoise(unet, pipeline.scheduler, make_guider(1.0), z, null, null)))
+            made.append(to_uint8(sample(unet, z, unet.null(len(z)), None, pipeline.scheduler.schedule, settings)))
     return np.concatenate(made)
 
 

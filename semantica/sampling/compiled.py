@@ -1,35 +1,42 @@
-"""Sampling with a `FastDenoiser`: everything prepared before the loop, compiled, on a GPU replayed as one graph."""
+"""A `FastDenoiser` in the sampling loop: prepared before the first step, compiled, on a GPU replayed as one graph."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from semantica.condition import Condition
+from semantica.condition import Condition, Stream
 from semantica.device import pick_precision
 from semantica.model.fast import FastDenoiser
 from semantica.model.uvit import SIGMA_MIN, UViT
-from semantica.sampling.loop import guided_steps, integrate
-from semantica.solvers import Plan, alpha_sigma
+from semantica.sampling.loop import Predict
+from semantica.sampling.settings import Sampling
+from semantica.solvers import alpha_sigma
 
 # graphs that a sampler keeps, each with its own memory; dynamo's limit on the shapes that compiled code is kept for
 BUCKETS, SHAPES = 8, 64
 
 
-class FastSampler:
-    """Samples as `sampling.loop.sample` does, faster: the network rearranged, compiled and in reduced precision.
+class CompiledDenoiser:
+    """A `UViT` that samples whole runs faster: rearranged, compiled and in reduced precision; a `Denoiser`.
 
     Written for CPUs and CUDA. What is here for CUDA, the graphs above all, has not run on a GPU yet.
 
     Args:
-        unet: on the device where sampling happens; it is copied.
+        unet: on the device where sampling happens; it is copied. A single call is the network as it was.
         dtype: of weights and activations; by default bf16 where the processor has instructions for it, else fp32.
         compile: "none", "blocks" (each block on its own: compiles sooner) or "network" (runs fastest).
-        graphs: on CUDA, record the whole loop as a graph for every kind of call, and use it where it is faster.
+        graphs: on CUDA, record the whole run as a graph for every kind of call, and use it where it is faster.
     """
+
+    array, max_batch, joins = "torch", None, True
+    refuses = dict.fromkeys(
+        ("steps", "module", "gradients"),
+        "an accelerated pipeline takes no guider and no callback: load it again without",
+    )
 
     def __init__(
         self,
@@ -38,53 +45,34 @@ class FastSampler:
         compile: Literal["none", "blocks", "network"] = "network",
         graphs: bool = True,
     ):
-        self.device = unet.device
-        self.denoiser = FastDenoiser(unet, dtype or pick_precision("auto", self.device))
+        self.unet, self.device = unet, unet.device
+        self.network = FastDenoiser(unet, dtype or pick_precision("auto", self.device))
+        self.dtype = self.network.dtype
         if compile == "network":
-            self.denoiser.compile(fullgraph=True, dynamic=False)
+            self.network.compile(fullgraph=True, dynamic=False)
         elif compile == "blocks":
-            for block in chain(*self.denoiser.net.blocks):
+            for block in chain(*self.network.net.blocks):
                 block.compile(fullgraph=True, dynamic=False)
-        self.graphs = Graphs() if graphs and self.device.type == "cuda" else None
+        self.graphs = GraphCache() if graphs and self.device.type == "cuda" else None
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        z: Tensor,
-        condition: Condition,
-        null: Condition | None,
-        plan: Plan,
-        guidance: float = 1.0,
-        interval: tuple[float, float] = (0.0, 1.0),
-        thresholding: str = "clip",
-        clip_range: float = 1.0,
-        ratio: float = 0.995,
-        noise: Callable[[int], Tensor] | None = None,
-    ) -> Tensor:
-        """Arguments, result and errors as `semantica.sampling.loop.sample`."""
-        guided = guided_steps(len(plan), guidance, interval)
-        settings = thresholding, clip_range, ratio
-        # a null condition on the host would be copied by every call
-        tensors, rebuild = flatten(condition, null if any(guided) else None)
-        levels = torch.from_numpy(plan.logsnr).to(z.device, torch.float32)
+    def __call__(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
+        return self.unet(z, logsnr, condition)
 
-        def run(z: Tensor, levels: Tensor, *tensors: Tensor) -> Tensor:
-            predict = self.predictor(levels, *rebuild(tensors), guided, guidance)
-            return integrate(predict, z, plan, *settings, noise)
+    def condition(self, streams: Mapping[str, Stream]) -> Condition:
+        return self.unet.condition(streams)
 
-        with torch._dynamo.config.patch(recompile_limit=SHAPES):
-            if self.graphs is None or noise is not None:
-                return run(z, levels, *tensors)
-            key = (plan_key(plan), tuple(guided), guidance, settings, condition.sizes, null and null.sizes)
-            return self.graphs(key, run, z, levels, *tensors)
+    def null(self, batch: int) -> Condition:
+        return self.unet.null(batch)
 
-    def predictor(
-        self, levels: Tensor, condition: Condition, null: Condition | None, guided: list[bool], guidance: float
-    ) -> Callable[[int, Tensor], Tensor]:
-        """v by number of step, with all that the steps share computed here."""
-        net = self.denoiser
+    def predictor(self, levels: Tensor, condition: Condition, null: Condition | None, settings: Sampling) -> Predict:
+        """v by number of step, both branches in one call, with all that the steps share computed here.
+
+        levels: log-SNR of every step and sample, `[steps, B]`.
+        """
+        net, levels, guided = self.network, levels[:, 0], settings.guided()
         alpha, sigma = alpha_sigma(levels)
-        scales = torch.stack((alpha, 1 / sigma.clamp(min=SIGMA_MIN), torch.full_like(alpha, guidance)), 1)
+        scale = torch.full_like(alpha, settings.guidance)
+        scales = torch.stack((alpha, 1 / sigma.clamp(min=SIGMA_MIN), scale), 1)
         kinds = {}
         for both in sorted(set(guided)):
             other = null if both else None
@@ -95,6 +83,22 @@ class FastSampler:
             return net(z, modulations[i], scales[i], branches)
 
         return predict
+
+    @torch.no_grad()
+    def execute(
+        self, run: Callable, z: Tensor, levels: Tensor, condition: Condition, null: Condition | None, key: tuple | None
+    ) -> Tensor:
+        """`run(z, levels, condition, null)`, the whole loop, or the replay of its graph.
+
+        key: all that the run depends on but its tensors; None where it also reads something else, such as fresh noise.
+        """
+        with torch._dynamo.config.patch(recompile_limit=SHAPES):
+            if self.graphs is None or key is None:
+                return run(z, levels, condition, null)
+            # a null condition on the host would be copied by every call
+            tensors, rebuild = flatten(condition, null)
+            key = (*key, condition.sizes, null and null.sizes)
+            return self.graphs(key, lambda z, levels, *rest: run(z, levels, *rebuild(rest)), z, levels, *tensors)
 
 
 def flatten(condition: Condition, null: Condition | None) -> tuple[list[Tensor], Callable]:
@@ -109,12 +113,7 @@ def flatten(condition: Condition, null: Condition | None) -> tuple[list[Tensor],
     return tensors, lambda given: [p if p is None else p.map(lambda i: given[i]) for p in places]
 
 
-def plan_key(plan: Plan) -> tuple[bytes, ...]:
-    fields = (plan.logsnr, plan.alpha, plan.sigma, plan.z_scale, plan.x_scale, plan.x_previous_scale, plan.noise_scale)
-    return tuple(field.tobytes() for field in fields)
-
-
-class Graph:
+class CudaGraph:
     """A function of tensors as one CUDA graph: inputs are copied into its own buffers, the result is copied out."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
@@ -151,7 +150,7 @@ def seconds(call: Callable[[], Tensor]) -> float:
     return min(found)
 
 
-class Graphs:
+class GraphCache:
     """One graph for each kind of call, kept where its replay is faster than the call; the oldest kind goes first.
 
     Args:
@@ -159,7 +158,7 @@ class Graphs:
         measure: seconds that a call takes.
     """
 
-    def __init__(self, record: Callable = Graph, measure: Callable[[Callable[[], Tensor]], float] = seconds):
+    def __init__(self, record: Callable = CudaGraph, measure: Callable[[Callable[[], Tensor]], float] = seconds):
         self.record, self.measure = record, measure
         self.kept: dict[tuple, Callable] = {}
         self.times: dict[tuple, tuple[float, float]] = {}

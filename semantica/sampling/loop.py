@@ -1,108 +1,176 @@
-"""The sampling loop for speed, over any denoiser `(z, logsnr, condition) -> v`, on numpy arrays or torch tensors.
+"""The sampling loop, over any denoiser, on numpy arrays or torch tensors; numpy only.
 
-Everything that does not depend on z is made before the first step: coefficients, noise levels, and the batch that joins
-both branches of guidance. Nothing in the loop reads a value back from a device. `sampling.guided` runs the same
-arithmetic through diffusers' scheduler and guiders, for callbacks and for guiders that change the model.
+Everything that does not depend on z is made before the first step: coefficients, noise levels, the batch that joins
+both branches of guidance, and conditions in the layout that an engine reads. Nothing in the loop reads a value back
+from a device.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
-from semantica.condition import Condition, concatenate
+from semantica.condition import Condition, concatenate, repeat_each
 from semantica.errors import UserError
-from semantica.solvers import Plan, guide, predict_x, step, threshold
+from semantica.sampling.settings import Sampling
+from semantica.solvers import Schedule, guide, predict_x, step
 
 Array = Any  # numpy.ndarray or torch.Tensor
+# v by number of step and z, guidance included
+Predict = Callable[[int, Array], Array]
+# (z, log-SNR) -> v, of one condition
+Velocity = Callable[[Array, Array], Array]
 
 
-def guided_steps(count: int, guidance: float, interval: tuple[float, float]) -> list[bool]:
-    """Which of `count` steps run both branches: step i where start <= i / count < stop, as diffusers' guiders count.
+class Denoiser(Protocol):
+    """What predicts v: the network, its compiled form, an engine, or whatever else has this shape.
 
-    interval: (start, stop), fractions of the run (Kynkaanniemi et al., arXiv 2404.07724, bound sigma instead).
-    Raises `UserError` for fractions that are not 0 <= start <= stop <= 1.
+    array: "torch" or "numpy", the kind of arrays that it takes and gives. device, dtype: where it computes, in what.
+    max_batch: the largest batch of one call, both branches of guidance counted; None for any.
+    joins: whether both branches of guidance go through one call of twice the batch.
+    refuses: what hooks may need and this denoiser does not have, each with the line that tells its user so. "steps":
+        to be called between steps; "module": a `torch.nn.Module` that hooks may change; "gradients": through z.
+
+    The loop uses two more methods where a denoiser has them: `bind(condition) -> (z, logsnr) -> v` brings a condition
+    once into the layout that every call reads; `predictor`, which replaces classifier-free guidance by calls, and
+    `execute`, which replaces running the steps one by one, are described at `CompiledDenoiser`.
     """
-    start, stop = interval
-    if not 0 <= start <= stop <= 1:
-        raise UserError(f"guidance interval {interval}: give two fractions of the run, 0 <= start <= stop <= 1")
-    return [guidance != 1 and int(start * count) <= i < int(stop * count) for i in range(count)]
+
+    array: str
+    device: Any
+    dtype: Any
+    max_batch: int | None
+    joins: bool
+    refuses: Mapping[str, str]
+
+    def __call__(self, z: Array, logsnr: Array, condition: Condition) -> Array:
+        """v `[B, 3, S, S]` from z `[B, 3, S, S]` and log-SNR `[B]`."""
+
+    def condition(self, inputs: Any) -> Condition:
+        """The condition of a network's streams, or of an engine's pictures."""
+
+    def null(self, batch: int) -> Condition:
+        """The unconditional branch."""
 
 
-def level_arrays(plan: Plan, z: Array, rows: int) -> Array:
-    """The log-SNR of every step as float32 `[steps, rows]`, on the device of z; its rows are views."""
-    levels = np.repeat(plan.logsnr.astype(np.float32)[:, None], rows, 1)
-    if isinstance(z, np.ndarray):
-        return levels
-    import torch
+class Guidance(Protocol):
+    """A way to predict v from a denoiser, such as `semantica.sampling.guidance.Guided`.
 
-    return torch.from_numpy(levels).to(z.device)
+    needs: of the denoiser, see `Denoiser.refuses`.
+    """
+
+    needs: tuple[str, ...]
+
+    def predictor(
+        self, denoiser: Denoiser, levels: Array, condition: Condition, null: Condition, settings: Sampling
+    ) -> Predict:
+        """What the loop calls in each step; levels: the log-SNR of every step and sample, float32 `[steps, B]`."""
+
+
+def refuse(denoiser: Denoiser, *needs: str) -> None:
+    """Raise `UserError` where a denoiser has not what a hook needs."""
+    for need in needs:
+        if need in getattr(denoiser, "refuses", {}):
+            raise UserError(denoiser.refuses[need])
 
 
 def sample(
-    denoiser: Callable[[Array, Array, Any], Array],
+    denoiser: Denoiser,
     z: Array,
     condition: Condition,
-    null: Condition,
-    plan: Plan,
-    guidance: float = 1.0,
-    interval: tuple[float, float] = (0.0, 1.0),
-    thresholding: str = "clip",
-    clip_range: float = 1.0,
-    ratio: float = 0.995,
+    null: Condition | None,
+    schedule: Schedule,
+    settings: Sampling,
     noise: Callable[[int], Array] | None = None,
+    guidance: Guidance | None = None,
+    on_step: Callable[[int, Array], Array] | None = None,
 ) -> Array:
-    """Run a plan from noise to images.
+    """Run a solver from noise to images.
 
     Args:
-        denoiser: predicts v from z `[B, 3, S, S]`, log-SNR `[B]` and a condition of batch B; with guidance it is called
-            once a step with both branches, batch 2 B, the conditional half first.
+        denoiser: a `Denoiser`, or any function `(z, logsnr, condition) -> v`.
         z: float32 `[B, 3, S, S]` standard normal noise; the loop keeps its dtype.
-        condition, null: of batch B each; anything with `join(null)` serves. `null` is read only where guidance is.
-        plan: from `semantica.solvers.make_plan`.
-        guidance: uncond + guidance (cond - uncond) (arXiv 2207.12598); 1 = one branch.
-        interval: see `guided_steps`; outside it the conditional branch runs alone.
-        thresholding, clip_range, ratio: see `semantica.solvers.threshold`.
+        condition, null: of batch B each; `null` is read only where guidance is, and asked of the denoiser if None.
         noise: step number -> standard normal like z, for solvers that add noise.
+        guidance: predicts v in place of classifier-free guidance as `settings` has it.
+        on_step: `(i, z) -> z`, called after each step.
 
     Returns:
         `[B, 3, S, S]`, images around [-1, 1].
 
     Raises:
-        UserError: an impossible interval or thresholding; a solver that adds noise without a source of it.
+        UserError: a solver that adds noise without a source of it; a hook that the denoiser does not allow.
     """
-    batch = z.shape[0]
-    guided = guided_steps(len(plan), guidance, interval)
-    both = condition.join(null) if any(guided) else None
-    levels = level_arrays(plan, z, 2 * batch)
-
-    def predict(i: int, z: Array) -> Array:
-        if not guided[i]:
-            return denoiser(z, levels[i, :batch], condition)
-        v = denoiser(concatenate((z, z)), levels[i], both)
-        return guide(v[:batch], v[batch:], guidance)
-
-    return integrate(predict, z, plan, thresholding, clip_range, ratio, noise)
-
-
-def integrate(
-    predict: Callable[[int, Array], Array],
-    z: Array,
-    plan: Plan,
-    thresholding: str = "clip",
-    clip_range: float = 1.0,
-    ratio: float = 0.995,
-    noise: Callable[[int], Array] | None = None,
-) -> Array:
-    """The steps of a plan, given what predicts v, guidance included, from the number of a step and z.
-
-    Other arguments, result and errors as `sample`.
-    """
+    plan, guided = settings.plan(schedule), any(settings.guided())
     if plan.noise_scale.any() and noise is None:
         raise UserError("this solver adds noise in its steps: give a source of it, or take ddim or dpmpp_2m")
-    x_previous = None
-    for i in range(len(plan)):
-        x = threshold(predict_x(plan, i, z, predict(i, z)), thresholding, clip_range, ratio)
-        z = step(plan, i, z, x, x_previous, noise(i) if plan.noise_scale[i] else None)
-        x_previous = x
-    return z
+    refuse(denoiser, *(guidance.needs if guidance else ()), *(("steps",) if on_step else ()))
+    if guidance is None and not guided:
+        null = None
+    elif null is None:
+        null = denoiser.null(len(z))
+
+    def run(z: Array, levels: Array, condition: Condition, null: Condition | None) -> Array:
+        predict, x_previous = predictor(guidance, denoiser, levels, condition, null, settings), None
+        for i in range(len(plan)):
+            x = settings.threshold(predict_x(plan, i, z, predict(i, z)))
+            z = step(plan, i, z, x, x_previous, noise(i) if plan.noise_scale[i] else None)
+            x_previous = x
+            if on_step is not None:
+                z = on_step(i, z)
+        return z
+
+    levels = like(np.repeat(plan.logsnr.astype(np.float32)[:, None], len(z), 1), z)
+    if hasattr(denoiser, "execute"):
+        key = None if plan.noise_scale.any() or on_step else (schedule, dataclasses.replace(settings, seed=0))
+        return denoiser.execute(run, z, levels, condition, null, key)
+    return run(z, levels, condition, null)
+
+
+def predictor(guidance: Guidance | None, denoiser: Denoiser, *arguments: Any) -> Predict:
+    """Guidance as it was asked for, else the denoiser's own way, else calls of it."""
+    if guidance is not None:
+        return guidance.predictor(denoiser, *arguments)
+    if hasattr(denoiser, "predictor"):
+        return denoiser.predictor(*arguments)
+    return classifier_free(denoiser, *arguments)
+
+
+def classifier_free(
+    denoiser: Denoiser, levels: Array, condition: Condition, null: Condition | None, settings: Sampling
+) -> Predict:
+    """Classifier-free guidance (arXiv 2207.12598), in one call a step where the denoiser joins the branches."""
+    guided, batch = settings.guided(), levels.shape[1]
+    own = bind(denoiser, condition)
+    if not any(guided):
+        return lambda i, z: own(z, levels[i])
+    if getattr(denoiser, "joins", True):
+        both, rows = bind(denoiser, condition.join(null)), repeat_each(levels, 2, 1)
+
+        def branches(i: int, z: Array) -> tuple[Array, Array]:
+            v = both(concatenate((z, z)), rows[i])
+            return v[:batch], v[batch:]
+    else:
+        other = bind(denoiser, null)
+
+        def branches(i: int, z: Array) -> tuple[Array, Array]:
+            return own(z, levels[i]), other(z, levels[i])
+
+    return lambda i, z: guide(*branches(i, z), settings.guidance) if guided[i] else own(z, levels[i])
+
+
+def bind(denoiser: Denoiser, condition: Condition) -> Velocity:
+    """The denoiser for one condition, in whatever layout it reads."""
+    if hasattr(denoiser, "bind"):
+        return denoiser.bind(condition)
+    return lambda z, logsnr: denoiser(z, logsnr, condition)
+
+
+def like(array: np.ndarray, z: Array) -> Array:
+    """An array as the kind that z is, on its device."""
+    if isinstance(z, np.ndarray):
+        return array
+    import torch
+
+    return torch.from_numpy(array).to(z.device)

@@ -21,14 +21,14 @@ class SemanticaSchedulerOutput(SchedulerOutput):
 
 
 class SemanticaScheduler(SchedulerMixin, ConfigMixin):
-    """Shifted cosine schedule with a DDPM, DDIM or DPM-Solver++(2M) sampler.
+    """Shifted cosine schedule with any solver of `semantica.solvers.SOLVERS`.
 
     `timesteps` are times t in (0, 1], float32, `logsnrs` the log-SNRs at them, which is what the network is fed. A run
     is `set_timesteps`, then one `step` for each timestep in order; the step count and the previous prediction of the
     multistep solver live here until the next `set_timesteps`.
 
     image_size, reference, logsnr_min, logsnr_max: see `semantica.solvers.Schedule`.
-    solver: "ddpm", "ddim" or "dpmpp_2m", see `semantica.solvers.make_plan`.
+    solver: a name in `semantica.solvers.SOLVERS`.
     thresholding, clip_range, dynamic_thresholding_ratio: kind, clip_range, ratio of `semantica.solvers.threshold`.
     Raises `UserError` for an unknown solver or thresholding and for impossible schedules.
     """
@@ -48,10 +48,8 @@ class SemanticaScheduler(SchedulerMixin, ConfigMixin):
         clip_range: float = 1.0,
         dynamic_thresholding_ratio: float = 0.995,
     ):
-        if solver not in solvers.SOLVERS:
-            raise UserError(f"unknown solver {solver!r}: choose one of {', '.join(solvers.SOLVERS)}")
-        if thresholding not in solvers.THRESHOLDS:
-            raise UserError(f"unknown thresholding {thresholding!r}: choose one of {', '.join(solvers.THRESHOLDS)}")
+        solvers.check_solver(solver)
+        solvers.check_thresholding(thresholding)
         self.schedule = solvers.Schedule(image_size, reference, logsnr_min, logsnr_max)
         self.plan: solvers.Plan | None = None
         self.num_inference_steps: int | None = None

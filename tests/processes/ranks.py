@@ -24,6 +24,7 @@ from semantica.errors import UserError
 from semantica.train import loop
 from semantica.train.config import TrainConfig
 from semantica.train.objective import Objective, held_out_loss
+from semantica.train.preemption import Stop
 
 no_space = {"in": None}
 
@@ -47,13 +48,14 @@ def attempt(job: dict, rank: int) -> dict:
     stop, lose, spoil, full, code = (job.get(kind, {}).get(str(rank)) for kind in kinds)
     no_space["in"] = f".step-{full:08d}.incomplete" if full else None
 
-    def graphs() -> bool:
-        # asked once in each step: how many graphs there are by then
-        calls["graphs"].append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        calls["count"] += 1
-        if calls["count"] == 3 and lose:
-            shutil.rmtree(lose)
-        return calls["count"] == stop
+    class Counting(Stop):
+        def __call__(self) -> bool:
+            # asked once in each step: how many graphs there are by then
+            calls["graphs"].append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            calls["count"] += 1
+            if calls["count"] == 3 and lose:
+                shutil.rmtree(lose)
+            return calls["count"] == stop
 
     def infinite(module, inputs, outputs):
         # its gradient is as it was: no other process can see it in the weights
@@ -69,7 +71,7 @@ def attempt(job: dict, rank: int) -> dict:
     hook = register_module_forward_hook(infinite) if spoil else None
     try:
         with patch.object(loop, "held_out_loss", held_out), patch.object(semantica.train, "__path__", path):
-            loop.train(settings(job, rank), graphs)
+            loop.train(settings(job, rank), Counting())
     except (UserError, FloatingPointError) as error:
         return {"error": str(error), "kind": type(error).__name__}
     except SystemExit as left:

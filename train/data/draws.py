@@ -5,6 +5,8 @@ from functools import lru_cache
 
 import numpy as np
 
+# how a source refers to a picture: a path below its root, or a number
+Ref = str | int
 # one stream of random numbers per purpose, so that changing one leaves the others as they were
 ORDER, PAIR, LEVEL, NOISE, DROP, SPLIT, CYCLE = range(7)
 
@@ -13,11 +15,10 @@ ORDER, PAIR, LEVEL, NOISE, DROP, SPLIT, CYCLE = range(7)
 class View:
     """A picture as one sample shows it.
 
-    ref: a path relative to the data folder, or a picture's number in the shards.
     crop: (x, y, zoom), each uniform in [0, 1).
     """
 
-    ref: str | int
+    ref: Ref
     flip: bool
     crop: tuple[float, float, float]
 
@@ -26,7 +27,7 @@ class View:
 class Pair:
     """One draw: a target and the pictures that it is conditioned on. group: the label, or the page's number."""
 
-    group: str | int
+    group: Ref
     target: View
     conditions: tuple[View, ...]
 

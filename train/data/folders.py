@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,21 +16,21 @@ from PIL import Image
 
 from semantica.errors import UserError
 from semantica.images import BadImage, load_image, probe_image
-from semantica.train.data.draws import PAIR, SPLIT, Pair, View, generator, order
+from semantica.train.data.draws import PAIR, Pair, View, generator, order
+from semantica.train.data.source import MARK, Source, Stamp, around, parted
 
 if TYPE_CHECKING:
-    from semantica.train.data.tokens import Tokens
+    from semantica.train.data.tokens import Table, Tokens
 
 MODES = ("folders", "reconstruct")
 SIDE_FILES = {".json", ".jsonl", ".txt", ".tsv", ".csv", ".md"}
 
 
 @dataclass(frozen=True)
-class PairData:
+class FolderData(Source):
     """What `scan` found.
 
     root, mode: as given to `scan`.
-    kind: what the data is, in a word. remote: whether pictures are worth fetching ahead.
     groups: label -> paths relative to root, in natural order; "" holds the pictures directly in root.
     sizes: bytes of each picture, by path.
     bad: (path, reason) of each file that cannot be used.
@@ -46,7 +46,6 @@ class PairData:
     alone: tuple[str, ...] = ()
     tokens: "Tokens | None" = None
     kind: ClassVar[str] = "folders"
-    remote: ClassVar[bool] = False
 
     def __len__(self) -> int:
         """The number of pictures, which is the number of samples of an epoch."""
@@ -71,10 +70,10 @@ class PairData:
         stored = ", tokens stored" if self.tokens else ""
         return f"{len(self)} pictures in {len(self.groups)} groups{stored}"
 
-    def keep(self, groups: dict[str, tuple[str, ...]]) -> "PairData":
+    def keep(self, groups: dict[str, tuple[str, ...]]) -> "FolderData":
         """The same folder with only these groups, whose paths are among its own."""
         sizes = {path: self.sizes[path] for paths in groups.values() for path in paths}
-        return PairData(self.root, self.mode, groups, sizes, tokens=self.tokens)
+        return FolderData(self.root, self.mode, groups, sizes, tokens=self.tokens)
 
     def digest(self) -> str:
         """16 hex digits over the listing (relative paths and sizes) and the stored tokens, so that a resumed run can
@@ -84,25 +83,18 @@ class PairData:
             listing.update(os.fsencode(path) + b"\0%d\0" % self.sizes[path])
         return listing.hexdigest()[:16]
 
-    def split(self, fraction: float, seed: int) -> tuple["PairData", "PairData"]:
+    def split(self, fraction: float, seed: int) -> tuple["FolderData", "FolderData"]:
         """Part the data into (training, held out): whole groups, or single pictures in mode "reconstruct".
 
-        `fraction` of them, at least one, is held out; 0 holds out none.
-
         Raises:
-            UserError: fraction outside [0, 1), or too few groups (pictures) to leave any for training.
+            UserError: as `parted`.
         """
-        if not 0 <= fraction < 1:
-            raise UserError(f"held-out fraction {fraction} is out of range: give at least 0 and less than 1")
         whole = self.mode == "folders"
-        units = list(self.groups) if whole else [path for paths in self.groups.values() for path in paths]
-        count = max(1, round(fraction * len(units))) if fraction else 0
-        if count >= len(units):
-            what = "label folders" if whole else "pictures"
-            raise UserError(f"cannot hold out {count} of {len(units)} {what}: add {what} or hold out a fraction of 0")
-        held = {units[i] for i in generator(seed, SPLIT).permutation(len(units))[:count]}
+        units = list(self.groups) if whole else self.refs()
+        _, out = parted(len(units), fraction, seed, "label folders" if whole else "pictures")
+        held = {units[i] for i in out}
 
-        def part(out: bool) -> "PairData":
+        def part(out: bool) -> "FolderData":
             if whole:
                 return self.keep({label: paths for label, paths in self.groups.items() if (label in held) is out})
             parts = {label: tuple(p for p in paths if (p in held) is out) for label, paths in self.groups.items()}
@@ -136,22 +128,54 @@ class PairData:
         return Pair(label, View(paths[place], flips[1], tuple(crops[1])), tuple(views))
 
     def target_candidates(self, group: str, start: str) -> Iterator[str]:
-        """The pictures of a group from one on and around, for when it proves broken."""
-        return _around(self.groups[group], start)
+        return around(self.groups[group], start)
 
     def condition_candidates(self, group: str, target: str, start: str) -> Iterator[str]:
-        return (path for path in _around(self.groups[group], start) if path != target)
-
-    def name_of(self, ref: str) -> str:
-        """A picture's name in messages."""
-        return ref
+        return (path for path in around(self.groups[group], start) if path != target)
 
     def load(self, ref: str, near: int) -> Image.Image:
         """Raises `BadImage`."""
         return load_image(self.root / ref, near=near)
 
+    def refs(self) -> list[str]:
+        return [path for paths in self.groups.values() for path in paths]
 
-def scan(root: str | os.PathLike, mode: str) -> PairData:
+    def picture_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def stamp(self, ref: str) -> Stamp:
+        path, mtime = self.root / ref, 0
+        try:
+            # before the content: a later change then shows
+            mtime = path.stat().st_mtime_ns
+            content = path.read_bytes()
+        except OSError:
+            return Stamp(bytes(MARK), 0, mtime)
+        return Stamp(hashlib.sha256(content).digest()[:MARK], len(content), mtime)
+
+    def unchanged(self, refs: Sequence[str], table: "Table", rows: Sequence[int]) -> np.ndarray:
+        def same(ref: str, row: int) -> bool:
+            try:
+                found = (self.root / ref).stat()
+            except OSError:
+                return False
+            # hashed only where its time differs, as in a copy
+            return found.st_size == table.size[row] and (
+                found.st_mtime_ns == table.mtime[row] or self.stamp(ref).sha == table.picture[row].tobytes()
+            )
+
+        with ThreadPoolExecutor(8) as pool:
+            return np.fromiter(pool.map(same, refs, rows), bool, len(refs))
+
+
+def open_folder(root: str, mode: str, low: float | None, high: float | None) -> FolderData:
+    """`scan`, for a source that knows no similarities. Raises `UserError` as that, and where they are asked for."""
+    if low is not None or high is not None:
+        raise UserError(f"--low and --high are for shards, and {root!r} is a folder of pictures: leave them out")
+    return scan(root, mode)
+
+
+def scan(root: str | os.PathLike, mode: str) -> FolderData:
     """List a data folder and check every picture's header.
 
     A group is a folder directly inside root with the pictures directly inside it. In mode "reconstruct" pictures may
@@ -199,20 +223,12 @@ def scan(root: str | os.PathLike, mode: str) -> PairData:
     if not kept:
         what = f"no label folder in {where} holds two usable pictures"
         raise UserError(f"{what}: put pictures that belong together into one folder, or use the mode 'reconstruct'")
-    return replace(PairData(root, mode, groups, sizes).keep(kept), bad=tuple(bad), alone=alone)
+    return replace(FolderData(root, mode, groups, sizes).keep(kept), bad=tuple(bad), alone=alone)
 
 
 def _natural(path: str) -> tuple[list[str | int], str]:
     """Sorts img2 before img10, and nothing as equal."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)], path
-
-
-def _around(paths: tuple[str, ...], start: str) -> Iterator[str]:
-    # the search is only paid for when the first one fails
-    yield start
-    first = paths.index(start)
-    yield from paths[first + 1 :]
-    yield from paths[:first]
 
 
 def _names(folder: Path) -> list[str]:

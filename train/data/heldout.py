@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from semantica.model.conditioner import encode_one
-from semantica.train.data.folders import PairData
+from semantica.train.data.draws import Ref
 from semantica.train.data.pairs import Pairs, collate, streamed
-from semantica.train.data.shards import ShardData
+from semantica.train.data.source import Source
 
 PAIRS, BATCH = 256, 64
 
 
 def held_out_batches(
-    data: PairData | ShardData,
+    data: Source,
     seed: int,
     condition_size: int,
     image_size: int,
@@ -56,7 +56,7 @@ def examples(pairs: Pairs, count: int) -> dict:
     return streamed(collate([pairs[i] for i in range(count)]))
 
 
-def partners(groups: list[str | int], mode: str) -> torch.Tensor:
+def partners(groups: list[Ref], mode: str) -> torch.Tensor:
     """For each sample the next one, going round, of another group (of any other sample, in mode "reconstruct")."""
     count = len(groups)
     places = []

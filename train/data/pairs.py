@@ -5,7 +5,6 @@ Sample `index` of a run is the same whichever process or worker makes it, and wh
 
 import itertools
 import math
-import os
 import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,41 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from semantica.condition import Stream
 from semantica.errors import UserError
 from semantica.images import BadImage, fit, to_tensor
-from semantica.train.data.draws import DROP, LEVEL, NOISE, Pair, View, generator, strata
-from semantica.train.data.folders import PairData, scan
-from semantica.train.data.shards import ShardData, is_shards, open_shards
-from semantica.train.data.tokens import attach
+from semantica.train.data.draws import DROP, LEVEL, NOISE, Pair, Ref, View, generator, strata
+from semantica.train.data.source import Source
 
 # pictures found broken for one sample before the data is given up
 PATIENCE = 64
-
-
-def open_data(
-    root: str | os.PathLike,
-    mode: str = "auto",
-    low: float | None = None,
-    high: float | None = None,
-    tokens: str | os.PathLike | None = None,
-) -> PairData | ShardData:
-    """Open a data folder, shards in a folder, or shards behind an fsspec URL.
-
-    Args:
-        root: see `is_shards` for how the two are told apart.
-        mode: "folders", "pages", "reconstruct"; "auto" is folders or pages, whichever root holds.
-        low, high: similarity that a pair must have, for shards.
-        tokens: folder of what a frozen encoder made of these pictures.
-
-    Raises:
-        UserError: as `scan`, `open_shards` and `semantica.train.data.tokens.attach`; thresholds for folders.
-    """
-    root = os.fspath(root)
-    if is_shards(root) or mode == "pages":
-        data = open_shards(root, "pages" if mode == "auto" else mode, low, high)
-    elif low is not None or high is not None:
-        raise UserError(f"--low and --high are for shards, and {root!r} is a folder of pictures: leave them out")
-    else:
-        data = scan(root, "folders" if mode == "auto" else mode)
-    return data if tokens is None else attach(data, tokens)
 
 
 class Pairs(Dataset):
@@ -86,7 +55,7 @@ class Pairs(Dataset):
 
     def __init__(
         self,
-        data: PairData | ShardData,
+        data: Source,
         *,
         seed: int,
         image_size: int,
@@ -157,9 +126,7 @@ class Pairs(Dataset):
             views = [view for pair in draws for view in (pair.target, *(pair.conditions if self.pixels else ()))]
             self.data.prefetch({view.ref for view in views})
 
-    def _load_pair(
-        self, index: int, bad: list[tuple[str, str]]
-    ) -> tuple[Pair, list[tuple[str | int, Image.Image | None]]]:
+    def _load_pair(self, index: int, bad: list[tuple[str, str]]) -> tuple[Pair, list[tuple[Ref, Image.Image | None]]]:
         """A usable pair, and its pictures with their references: the target, then the conditions."""
         same, stored = self.data.mode == "reconstruct", self.data.tokens is not None
         # every picture is a target at least once in that span
@@ -183,8 +150,8 @@ class Pairs(Dataset):
         raise self._give_up(bad)
 
     def _first_usable(
-        self, candidates: Iterable[str | int], bad: list[tuple[str, str]], decode: bool, stored: bool
-    ) -> tuple[str | int, Image.Image | None] | None:
+        self, candidates: Iterable[Ref], bad: list[tuple[str, str]], decode: bool, stored: bool
+    ) -> tuple[Ref, Image.Image | None] | None:
         """The first of the pictures that decodes, and that has stored tokens, as far as these are asked for."""
         known = {name for name, _ in bad}
         for ref in candidates:
@@ -302,7 +269,7 @@ def batches(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         # of its own, since the loader draws a seed from it
         generator=torch.Generator(),
     )
@@ -348,7 +315,8 @@ def _ranges(first: int, batch: int, part: int, parts: int) -> Iterator[range]:
     return (range(start, start + own) for start in itertools.count(first + part * own, batch))
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """What a `DataLoader`'s processes begin with."""
     # the main process decides what these mean, and then ends the workers; a scheduler may send them to all alike
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import posixpath
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,10 +22,11 @@ from safetensors.numpy import load
 
 from semantica.errors import UserError
 from semantica.images import BadImage, load_image
-from semantica.train.data.draws import CYCLE, PAIR, SPLIT, Pair, View, generator, order
+from semantica.train.data.draws import CYCLE, PAIR, Pair, View, generator, order
+from semantica.train.data.source import MARK, Source, Stamp, around, parted
 
 if TYPE_CHECKING:
-    from semantica.train.data.tokens import Tokens
+    from semantica.train.data.tokens import Table, Tokens
 
 FORMAT = 1
 # where shards may be read from; others can run programs or chain to such as can
@@ -47,7 +48,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class ShardData:
+class ShardData(Source):
     """The pages of some shards, as the trainer draws from them. Made by `open_shards`.
 
     store: where the bytes are. low, high: similarity of a pair, None for no bound.
@@ -113,14 +114,9 @@ class ShardData:
         return replace(self, page=np.sort(page))
 
     def split(self, fraction: float, seed: int) -> tuple["ShardData", "ShardData"]:
-        """Part the pages into (training, held out); a fraction of 0 holds out none. Raises `UserError`."""
-        if not 0 <= fraction < 1:
-            raise UserError(f"held-out fraction {fraction} is out of range: give at least 0 and less than 1")
-        count = max(1, round(fraction * len(self.page))) if fraction else 0
-        if count >= len(self.page):
-            raise UserError(f"cannot hold out {count} of {len(self.page)} pages: add pages or hold out a fraction of 0")
-        order = generator(seed, SPLIT).permutation(len(self.page))
-        return self.keep(self.page[order[count:]]), self.keep(self.page[order[:count]])
+        """Part the pages into (training, held out). Raises `UserError` as `parted`."""
+        training, held = parted(len(self.page), fraction, seed, "pages")
+        return self.keep(self.page[training]), self.keep(self.page[held])
 
     def draw(self, seed: int, index: int, conditions: int = 1) -> Pair:
         """The pair of global sample `index`: a pure function of its arguments.
@@ -167,11 +163,11 @@ class ShardData:
         return first + others[allowed(cosine, self.low, self.high)]
 
     def target_candidates(self, group: int, start: int) -> Iterator[int]:
-        """The targets of a page from one on and around, for when it proves broken."""
-        yield from around([int(t) for t in self.targets_of(group)], start)
+        return around(self.targets_of(group).tolist(), start)
 
     def condition_candidates(self, group: int, target: int, start: int) -> Iterator[int]:
-        yield from around([int(p) for p in self.partners_of(group, target)], start)
+        partners = self.partners_of(group, target).tolist()
+        return around(partners, start if start in partners else partners[0])
 
     def name_of(self, ref: int) -> str:
         """A picture by the names of its shard and member."""
@@ -189,15 +185,27 @@ class ShardData:
     def load(self, ref: int, near: int) -> Image.Image:
         """Raises `BadImage` for bytes that are missing or altered, or no picture."""
         data = self.store.read(*self._place(ref))
-        if hashlib.sha256(data).digest()[:16] != self.sha[ref].tobytes():
+        if hashlib.sha256(data).digest()[:MARK] != self.sha[ref].tobytes():
             what = "missing" if len(data) < self.size[ref] else "altered"
             raise BadImage(f"{what}: its bytes in the shard are not those of its hash", self.name_of(ref))
         return load_image(io.BytesIO(data), near=near)
 
+    def refs(self) -> range:
+        return range(len(self.size))
 
-def around(refs: list[int], start: int) -> Iterator[int]:
-    place = refs.index(start) if start in refs else 0
-    yield from refs[place:] + refs[:place]
+    def parts(self) -> dict[str, range]:
+        counts = np.bincount(self.shard, self.count, len(self.name)).astype(int)
+        ends = np.cumsum(counts)
+        return {name: range(end - n, end) for name, n, end in zip(self.name, counts.tolist(), ends.tolist())}
+
+    def picture_bytes(self) -> int:
+        return int(self.size.sum())
+
+    def stamp(self, ref: int) -> Stamp:
+        return Stamp(self.sha[ref].tobytes())
+
+    def unchanged(self, refs: Sequence[int], table: "Table", rows: Sequence[int]) -> np.ndarray:
+        return (self.sha[refs] == table.picture[rows]).all(1)
 
 
 def pair_number(i: np.ndarray, j: np.ndarray, count: int) -> np.ndarray:

@@ -8,16 +8,15 @@ from torch import nn
 
 from semantica.files import read_json
 from semantica.model.cost import encoding_cost
-from semantica.train.data.folders import PairData
 from semantica.train.data.pairs import gathered
-from semantica.train.data.shards import ShardData
+from semantica.train.data.source import Source
 from semantica.train.data.tokens import VIEWS, attach, read_index
 
 # pictures that are read in one go, as a training batch would, and how often
 ROWS, TIMES = 64, 3
 
 
-def measure(root: Path, data: PairData | ShardData, encoder: nn.Module, encode) -> dict[str, float | int]:
+def measure(root: Path, data: Source, encoder: nn.Module, encode) -> dict[str, float | int]:
     """Bytes on disk, and seconds for one view of a picture: of the encoder, and of reading its stored tokens instead.
 
     Args:
@@ -45,7 +44,7 @@ def measure(root: Path, data: PairData | ShardData, encoder: nn.Module, encode) 
         "pictures": sum(entry["pictures"] for entry in files),
         "unusable": sum(entry["unusable"] for entry in files),
         "token_bytes": sum(entry["bytes"] for entry in files),
-        "picture_bytes": int(sum(data.sizes.values()) if isinstance(data, PairData) else data.size.sum()),
+        "picture_bytes": data.picture_bytes(),
         "encoder_macs": encoding_cost(encoder)[0] // 2,
         "encoder_seconds": min(forward),
         "reading_seconds": min(reading),

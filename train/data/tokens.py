@@ -14,8 +14,8 @@ pictures, cut as ever. The folder is written by `semantica.train.data.encode`:
 import hashlib
 import json
 import posixpath
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +24,14 @@ from safetensors.numpy import load
 from torch import nn
 
 from semantica.errors import UserError
-from semantica.files import UNSAFE, read_json
+from semantica.files import UNSAFE, read_json, sha256
 from semantica.images import BadImage
-from semantica.train.data.folders import PairData
-from semantica.train.data.shards import ShardData
-from semantica.train.run.checkpoint import sha256
+from semantica.train.data.draws import Ref
+from semantica.train.data.source import MARK, Source
 
 FORMAT = 1
 # the centre, and its mirror image
 VIEWS = 2
-# bytes of a SHA-256 that tables keep
-MARK = 16
 # a safetensors header longer than this is none of ours
 MAX_HEADER = 1 << 20
 
@@ -54,6 +51,10 @@ class Table:
     size: np.ndarray | None = None
     mtime: np.ndarray | None = None
     names: np.ndarray | None = None
+
+    def columns(self) -> tuple[np.ndarray | None, ...]:
+        """What has a row for each picture."""
+        return self.picture, self.row, self.usable, self.size, self.mtime
 
     def paths(self) -> list[str]:
         return self.names.tobytes().decode("utf-8", "surrogateescape").split("\0")
@@ -93,12 +94,12 @@ class Tokens:
         """64 hex digits over the identity and the hashes of all tokens."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode() + self.row.tobytes()).hexdigest()
 
-    def check(self, ref: str | int) -> None:
+    def check(self, ref: Ref) -> None:
         """Raises `BadImage` for a picture without tokens."""
         if not self.usable[self._number(ref)]:
             raise BadImage("it could not be decoded when tokens were stored", str(ref))
 
-    def read(self, ref: str | int, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, ref: Ref, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
         """Tokens fp16 `[M, C]` and pooled vector fp16 `[C]` of a picture's centre, or of its mirror image.
 
         They lie in the mapped file: nothing is copied. Their hash is checked.
@@ -117,7 +118,7 @@ class Tokens:
             raise UserError(f"tokens in {path} are not what was stored: remove that file and {again(self.identity)}")
         return tokens, pooled
 
-    def _number(self, ref: str | int) -> int:
+    def _number(self, ref: Ref) -> int:
         return ref if self.numbers is None else self.numbers[ref]
 
 
@@ -200,7 +201,7 @@ def read_table(root: Path, entry: dict) -> Table:
         raise UserError(f"{path} is missing or altered: remove it and store the tokens again") from error
 
 
-def attach(data: PairData | ShardData, root: str | Path) -> PairData | ShardData:
+def attach(data: Source, root: str | Path) -> Source:
     """The same data with its stored tokens.
 
     Raises:
@@ -209,54 +210,46 @@ def attach(data: PairData | ShardData, root: str | Path) -> PairData | ShardData
     if "://" in str(root):
         raise UserError(f"--tokens {root} cannot be mapped into memory: give a folder of this machine")
     index, root = read_index(root), Path(root)
-    entries = {entry["name"]: entry for entry in index["files"]}
     if index["identity"]["data"] != data.kind:
         raise UserError(f"tokens in {root} belong to {index['identity']['data']}, and {data.root} holds {data.kind}")
     hint = f"tokens in {root} are not of these pictures; {again(index['identity'])}"
-    if isinstance(data, ShardData):
-        missing = [name for name in data.name if name not in entries]
-        if missing:
-            raise UserError(f"shard {missing[0]!r} has no stored tokens: {hint}")
-        used = [entries[name] for name in data.name]
-        tables = [read_table(root, entry) for entry in used]
-        pages = np.bincount(data.shard, data.count, len(data.name)).astype(np.int64)
-        for name, table, end, count in zip(data.name, tables, np.cumsum(pages), pages, strict=True):
-            if not np.array_equal(table.picture, data.sha[end - count : end]):
-                raise UserError(f"shard {name!r} changed since its tokens were stored: {hint}")
-        numbers = None
-    else:
-        used = list(entries.values())
-        tables = [read_table(root, entry) for entry in used]
+    entries, parts = {entry["name"]: entry for entry in index["files"]}, data.parts()
+    used = list(entries if parts is None else parts)
+    missing = [name for name in used if name not in entries]
+    if missing:
+        raise UserError(f"shard {missing[0]!r} has no stored tokens: {hint}")
+    tables = [read_table(root, entries[name]) for name in used]
+    numbers = None
+    if parts is None:
         numbers = {path: i for i, path in enumerate(path for table in tables for path in table.paths())}
-        missing = [path for path in data.sizes if path not in numbers]
+        refs = data.refs()
+        missing = [path for path in refs if path not in numbers]
         if missing:
             raise UserError(f"picture {missing[0]!r} has no stored tokens: {hint}")
-        size, mtime, picture = (np.concatenate([getattr(t, n) for t in tables]) for n in ("size", "mtime", "picture"))
-
-        def same(path: str) -> bool:
-            i = numbers[path]
-            return unchanged(data.root / path, int(size[i]), int(mtime[i]), picture[i].tobytes())
-
-        with ThreadPoolExecutor(8) as pool:
-            for path, kept in zip(data.sizes, pool.map(same, data.sizes), strict=True):
-                if not kept:
-                    raise UserError(f"picture {path!r} changed since its tokens were stored: {hint}")
-    files = [(entry["name"], len(table.usable)) for entry, table in zip(used, tables, strict=True)]
+        same = data.unchanged(refs, joined(tables), [numbers[path] for path in refs])
+        if not same.all():
+            raise UserError(f"picture {refs[same.argmin()]!r} changed since its tokens were stored: {hint}")
+    else:
+        for table, (name, refs) in zip(tables, parts.items(), strict=True):
+            if not whole(table, refs, data):
+                raise UserError(f"shard {name!r} changed since its tokens were stored: {hint}")
+    files = [(name, len(table.usable)) for name, table in zip(used, tables, strict=True)]
     for name, count in files:
         mapped(root / f"{name}.safetensors", count, tuple(index["identity"]["shape"]))
-    row, usable = (np.concatenate([getattr(table, name) for table in tables]) for name in ("row", "usable"))
-    return replace(data, tokens=Tokens(root, index["identity"], files, row, usable.astype(bool), numbers))
+    known = joined(tables)
+    return data.with_tokens(Tokens(root, index["identity"], files, known.row, known.usable.astype(bool), numbers))
 
 
-def unchanged(path: Path, size: int, mtime: int, digest: bytes) -> bool:
-    """Whether a picture is the one that was seen; hashed only where its time differs, as in a copy."""
-    try:
-        found = path.stat()
-        return found.st_size == size and (
-            found.st_mtime_ns == mtime or hashlib.sha256(path.read_bytes()).digest()[:MARK] == digest
-        )
-    except OSError:
-        return False
+def joined(tables: list[Table]) -> Table:
+    """The rows of all, without names."""
+    columns = zip(*(table.columns() for table in tables))
+    return Table(*(None if column[0] is None else np.concatenate(column) for column in columns))
+
+
+def whole(table: Table, refs: Sequence[Ref], data: Source) -> bool:
+    """Whether a table is of exactly these pictures, as they are now."""
+    same = len(table.usable) == len(refs) if table.names is None else table.paths() == list(refs)
+    return same and bool(data.unchanged(refs, table, range(len(refs))).all())
 
 
 def stored_encoder(root: str | Path, source: str, size: int | None, tokens: str) -> nn.Module:

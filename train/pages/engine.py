@@ -100,7 +100,7 @@ def serve(pipe: Connection) -> None:
 
 
 def attempt(work: Unit, unit: int) -> str:
-    """"" or what went wrong, in one line."""
+    """ "" or what went wrong, in one line."""
     try:
         work(unit)
     except KeyboardInterrupt:
@@ -139,7 +139,7 @@ class Ray:
         try:
             import ray.data
         except ImportError as error:
-            raise UserError("--engine ray needs Ray: install semantica-diffusion[ray]") from error
+            raise UserError("--on ray needs Ray: install semantica-diffusion[ray]") from error
         self.ray, self.ours = ray, not ray.is_initialized()
         if self.ours:
             ray.init(

@@ -12,16 +12,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from semantica.errors import UserError
-from semantica.files import read_json
+from semantica.files import read_json, remove
 from semantica.train.pages import engine
-from semantica.train.pages.config import FORMAT, PairsConfig, Rules
+from semantica.train.pages.config import FORMAT, MineConfig, Rules
 from semantica.train.pages.describe import NONE, Encoder, describe_encoder, describer
 from semantica.train.pages.join import join_unit
 from semantica.train.pages.read import read_nothing, read_unit
-from semantica.train.pages.report import write_report
+from semantica.train.pages.report import summary, write_report
 from semantica.train.pages.sources import Input, digest, find_inputs
 from semantica.train.pages.stats import gather
-from semantica.train.pages.store import merge_captures, merge_counts, remove, write_json
+from semantica.train.pages.store import merge_captures, merge_counts, write_json
 from semantica.train.pages.write import write_unit
 
 # of the inputs, may fail before the run is one that failed
@@ -69,7 +69,7 @@ def digest_one(sources: list[Input], out: Path, unit: int) -> None:
     write_json(out / f"{unit}.json", {"sha256": digest(sources[unit])})
 
 
-def mine(config: PairsConfig) -> dict:
+def mine(config: MineConfig) -> dict:
     """Mine the inputs, or finish what an interrupted run left; returns what stats.json holds.
 
     Raises:
@@ -89,7 +89,7 @@ def mine(config: PairsConfig) -> dict:
         raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
     with ExitStack() as stack:
         stack.enter_context(locked(out))
-        runner = engine.Ray() if config.engine == "ray" else engine.Local(config.processes or os.cpu_count() or 1)
+        runner = engine.Ray() if config.on == "ray" else engine.Local(config.processes or os.cpu_count() or 1)
         stack.callback(runner.close)
         phase = functools.partial(run_phase, runner)
         sources = digested(sources, out / "work" / "digests", phase)
@@ -98,12 +98,17 @@ def mine(config: PairsConfig) -> dict:
         if (out / "index.json").exists():
             print(f"{out} is complete: nothing to do")
         else:
-            if config.engine == "ray" and encoder.name != NONE:
+            if config.on == "ray" and encoder.name != NONE:
                 actors = engine.ray_encoders(functools.partial(describer, encoder))
                 job = dataclasses.replace(job, actors=tuple(actors))
             phases(job, phase)
         remove(out / "work")
     return read_json(out / "stats.json")
+
+
+def mine_and_show(config: MineConfig) -> None:
+    """`mine`, then what was found, in words."""
+    summary(config.out, mine(config))
 
 
 def run_phase(runner: engine.Local | engine.Ray, name: str, work: engine.Unit, units: list[int]) -> dict[int, str]:

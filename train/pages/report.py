@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from semantica.errors import UserError
+from semantica.files import read_json
 from semantica.images import BadImage, fit, grid
 from semantica.report import Part, svg, write_page
-from semantica.train.data.shards import ShardData, allowed, open_shards
+from semantica.train.data.shards import ShardData, Store, allowed, open_listed, open_shards, read_index, with_partner
+from semantica.train.pages.config import ReportConfig
 from semantica.train.pages.stats import REASONS
 from semantica.train.pages.write import BINS
 
@@ -51,8 +53,6 @@ def write_report(out: Path, stats: dict, index: dict, low: float | None = None, 
 
 
 def open_index(out: Path, index: dict, low: float | None = None, high: float | None = None) -> ShardData:
-    from semantica.train.data.shards import Store, open_listed
-
     return open_listed(Store(out), index, "pages", low, high)
 
 
@@ -110,8 +110,6 @@ def similarities(stats: dict, data: ShardData, low: float | None, high: float | 
 
 def kept(data: ShardData, low: float | None, high: float | None) -> tuple[tuple[str, str, str], ...]:
     """Rows of (what, all, kept under the thresholds)."""
-    from semantica.train.data.shards import with_partner
-
     targets = with_partner(data.first, data.start, data.count, data.cosine, low, high)
     pages = np.add.reduceat(targets, data.first) > 0
     pairs = int(allowed(data.cosine, low, high).sum())
@@ -181,15 +179,26 @@ def bars(places, counts, label: str, width: float | None = None, lines: list[flo
         return svg(figure)
 
 
+def report(config: ReportConfig) -> None:
+    """`semantica pairs --report`: of stored tokens what they cost, of shards what thresholds keep.
+
+    Raises:
+        UserError: as `semantica.train.data.tokencost.report` and `show`.
+    """
+    if (config.report / "identity.json").exists():
+        from semantica.train.data import tokencost
+
+        tokencost.report(config.report)
+    else:
+        show(config.report, config.low, config.high)
+
+
 def show(shards: Path, low: float | None, high: float | None) -> None:
-    """`semantica pairs --report`: print what thresholds keep, and write report.html again.
+    """Print what thresholds keep of shards, and write report.html again.
 
     Raises:
         UserError: no finished shards there, or no embeddings while thresholds are given.
     """
-    from semantica.files import read_json
-    from semantica.train.data.shards import Store, read_index
-
     index, stats = read_index(Store(shards)), read_json(shards / "stats.json")
     data = open_shards(str(shards), low=low, high=high)
     whole = data if (low, high) == (None, None) else open_shards(str(shards))
@@ -206,3 +215,24 @@ def show(shards: Path, low: float | None, high: float | None) -> None:
         print(f"{name}: {reason}")
     write_report(shards, stats, index, low, high)
     print(f"wrote {shards / 'report.html'}")
+
+
+def summary(out: Path, stats: dict) -> None:
+    """A row for each input, the sums, and what is wrong."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{out}")
+    for i, name in enumerate(("input", "pages", "linked", "kept", "pages stored", "pairs", "problems")):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in stats["inputs"][:50]:
+        stored = row["stored"]
+        figures = (row["pages"], row["linked"], stored["images"], stored["pages"], stored["pairs"], row["problems"])
+        table.add_row(row["name"], *map(str, figures))
+    Console().print(table)
+    reasons = ", ".join(f"{name} {count}" for name, count in stats["pictures"].items())
+    print(f"links: {reasons or 'none'}")
+    for row in stats["inputs"][:50]:
+        for place, what in row["problems_named"][:5]:
+            print(f"{row['name']}, {place}: {what}")
+    print(f"report: {out / 'report.html'}")

@@ -1,8 +1,6 @@
 """Checkpoints: safetensors and JSON in a folder that is written aside, synced, then renamed."""
 
-import errno
 import json
-import shutil
 import threading
 import warnings
 from collections.abc import Callable
@@ -11,17 +9,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from semantica.errors import UserError
-from semantica.train.processes import Ranks, is_sharded
-from semantica.train.run.storage import Damaged, Reader, Writer, sha256, sync
+from semantica.files import UNSAFE, aside_of, full, move_in, remove, sha256, sync
+from semantica.train.processes import Vote, World
+from semantica.train.run.storage import Damaged, Reader, Writer
+from semantica.train.sharding import is_sharded
 
 PREFIX = "step-"
-UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # one process without a group is what was asked for; its saving thread cannot change filters for itself
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 # of a folder whose files hold whole tensors, and of one where several processes wrote parts
@@ -38,50 +36,6 @@ def number(folder: Path) -> int:
     """The step of a checkpoint's folder; -1 for another folder."""
     digits = folder.name.removeprefix(PREFIX)
     return int(digits) if digits.isdecimal() else -1
-
-
-def aside_of(final: Path, what: str = "incomplete") -> Path:
-    return final.with_name(f".{final.name}.{what}")
-
-
-def write_aside(final: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder next to its final place, then rename it there; nothing half-written is ever at `final`.
-
-    Raises:
-        UserError: the disk is full; what stood at `final` is intact.
-    """
-    aside = aside_of(final)
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        fill(aside)
-        for path in sorted(aside.rglob("*")):
-            sync(path)
-        move_in(aside, final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise full(final, error) or error from error
-
-
-def move_in(aside: Path, final: Path) -> None:
-    """Rename a finished folder to its place; what stood there is gone only after that."""
-    sync(aside)
-    if final.exists():
-        old = aside_of(final, "old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        aside.rename(final)
-        shutil.rmtree(old)
-    else:
-        aside.rename(final)
-    sync(final.parent)
-
-
-def full(final: Path, error: BaseException) -> UserError | None:
-    """The error of a full disk as one line; None for any other."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        return UserError(f"no space left to write {final}: free some; earlier checkpoints are intact")
-    return None
 
 
 def save(
@@ -105,15 +59,15 @@ def save(
     def finish(hashes: dict[str, str]) -> None:
         version = PARTS if any("-of-" in name for name in hashes) else WHOLE
         record = {"format": version, "step": step, **state, "sha256": hashes}
-        path = aside / "state.json"
-        path.write_text(json.dumps(record, indent=1))
-        sync(path)
+        (aside / "state.json").write_text(json.dumps(record, indent=1))
+        sync(aside / "state.json")
+        sync(aside)
         move_in(aside, final)
         prune(root, step, keep)
 
     lead = group is None or dist.get_rank(group) == 0
     if lead:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
     try:
         dcp.save(
@@ -121,9 +75,9 @@ def save(
         )
     except CheckpointException as failed:
         if lead:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
         cause = next(iter(failed.failures.values()))[0]
-        raise full(final, cause) or cause from failed
+        raise full(final, cause, "earlier checkpoints are") or cause from failed
     return final
 
 
@@ -134,14 +88,14 @@ def prune(root: Path, step: int, keep: int) -> None:
     for folder in {*found} - {*upto[-keep:]}:
         # out of the way at once: half of a checkpoint must not look like one
         old = folder.rename(aside_of(folder, "old"))
-        shutil.rmtree(old)
+        remove(old)
 
 
 def tidy(root: Path) -> None:
     """Remove what interrupted saves left behind."""
     for what in ("incomplete", "old"):
         for left in root.glob(f".{PREFIX}*.{what}"):
-            shutil.rmtree(left, ignore_errors=True)
+            remove(left)
 
 
 def load(reader: Reader, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
@@ -185,46 +139,44 @@ def read_state(folder: Path) -> dict:
     return state
 
 
-def verify(folder: Path, hashes: dict[str, str], ranks: Ranks) -> None:
+def verify(folder: Path, hashes: dict[str, str], world: World) -> None:
     """Every file is what was written, before any is parsed; the processes share the work.
 
     Raises:
         Damaged: a file is missing, cut short or altered.
     """
     problem = None
-    for name in sorted(hashes)[ranks.rank :: ranks.world]:
+    for name in sorted(hashes)[world.rank :: world.size]:
         if not (folder / name).is_file():
             problem = f"{name} is missing"
         elif sha256(folder / name) != hashes[name]:
             problem = f"{name} is not what was written (sha256 differs)"
-    found = [said for said in ranks.gather(problem) if said]
+    found = [said for said in world.all_gather_object(problem) if said]
     if found:
         raise Damaged(found[0])
 
 
-def load_newest(root: Path, ranks: Ranks, say: Callable[[str], None]) -> tuple[dict, Reader] | None:
+def load_newest(root: Path, world: World, say: Callable[[str], None]) -> tuple[dict, Reader] | None:
     """State and files of the newest checkpoint that is whole; says which ones were not.
 
     Raises:
         UserError: checkpoints are there and every one is damaged.
     """
     # as the first process sees them
-    found = ranks.ask_lead(lambda: [folder.name for folder in folders(root)])
+    found = world.from_main(lambda: [folder.name for folder in folders(root)])
     for name in reversed(found):
         try:
-            state, damage = ranks.ask_lead(lambda name=name: look(root / name))
+            state, damage = world.from_main(lambda name=name: look(root / name))
             if damage:
                 raise Damaged(damage)
-            verify(root / name, state["sha256"], ranks)
+            verify(root / name, state["sha256"], world)
             return state, Reader(root / name, list(state["sha256"]))
         except Damaged as problem:
             say(f"checkpoint {name} is damaged ({problem}); trying the one before")
-    ranks.settle(lambda: refuse(root) if found else None)
+    with world.consensus():
+        if found:
+            raise UserError(f"every checkpoint in {root} is damaged: remove that folder to start again")
     return None
-
-
-def refuse(root: Path) -> None:
-    raise UserError(f"every checkpoint in {root} is damaged: remove that folder to start again")
 
 
 def look(folder: Path) -> tuple[dict | None, str]:
@@ -242,8 +194,8 @@ class Saver:
     is gone; this one's ends with the process.
     """
 
-    def __init__(self, root: Path, ranks: Ranks, keep: int, device: torch.device):
-        self.root, self.ranks, self.keep = root, ranks, keep
+    def __init__(self, root: Path, world: World, keep: int, device: torch.device):
+        self.root, self.world, self.keep = root, world, keep
         cuda = device.type == "cuda"
         options = StagingOptions(
             use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
@@ -256,14 +208,14 @@ class Saver:
         """Start to save; raises what went wrong with the save before."""
         self.wait()
         # what every process has alike, the first one writes
-        held = {key: tensor for key, tensor in tensors.items() if self.ranks.lead or is_sharded(tensor)}
+        held = {key: tensor for key, tensor in tensors.items() if self.world.is_main or is_sharded(tensor)}
         staged = self.stager.stage(held)
         self.thread = threading.Thread(target=self._write, args=(step, staged, state), daemon=True)
         self.thread.start()
 
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
         try:
-            save(self.root, step, tensors, state, self.keep, self.ranks.saving)
+            save(self.root, step, tensors, state, self.keep, self.world.saving)
         except BaseException as problem:
             self.problem = problem
 
@@ -273,8 +225,8 @@ class Saver:
             self.thread.join()
 
     @property
-    def failed(self) -> bool:
-        return self.problem is not None
+    def vote(self) -> Vote:
+        return Vote.SAVE_FAILED if self.problem is not None else Vote.CONTINUE
 
     def wait(self) -> None:
         """Until nothing is under way; raises what went wrong."""

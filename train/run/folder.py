@@ -1,12 +1,10 @@
-"""What a run leaves behind: its folder, its logs, its figures."""
+"""What a run leaves behind: its folder, its logs, its pipeline."""
 
 import dataclasses
 import itertools
 import json
 import math
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,98 +14,21 @@ from tqdm import tqdm
 
 import semantica
 from semantica.errors import UserError
+from semantica.files import remove, write_json, write_text, written
 from semantica.images import grid, save_png, to_uint8
-from semantica.model.cost import peak_flops
 from semantica.pipelines.variations import SemanticaPipeline
 from semantica.train.config import FORMAT, FREE, TrainConfig
-from semantica.train.data.folders import PairData
 from semantica.train.data.pairs import bad_record
-from semantica.train.data.shards import ShardData
 from semantica.train.objective import take
-from semantica.train.processes import Ranks
-from semantica.train.run import checkpoint
+from semantica.train.processes import World
 
 SAMPLE_CONDITIONS, SAMPLE_VARIATIONS, SAMPLE_STEPS = 6, 4, 20
-
-
-class Measure:
-    """Loss, gradient norm and speed since the last row, without a device synchronisation at each step."""
-
-    def __init__(self, config: TrainConfig, device: torch.device, dtype: torch.dtype, flops: int, ranks: Ranks):
-        self.config, self.device, self.flops, self.ranks = config, device, flops, ranks
-        self.peak, self.peak_source = peak_flops(device, dtype)
-        self.peak *= ranks.world
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
-        self.reset()
-
-    def reset(self) -> None:
-        self.busy = self.waited = 0.0
-        self.steps = 0
-        self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.aligned: list[Tensor] = []
-
-    def start(self) -> None:
-        self.began = time.perf_counter()
-
-    def waiting(self, feed: Iterator[dict]) -> dict:
-        began = time.perf_counter()
-        batch = next(feed)
-        self.waited += time.perf_counter() - began
-        return batch
-
-    def step(self, loss: Tensor, norm: Tensor, aligned: Tensor | None = None) -> None:
-        self.losses.append(loss)
-        self.norms.append(norm)
-        if aligned is not None:
-            self.aligned.append(aligned)
-        self.finite &= torch.isfinite(loss) & torch.isfinite(norm)
-        self.steps += 1
-        self.busy += time.perf_counter() - self.began
-
-    def check(self) -> None:
-        # the same answer on every process: a mean over 0 and 1 is 1 only where all are
-        if self.ranks.mean(self.finite.float()) < 1:
-            raise FloatingPointError(
-                "the loss or a gradient is not finite any more; nothing was saved since: continue from the last "
-                "checkpoint with a lower --lr or with --precision fp32"
-            )
-
-    def row(self, step: int, rate: float) -> dict:
-        self.check()
-        images = self.steps * self.config.batch / max(self.busy, 1e-9)
-        row = {
-            "step": step,
-            "loss": self.ranks.mean(torch.stack(self.losses).mean()).item(),
-            "grad_norm": torch.stack(self.norms).mean().item(),
-            "lr": rate,
-            "images_per_s": images,
-            "data_wait": self.waited / max(self.busy, 1e-9),
-            "peak_memory_bytes": peak_memory(self.device),
-            "mfu": images * self.flops / self.peak,
-            "flops_per_image": self.flops,
-            "peak_flops": self.peak,
-            "peak_flops_source": self.peak_source,
-        }
-        if self.aligned:
-            row["repa_loss"] = self.ranks.mean(torch.stack(self.aligned).mean()).item()
-        self.reset()
-        return row
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on CUDA, the process' largest resident size on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Run:
     """The run folder: configuration, logs, sample grids, and the pipeline at the end.
 
-    Of several processes the first one writes. All of them call `log`, `rewind`, `sample` and `publish`, and where it
+    Of several processes the main one writes. All of them call `log`, `rewind`, `sample` and `publish`, and where it
     cannot write all of them end; what each found bad is collected in `log`.
 
     Raises:
@@ -115,16 +36,18 @@ class Run:
             from the methods that write.
     """
 
-    def __init__(self, config: TrainConfig, data: PairData | ShardData, ranks: Ranks):
-        self.out, self.config, self.ranks = config.out, config, ranks
+    def __init__(self, config: TrainConfig, data_digest: str, world: World):
+        self.out, self.config, self.world = config.out, config, world
         self.known_bad: set[str] = set()
         self.found_bad: list[tuple[str, str]] = []
         self.board = None
-        ranks.settle(lambda: self._open(data) if ranks.lead else None)
+        with world.consensus():
+            if world.is_main:
+                self._open(data_digest)
 
-    def _open(self, data: PairData | ShardData) -> None:
+    def _open(self, data_digest: str) -> None:
         record = {"format": FORMAT, "semantica": semantica.__version__, "torch": torch.__version__}
-        record |= {"train": self.config.record(), "data_digest": data.digest()}
+        record |= {"train": self.config.record(), "data_digest": data_digest}
         path = self.out / "config.json"
         if path.exists():
             self._compare(path, record)
@@ -132,9 +55,7 @@ class Run:
             raise UserError(f"{self.out} exists and is not a run folder: choose another --out")
         with self._writing("make room" if path.exists() else "choose another --out"):
             self.out.mkdir(parents=True, exist_ok=True)
-            aside = self.out / ".config.json.incomplete"
-            aside.write_text(json.dumps(record, indent=1))
-            aside.replace(path)
+            write_json(path, record)
             self.known_bad = self._known_bad()
             self.board = self._board()
 
@@ -166,9 +87,7 @@ class Run:
         whole, _, cut = text.rpartition("\n")
         if cut:
             # by a crash or a full disk: it names nothing, and the next line must not stick to it
-            aside = path.with_name(".bad_samples.jsonl.incomplete")
-            aside.write_text(whole + "\n" * bool(whole))
-            aside.replace(path)
+            write_text(path, whole + "\n" * bool(whole))
         return {json.loads(line)["path"] for line in whole.splitlines()}
 
     def _board(self):
@@ -186,47 +105,42 @@ class Run:
         except OSError as error:
             raise UserError(f"run folder {self.out} cannot be written ({error.strerror}): {advice}") from error
 
-    def _lead_writes(self, work: Callable[[], None]) -> None:
-        """The first process writes; where it cannot, all of them end."""
+    def _write(self, work: Callable, *arguments) -> None:
+        """The main process writes; where it cannot, all of them end."""
+        with self.world.consensus(), self._writing():
+            if self.world.is_main:
+                work(*arguments)
 
-        def write() -> None:
-            with self._writing():
-                work()
-
-        self.ranks.settle(write if self.ranks.lead else lambda: None)
-
-    def say(self, line: str) -> None:
-        if self.ranks.lead:
+    def say(self, *lines: str) -> None:
+        for line in lines if self.world.is_main else ():
             tqdm.write(line)
 
-    def bad_sample(self, path: str, reason: str) -> None:
-        """Name a bad picture once; the next `log` writes it down."""
-        if path not in self.known_bad:
-            self.known_bad.add(path)
-            self.found_bad.append((path, reason))
-            self.say(f"bad picture {path}: {reason}")
+    def bad_samples(self, found: Iterable[tuple[str, str]]) -> None:
+        """Name each bad picture once; the next `log` writes them down."""
+        for path, reason in found:
+            if path not in self.known_bad:
+                self.known_bad.add(path)
+                self.found_bad.append((path, reason))
+                self.say(f"bad picture {path}: {reason}")
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after the step that the run continues from."""
+        self._write(self._rewind, step)
+
+    def _rewind(self, step: int) -> None:
         path = self.out / "metrics.jsonl"
-
-        def rewrite() -> None:
+        if path.exists():
             kept = [line for line in path.read_text().splitlines() if json_step(line) <= step]
-            aside = path.with_name(".metrics.jsonl.incomplete")
-            aside.write_text("".join(f"{line}\n" for line in kept))
-            aside.replace(path)
-
-        self._lead_writes(lambda: rewrite() if path.exists() else None)
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def log(self, row: dict) -> None:
         """Write a row; all processes call this."""
-        own, *others = self.ranks.gather(self.found_bad)
+        own, *others = self.world.all_gather_object(self.found_bad)
         self.found_bad = []
-        if self.ranks.lead:
+        if self.world.is_main:
             self.found_bad = own
-            for path, reason in itertools.chain(*others):
-                self.bad_sample(path, reason)
-        self._lead_writes(lambda: self._log(row))
+            self.bad_samples(itertools.chain(*others))
+        self._write(self._log, row)
         self.found_bad = []
 
     def _log(self, row: dict) -> None:
@@ -257,7 +171,7 @@ class Run:
             generator=generator,
             output_type="pt",
         ).images
-        self._lead_writes(lambda: self._save_grid(columns, targets, made, step))
+        self._write(self._save_grid, columns, targets, made, step)
 
     def _save_grid(self, columns: Tensor, targets: Tensor, made: Tensor, step: int) -> None:
         """Conditions `[B, K, 3, C, C]`, targets `[B, 3, S, S]` and variations `[B n, 3, S, S]`, those in [0, 1]."""
@@ -272,20 +186,17 @@ class Run:
     def publish(self, make: Callable[[], SemanticaPipeline]) -> None:
         """Write the pipeline that the first process makes; its index, which makes the folder usable, comes last. All
         processes call this."""
-        self._lead_writes(lambda: self._publish(make()))
+        self._write(lambda: self._publish(make()))
 
     def _publish(self, pipeline: SemanticaPipeline) -> None:
         index = self.out / "model_index.json"
         index.unlink(missing_ok=True)
-
-        def fill(folder: Path) -> None:
-            pipeline.save_pretrained(folder, safe_serialization=True)
-
         aside = self.out / "pipeline"
-        checkpoint.write_aside(aside, fill)
+        with written(aside) as folder:
+            pipeline.save_pretrained(folder, safe_serialization=True)
         for part in sorted(aside.iterdir(), key=lambda p: p.name == index.name):
             target = self.out / part.name
-            shutil.rmtree(target, ignore_errors=True)
+            remove(target)
             part.rename(target)
         aside.rmdir()
         if self.board is not None:

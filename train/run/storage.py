@@ -6,7 +6,6 @@ A key `NAME/KEY` is the tensor KEY of `NAME.safetensors`; where several processe
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections import defaultdict
@@ -29,26 +28,14 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from semantica.files import sha256, sync
+
 PLACES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 class Damaged(Exception):
     """A checkpoint that is not what was written; the one before may be."""
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Writer(StorageWriter):

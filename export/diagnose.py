@@ -9,8 +9,58 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
 
+from semantica.engines.bundle import CONDITION, DENOISE
 from semantica.export.onnx import MODULE, enclosing
+from semantica.export.parity import Network, Problem
+from semantica.export.program import DTYPES, Captured, Denoise, Encode
+from semantica.export.reduced import Reduced
+
+# inputs that stay fp32 in a graph of any precision
+WIDE = ("z", "logsnr", "image")
+
+
+def blame(network: Network, problem: Problem, captured: Captured, logsnr: float | None, folder: Path | None) -> str:
+    """The layer at which the error of an artifact grows most, on the first picture.
+
+    Args:
+        network, problem: the fp32 network, and what artifacts are compared on.
+        logsnr: the noise level to look at; None for the half that encodes pictures.
+        folder: of the ONNX files that are to blame; None for the captured program itself.
+    """
+    if logsnr is None:
+        twin, program, file = Encode(network.unet, network.encoder), captured.encode, CONDITION
+        arguments = (problem.images[:1],)
+        feeds = {"image": arguments[0]}
+    else:
+        twin, program, file = Denoise(network.unet, captured.sizes), captured.denoise, DENOISE
+        at = int((problem.levels - logsnr).abs().argmin())
+        z, level, rows = problem.z[at : at + 1], problem.levels[at : at + 1], problem.condition.map(lambda a: a[:1])
+        pairs = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(rows.keys, rows.values)]
+        arguments = (z, level, pairs, rows.emb)
+        feeds = {"z": z, "logsnr": level, "emb": rows.emb}
+        feeds |= {f"{kind}.{i}": array for i, pair in enumerate(pairs) for kind, array in zip("kv", pair)}
+    reference = reference_outputs(twin, lambda module: module(*arguments))
+    narrow = DTYPES[captured.precision]
+    if folder is None:
+        actual = program_outputs(program, captured.precision, arguments)
+    else:
+        # a bf16 graph was widened, and takes fp32 throughout
+        dtype = torch.float32 if narrow == torch.bfloat16 else narrow
+        arrays = {key: (a if key in WIDE else a.to(dtype)).contiguous().numpy() for key, a in feeds.items()}
+        actual = onnx_outputs(folder / file, arrays)
+    return worst_layer(reference, actual, torch.finfo(narrow).eps)
+
+
+def program_outputs(program: ExportedProgram, precision: str, arguments: tuple) -> dict[str, Tensor]:
+    """The last value of each module in a program of reduced precision. What follows z and its level is narrow."""
+    narrow = tree_map(lambda a: a.to(DTYPES[precision]), arguments[2:])
+    reduced = Reduced(program, precision, keep=True)
+    with torch.no_grad():
+        reduced.run(*arguments[:2], *narrow)
+    return reduced.outputs
 
 
 def reference_outputs(module: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, Tensor]:

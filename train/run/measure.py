@@ -1,0 +1,85 @@
+"""Figures of a run: loss, gradient norm, speed, memory."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from semantica.model.cost import peak_flops
+from semantica.train.config import TrainConfig
+from semantica.train.processes import World
+
+
+class Measure:
+    """Loss, gradient norm and speed since the last row, without a device synchronisation at each step."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, dtype: torch.dtype, flops: int, world: World):
+        self.config, self.device, self.flops, self.world = config, device, flops, world
+        self.peak, self.peak_source = peak_flops(device, dtype)
+        self.peak *= world.size
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.busy = self.waited = 0.0
+        self.steps = 0
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.aligned: list[Tensor] = []
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def waiting(self, feed: Iterator[dict]) -> dict:
+        began = time.perf_counter()
+        batch = next(feed)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def step(self, loss: Tensor, norm: Tensor, aligned: Tensor | None = None) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+        if aligned is not None:
+            self.aligned.append(aligned)
+        self.finite &= torch.isfinite(loss) & torch.isfinite(norm)
+        self.steps += 1
+        self.busy += time.perf_counter() - self.began
+
+    def check(self) -> None:
+        # the same answer on every process: a mean over 0 and 1 is 1 only where all are
+        if self.world.mean(self.finite.float()) < 1:
+            raise FloatingPointError(
+                "the loss or a gradient is not finite any more; nothing was saved since: continue from the last "
+                "checkpoint with a lower --lr or with --precision fp32"
+            )
+
+    def row(self, step: int, rate: float) -> dict:
+        self.check()
+        images = self.steps * self.config.batch / max(self.busy, 1e-9)
+        row = {
+            "step": step,
+            "loss": self.world.mean(torch.stack(self.losses).mean()).item(),
+            "grad_norm": torch.stack(self.norms).mean().item(),
+            "lr": rate,
+            "images_per_s": images,
+            "data_wait": self.waited / max(self.busy, 1e-9),
+            "peak_memory_bytes": peak_memory(self.device),
+            "mfu": images * self.flops / self.peak,
+            "flops_per_image": self.flops,
+            "peak_flops": self.peak,
+            "peak_flops_source": self.peak_source,
+        }
+        if self.aligned:
+            row["repa_loss"] = self.world.mean(torch.stack(self.aligned).mean()).item()
+        self.reset()
+        return row
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, the process' largest resident size on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,163 @@
+"""What is put around a model in several processes: DDP copies it to each, FSDP2 and HSDP split it among them.
+
+The model itself knows of none of this. `parallelize` chooses; what one process does is the base class.
+"""
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from semantica.condition import Stream
+from semantica.model.compile import repeated
+from semantica.model.layers import CrossAttention
+from semantica.train.objective import Objective
+from semantica.train.processes import World
+
+
+class Whole:
+    """Every process has the whole model; here there is only one."""
+
+    def __init__(self, world: World, device: torch.device, dtype: torch.dtype):
+        self.device = device
+        # where the model is made
+        self.built_on = device
+
+    def shard(self, module: nn.Module) -> None:
+        """Split a module among the processes, in place."""
+
+    def wrap(self, objective: Objective) -> nn.Module:
+        """The objective that is called in training."""
+        return objective
+
+    def micro_batch(self, objective: nn.Module, last: bool) -> AbstractContextManager:
+        """For the part of a batch that is computed within: gradients are reduced over the processes after the last
+        part only."""
+        return nullcontext()
+
+    def place(self, images: Tensor | Stream) -> Tensor | Stream:
+        """Images `[B, 3, S, S]` as the first convolution should see them; a stream as it is.
+
+        Here the weights' own channels-last layout decides the layout of what follows.
+        """
+        return images
+
+
+class DataParallel(Whole):
+    """DDP: a copy of the model in each process, gradients are averaged."""
+
+    def wrap(self, objective: Objective) -> nn.Module:
+        from torch.nn.parallel import DistributedDataParallel
+
+        # nothing in the model changes its buffers; the option has another name from PyTorch 2.13 on
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(
+            objective,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            **{buffers: False},
+            gradient_as_bucket_view=True,
+            # an encoder that is trained along, but conditions nothing
+            find_unused_parameters=not objective.unet.stream_names and objective.head is None,
+        )
+
+    def micro_batch(self, objective: nn.Module, last: bool) -> AbstractContextManager:
+        return nullcontext() if last else objective.no_sync()
+
+
+class FullySharded(Whole):
+    """FSDP2: each process holds a part of every weight, of its average and of its moments.
+
+    Each repeated block is a group that is gathered for its own forward and backward pass; all keys' and values'
+    projections are one more, since `UViT.condition` uses them at once; the rest is the root's.
+
+    With bf16, weights are gathered in bf16 and gradients summed in fp32. Norm weights are rounded as well, a relative
+    2^-9, since to gather them apart would cost a collective each; their statistics are fp32 in the operators whatever
+    the weights are. Inputs are not cast: noise levels and latents stay fp32, and autocast decides for each operation
+    as it does in one process.
+    """
+
+    def __init__(self, world: World, device: torch.device, dtype: torch.dtype):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        super().__init__(world, device, dtype)
+        # no device has to hold the model whole
+        self.built_on = torch.device("cpu")
+        types = {} if dtype == torch.float32 else {"param_dtype": dtype, "reduce_dtype": torch.float32}
+        policy = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
+        within = world.local_size if world.mode == "hsdp" else world.size
+        if within == world.size:
+            mesh = init_device_mesh(device.type, (world.size,))
+        else:
+            # rows of copies, and columns of parts
+            mesh = init_device_mesh(device.type, (world.size // within, within), mesh_dim_names=("copy", "part"))
+        self.options = {"mesh": mesh, "mp_policy": policy}
+
+    def shard(self, module: nn.Module) -> None:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        # FSDP2 knows contiguous parameters only; activations keep channels last, see `place`
+        module.to(memory_format=torch.contiguous_format)
+        crossing = [m for m in module.modules() if isinstance(m, CrossAttention)]
+        projections = [part for m in crossing for part in (*m.to_kv, *m.norm_k)]
+        if projections:
+            fully_shard(projections, **self.options)
+        for block in repeated(module):
+            fully_shard(block, **self.options)
+        # in training the root stays gathered until its gradients are there; averages have none, and must be
+        # gathered again after they have changed
+        frozen = not any(p.requires_grad for p in module.parameters())
+        fully_shard(module, **self.options, reshard_after_forward=True if frozen else None)
+        for name in ("condition", "null"):
+            if hasattr(module, name):
+                register_fsdp_forward_method(module, name)
+
+    def micro_batch(self, objective: nn.Module, last: bool) -> AbstractContextManager:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in objective.children():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def place(self, images: Tensor | Stream) -> Tensor | Stream:
+        flat = isinstance(images, Tensor) and images.ndim == 4
+        return images.to(memory_format=torch.channels_last) if flat else images
+
+
+KINDS = {None: Whole, "ddp": DataParallel, "fsdp": FullySharded, "hsdp": FullySharded}
+
+
+def parallelize(world: World, device: torch.device, dtype: torch.dtype) -> Whole:
+    """What `--parallel` asks for."""
+    return KINDS[world.mode](world, device, dtype)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that is here."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def gathered(module: nn.Module, world: World) -> nn.Module | None:
+    """A sharded module's whole twin on the CPU of the main process, None on the others; others as they are."""
+    if not any(is_sharded(p) for p in module.parameters()):
+        return module
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import FSDPModule
+
+    weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not world.is_main:
+        return None
+    # sharding made a subclass of the module's own class
+    kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    twin = kind.from_config(module.config)
+    twin.load_state_dict(weights)
+    return twin.eval()
