@@ -21,6 +21,7 @@ from semantica.engines import bundle as bundle_module
 from semantica.engines.base import GraphEngine
 from semantica.engines.built import open_built
 from semantica.files import entries
+from semantica.sampling.loop import Denoiser
 from semantica.solvers import alpha_sigma
 
 
@@ -225,6 +226,18 @@ def test_guidance_from_outside_that_needs_gradients(bundles, small_run, picture)
         engine = SemanticaPipeline.from_bundle(bundles["fp32"], backend)
         with pytest.raises(UserError, match=f"engine '{backend}' gives no gradients: sample the run folder"):
             engine(image, guider=Towards(), **settings)
+
+
+def test_whatever_denoises_has_one_shape(bundles, small_run):
+    pipeline = SemanticaPipeline.from_pretrained(small_run)
+    engines_of = [load_engine(bundles["fp32"], name) for name in ("onnxruntime", "torch", "torch-compile")]
+    for denoiser in (pipeline.unet, pipeline.accelerate(torch.float32, "none").denoiser, *engines_of):
+        for name in (*Denoiser.__annotations__, "__call__", "condition", "null"):
+            assert hasattr(denoiser, name), (type(denoiser).__name__, name)
+        null = denoiser.null(2)
+        assert null.emb.shape[0] == null.keys[0].shape[0] == 2 and null.keys[0].shape[1] == sum(null.sizes)
+        assert isinstance(null.emb, np.ndarray) == (denoiser.array == "numpy")
+        assert set(denoiser.refuses) <= {"steps", "module", "gradients"}
 
 
 def test_a_backend_from_outside(bundles, picture, monkeypatch):
