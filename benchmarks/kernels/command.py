@@ -18,7 +18,8 @@ from semantica.files import write_json
 class KernelsConfig(Outputs):
     """Time the operators beside other implementations. A wrong result is listed and not timed."""
 
-    op: Literal["all", "group_norm", "cross_attention"] = "all"
+    op: Annotated[str, tyro.conf.arg(metavar="NAME")] = "all"
+    """One operator, such as "group_norm", or all."""
     filter: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """Words that a row must all have, such as "bfloat16 channels_last fused"."""
     direction: tuple[Literal["forward", "backward", "both"], ...] = ("forward", "backward")
@@ -44,19 +45,22 @@ def kernels(config: KernelsConfig) -> int:
     Raises:
         UserError: impossible options, a package that is missing, or nothing to do.
     """
+    from semantica.kernels import OPERATORS
+
     config.check()
+    if config.op != "all" and config.op not in OPERATORS:
+        raise UserError(f"--op {config.op!r}: choose all or one of {', '.join(OPERATORS)}")
     if config.workers < 1:
         raise UserError(f"--workers is {config.workers}: give at least 1")
     if config.compile_only:
         return compile_only(config)
     if config.impl and config.op == "all":
-        raise UserError("--impl needs --op group_norm or --op cross_attention: which of them it computes")
+        raise UserError(f"--impl needs --op {' or --op '.join(OPERATORS)}: which of them it computes")
     if not config.direction:
         raise UserError("--direction needs at least one of forward, backward, both")
     need("pytest", "pytest_benchmark")
 
     from semantica.benchmarks.kernels.suite import KernelBench
-    from semantica.kernels import OPERATORS
 
     part = re.fullmatch(r"(\d+)/(\d+)", config.part)
     if not part or not 1 <= int(part[1]) <= int(part[2]):
@@ -91,8 +95,14 @@ def known(head: str, form: str) -> Column:
 
 
 def of_products(head: str, form: str) -> Column:
-    """What says something about matrix products alone."""
-    return Column(head, lambda row, rows: form.format_map(row) if row["op"] == "cross_attention" else "")
+    """What says something about matrix products alone: of operators whose products torch counts too."""
+
+    def cell(row: dict, rows: list[dict]) -> str:
+        from semantica.kernels import OPERATORS
+
+        return form.format_map(row) if OPERATORS[row["op"]].flop_formulas else ""
+
+    return Column(head, cell)
 
 
 def implementation(row: dict, rows: list[dict]) -> str:
