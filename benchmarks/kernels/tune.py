@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 from semantica.benchmarks.harness.race import QUICK, CudaClock, race
-from semantica.benchmarks.harness.suite import show, write
+from semantica.benchmarks.harness.table import show
 from semantica.benchmarks.kernels.implementations import implementations
 from semantica.benchmarks.kernels.problems import problems
 from semantica.benchmarks.kernels.tune_command import TuneConfig
 from semantica.benchmarks.kernels.verify import Answers, Wrong, verify
 from semantica.errors import ArtifactError, UserError
+from semantica.files import write_text
 from semantica.kernels import OPERATORS, launch
 from semantica.kernels.dispatch import load
 from semantica.kernels.launch import Launch
@@ -204,7 +205,7 @@ def tune(config: TuneConfig) -> int:
         )
     with launch.trial(config.op, table):
         check(config.op)
-    write(path, dump(table))
+    write_text(path, dump(table))
     columns = ("kernel", "width", "before", "after", "time", "problems")
     body = [
         (c.kernel, str(c.before["width"]), *map(json.dumps, (c.before, c.after)), f"{c.ratio:.3f}x", str(c.problems))

@@ -17,7 +17,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from semantica.benchmarks.harness.process import resolve
-from semantica.engines.bundle import Bundle
+from semantica.engines import Bundle, Engine, load_engine, open_bundle
+from semantica.engines.base import GraphEngine
+from semantica.engines.bundle import CONDITION, DENOISE, NULL
 from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule
 
@@ -96,14 +98,13 @@ def fast(compile: str, graphs: bool = False, half: bool = True) -> Callable[[Bui
     return builder
 
 
-def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
-    """Ours: the bundle in one of its backends."""
+def through(load: Callable[[Build], Engine]) -> Callable[[Build], tuple[Call, str]]:
+    """Of a bundle's engine, both branches of guidance in one batch."""
 
     def builder(build: Build) -> tuple[Call, str]:
-        from semantica.engines import load_engine
         from semantica.sampling.loop import sample
 
-        engine = load_engine(build.bundle, backend, build.device)
+        engine = load(build)
         schedule, settings = sampling_of(engine.bundle)
 
         def run(images, noise, steps, guidance):
@@ -119,50 +120,41 @@ def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
     return builder
 
 
+def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
+    """Ours: the bundle in one of its backends."""
+    return through(lambda build: load_engine(build.bundle, backend, build.device))
+
+
 def openvino(hint: str) -> Callable[[Build], tuple[Call, str]]:
-    """A peer: OpenVINO on the same graphs, its shapes fixed to the batch, both branches in one batch."""
+    """A peer: OpenVINO on the same graphs, its shapes fixed to the batch."""
+    return through(lambda build: OpenVINOEngine(open_bundle(build.bundle), hint))
 
-    def builder(build: Build) -> tuple[Call, str]:
-        from semantica.condition import Condition
-        from semantica.engines import open_bundle
-        from semantica.engines.base import heads_first
-        from semantica.engines.bundle import CONDITION, DENOISE, NULL
-        from semantica.sampling.loop import sample
 
-        bundle, core = open_bundle(build.bundle), import_module("openvino").Core()
-        schedule, sampling = sampling_of(bundle)
-        settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-        blank, requests = load_file(bundle.folder / NULL), {}
+class OpenVINOEngine(GraphEngine):
+    """OpenVINO on the CPU; hint: what it computes in, by its own name."""
 
-        def request(name: str, batch: int):
-            if (name, batch) not in requests:
-                model = core.read_model(bundle.folder / name)
-                shapes = {p.any_name: list(bundle.shape_of(p.any_name, batch)) for p in model.inputs}
-                model.reshape(shapes)
-                requests[name, batch] = core.compile_model(model, "CPU", settings).create_infer_request()
-            return requests[name, batch]
+    backend, array = "openvino", "numpy"
 
-        def condition_of(arrays: dict, sizes: tuple[int, ...]) -> Condition:
-            blocks = range(bundle.shapes["blocks"])
-            keys, values = (tuple(arrays[f"{kind}.{i}"].swapaxes(1, 2) for i in blocks) for kind in "kv")
-            return Condition(keys, values, arrays["emb"], None, sizes)
+    def __init__(self, bundle: Bundle, hint: str):
+        super().__init__(bundle)
+        self.arithmetic, self.null_arrays = {"f32": "fp32"}.get(hint, hint), load_file(bundle.folder / NULL)
+        self.core, self.requests = import_module("openvino").Core(), {}
+        self.settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
 
-        def denoise(z, logsnr, condition):
-            feeds = {"z": z, "logsnr": logsnr, "emb": condition.emb}
-            for i, pair in enumerate(zip(condition.keys, condition.values)):
-                feeds[f"k.{i}"], feeds[f"v.{i}"] = map(heads_first, pair)
-            return request(DENOISE, len(z)).infer(feeds, share_inputs=True)["v"].copy()
+    def infer(self, name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        batch = len(next(iter(inputs.values())))
+        if (name, batch) not in self.requests:
+            model = self.core.read_model(self.bundle.folder / name)
+            model.reshape({p.any_name: list(self.bundle.shape_of(p.any_name, batch)) for p in model.inputs})
+            self.requests[name, batch] = self.core.compile_model(model, "CPU", self.settings).create_infer_request()
+        made = self.requests[name, batch].infer(inputs, share_inputs=True)
+        return {output.any_name: array.copy() for output, array in made.items()}
 
-        def run(images, noise, steps, guidance):
-            encoded = request(CONDITION, len(images)).infer({"image": images})
-            named = {output.any_name: array.copy() for output, array in encoded.items()}
-            null = condition_of(blank, (1,) * len(bundle.sizes)).fill(bundle.sizes).repeat(len(images))
-            condition = condition_of(named, bundle.sizes)
-            return sample(denoise, noise, condition, null, schedule, sampling(steps, guidance))
+    def encoder(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.infer(CONDITION, inputs)
 
-        return run, {"f32": "fp32"}.get(hint, hint)
-
-    return builder
+    def denoiser(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.infer(DENOISE, inputs)
 
 
 def sampling_of(bundle: Bundle) -> tuple[Schedule, Callable[[int, float], Sampling]]:
