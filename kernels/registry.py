@@ -46,8 +46,9 @@ class Operator:
 
     Attributes:
         name: of its public function; rows of results and options of the command line use it.
-        function: the public function, in `op.py` of the operator's folder, or in the one file that is all of it.
-        reference: plain torch; takes what `Case.inputs` draws, and returns one tensor.
+        function: the public function.
+        reference: plain torch; takes what `Case.inputs` draws, and returns one tensor. In `op.py` of the operator's
+            folder, or in the one file that is all of it.
         cases: what tests prove, by name.
         timed: what benchmarks time, from the kind of device ("cpu", "cuda") and whether few and small ones will do; by
             default `cases`.
@@ -74,7 +75,7 @@ class Operator:
     @property
     def ladder(self) -> Path:
         """File of its launch settings; see `launch.table`."""
-        return Path(inspect.getfile(self.function)).with_name("ladder.json")
+        return Path(inspect.getfile(self.reference)).with_name("ladder.json")
 
     @property
     def package(self) -> str:
