@@ -45,9 +45,9 @@ def kernels(config: KernelsConfig) -> int:
     Raises:
         UserError: impossible options, a package that is missing, or nothing to do.
     """
-    config.check()
     from semantica.kernels import OPERATORS
 
+    config.check()
     if config.op not in ("all", *OPERATORS):
         raise UserError(f"--op {config.op!r} is unknown: expected all, {', '.join(OPERATORS)}")
     if config.workers < 1:
@@ -95,8 +95,16 @@ def known(head: str, form: str) -> Column:
 
 
 def of_products(head: str, form: str) -> Column:
-    """What says something about matrix products alone."""
-    return Column(head, lambda row, rows: form.format_map(row) if row["op"] == "cross_attention" else "")
+    """What says something about matrix products alone: of operators whose products torch counts too."""
+
+    def cell(row: dict, rows: list[dict]) -> str:
+        from semantica.kernels import OPERATORS
+
+        # a stored row may be of an operator that is not registered here
+        operator = OPERATORS.get(row["op"])
+        return form.format_map(row) if operator and operator.flop_formulas else ""
+
+    return Column(head, cell)
 
 
 def implementation(row: dict, rows: list[dict]) -> str:
