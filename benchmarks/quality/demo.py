@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semantica.errors import UserError
+from semantica.files import write_json
 
 CONDITIONS_PER_GROUP, VARIATIONS, SAMPLING_STEPS, GUIDANCE = 4, 4, 20, 4.0
 # noise levels that the bundle is compared at; times each way to run the model is timed; what its images must reach
@@ -183,12 +184,6 @@ def engines_beside_torch(config: DemoConfig, run: Path) -> list[dict]:
         {"engine": n, "arithmetic": arithmetic[n], "median_ms": float(np.median(times[n])), "psnr_db": psnr[n]}
         for n in pipelines
     ]
-
-
-def write_json(path: Path, content: dict) -> None:
-    aside = path.with_name(f".{path.name}.incomplete")
-    aside.write_text(json.dumps(content, indent=1))
-    aside.replace(path)
 
 
 def report(config: DemoConfig, metrics: dict, engines: list[dict], seconds: dict[str, float]) -> None:

@@ -11,6 +11,7 @@ import tyro
 
 from semantica import features
 from semantica.errors import UserError
+from semantica.files import read_json, write_json
 
 # (condition's place in the gallery or -1, group) of each evaluated picture
 Picks = list[tuple[int, str]]
@@ -115,7 +116,6 @@ def evaluate(config: EvaluateConfig) -> dict:
         UserError: data, run or pictures that cannot be used.
     """
     from semantica.device import pick_device
-    from semantica.files import read_json
     from semantica.train.data.folders import scan
 
     config.check()
@@ -240,6 +240,4 @@ def write(config: EvaluateConfig, result: dict) -> None:
     folder = config.model if config.model else config.images.parent
     out = config.out or folder / "evaluation.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.incomplete")
-    aside.write_text(json.dumps(result, indent=1))
-    aside.replace(out)
+    write_json(out, result)

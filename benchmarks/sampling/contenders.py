@@ -1,5 +1,8 @@
 """Who is raced in sampling: how each implementation is built from a run folder, and from its exported bundle.
 
+One more is one entry of `CONTENDERS`, or from outside `--impl module:function` with a function that is called as those
+in the table are.
+
 Every implementation is `(images, noise, steps, guidance) -> images`, float32 numpy arrays `[B, 3, S, S]` in and out,
 so that encoding, copies between devices and waiting for the device are inside whatever is timed.
 """
@@ -7,11 +10,13 @@ so that encoding, copies between devices and waiting for the device are inside w
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
+from semantica.benchmarks.harness.process import resolve
 from semantica.engines import Bundle, Engine, load_engine, open_bundle
 from semantica.engines.base import GraphEngine
 from semantica.engines.bundle import CONDITION, DENOISE, NULL
@@ -158,31 +163,52 @@ def sampling_of(bundle: Bundle) -> tuple[Schedule, Callable[[int, float], Sampli
     return Schedule.of(config), lambda steps, guidance: Sampling.of(config, steps=steps, guidance=guidance)
 
 
+@dataclass(frozen=True)
+class Contender:
+    """An implementation and what it needs.
+
+    Attributes:
+        build: returns the call and the name of its arithmetic.
+        bundle: the precision of the bundle that it runs; empty where it runs the run folder.
+        engine: whether `semantica build` makes an engine of its name from the bundle first.
+        packages: that may not be installed.
+        cpu_only: whether no GPU runs it here.
+        ours: whether its rows are stale when our code changes.
+        raced: unless others are asked for.
+    """
+
+    build: Callable[[Build], tuple[Call, str]]
+    bundle: str = ""
+    engine: bool = False
+    packages: tuple[str, ...] = ()
+    cpu_only: bool = False
+    ours: bool = False
+    raced: bool = True
+
+    def why_not(self, device: str) -> str:
+        """Why it cannot run here; empty where it can."""
+        if self.cpu_only and device != "cpu":
+            return "runs on the CPU only"
+        missing = [package for package in self.packages if find_spec(package) is None]
+        return f"not installed: {', '.join(missing)}" if missing else ""
+
+
 REARRANGED = "+ rearranged"
-IMPLEMENTATIONS: dict[str, Callable[[Build], tuple[Call, str]]] = {
-    "reference": reference,
-    "plain": ladder("plain"),
-    "strong": strong,
-    "torch-compile": fast("network", graphs=True),
-    "torch-blocks": fast("blocks", graphs=True),
-    "torch-eager": fast("none"),
-    "onnxruntime": through_engine("onnxruntime"),
-    "inductor": through_engine("inductor"),
-    "openvino": openvino("f32"),
-    "openvino-bf16": openvino("bf16"),
+EXPORT = ("onnx", "onnxscript")
+CONTENDERS = {
+    "reference": Contender(reference, raced=False),
+    "plain": Contender(ladder("plain")),
+    "strong": Contender(strong),
+    "torch-compile": Contender(fast("network", graphs=True), ours=True),
+    "torch-blocks": Contender(fast("blocks", graphs=True), ours=True, raced=False),
+    "torch-eager": Contender(fast("none"), ours=True, raced=False),
+    "onnxruntime": Contender(
+        through_engine("onnxruntime"), "fp32", packages=(*EXPORT, "onnxruntime"), cpu_only=True, ours=True
+    ),
+    "inductor": Contender(through_engine("inductor"), "bf16", engine=True, packages=EXPORT, cpu_only=True, ours=True),
+    "openvino": Contender(openvino("f32"), "fp32", packages=(*EXPORT, "openvino"), cpu_only=True),
+    "openvino-bf16": Contender(openvino("bf16"), "fp32", packages=(*EXPORT, "openvino"), cpu_only=True),
 }
-RACED = ("plain", "strong", "torch-compile", "onnxruntime", "inductor", "openvino", "openvino-bf16")
-# what implementations run: a bundle of this precision, and packages that may not be installed
-BUNDLED = {"onnxruntime": "fp32", "inductor": "bf16", "openvino": "fp32", "openvino-bf16": "fp32"}
-PACKAGES = {
-    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
-    "inductor": ("onnx", "onnxscript"),
-    "openvino": ("onnx", "onnxscript", "openvino"),
-    "openvino-bf16": ("onnx", "onnxscript", "openvino"),
-}
-CPU_ONLY = tuple(BUNDLED)
-# whose rows are stale when our code changes
-OURS = ("torch-compile", "torch-blocks", "torch-eager", "onnxruntime", "inductor")
 
 
 def ladder_names(device: str) -> list[str]:
@@ -197,15 +223,12 @@ def builder_of(name: str) -> Callable[[Build], tuple[Call, str]]:
     Raises:
         UserError: no such module or function.
     """
-    if name in IMPLEMENTATIONS:
-        return IMPLEMENTATIONS[name]
+    if name in CONTENDERS:
+        return CONTENDERS[name].build
     if name == REARRANGED:
         return fast("network")
     if name == "+ graph":
         return fast("network", graphs=True)
     if name.startswith("+"):
         return ladder(name)
-    # imports torch, which an engine's process must not
-    from semantica.benchmarks.kernels.compile_only import resolve
-
     return resolve(name)
