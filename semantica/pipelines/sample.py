@@ -102,10 +102,8 @@ def variations(pipeline, pictures: list, n: int, settings: Sampling) -> np.ndarr
     The noise of variation j of picture i depends on (seed, i, j) alone, on no device or batch. What is done about
     pixels out of range is the model's own.
     """
-    made = pipeline(
-        pictures, n, settings.steps, settings.guidance,
-        seed=settings.seed, solver=settings.solver, interval=settings.interval,
-    ).images  # fmt: skip
+    options = {"seed": settings.seed, "solver": settings.solver, "interval": settings.interval}
+    made = pipeline(pictures, n, settings.steps, settings.guidance, **options).images
     arrays = np.stack([np.asarray(image) for image in made])
     return arrays.reshape(len(pictures), n, *arrays.shape[1:])
 
