@@ -5,6 +5,7 @@ missing. So matrix products, convolutions, attention and norms are computed here
 once, everything else in the narrow type itself.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,11 +86,11 @@ class ReducedNetwork:
     array = "torch"
 
     def __init__(self, captured: Captured):
-        self.unet, self.sizes = captured.unet, captured.sizes
+        self.unet, self.inputs, self.sizes = captured.unet, captured.inputs, captured.sizes
         self.runners = {name: Reduced(getattr(captured, name), captured.precision) for name in ("encode", "denoise")}
 
-    def condition(self, images: Tensor) -> Condition:
-        pairs, emb = self.runners["encode"].run(images)
+    def condition(self, inputs: Mapping[str, Tensor]) -> Condition:
+        pairs, emb = self.runners["encode"].run(*(inputs[name] for name in self.inputs))
         keys, values = (tuple(pair[i].transpose(1, 2) for pair in pairs) for i in (0, 1))
         return Condition(keys, values, emb, None, self.sizes)
 

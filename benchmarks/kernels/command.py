@@ -18,7 +18,8 @@ from semantica.files import write_json
 class KernelsConfig(Outputs):
     """Time the operators beside other implementations. A wrong result is listed and not timed."""
 
-    op: Literal["all", "group_norm", "cross_attention"] = "all"
+    op: Annotated[str, tyro.conf.arg(metavar="all|NAME")] = "all"
+    """One operator, by the name of its function."""
     filter: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """Words that a row must all have, such as "bfloat16 channels_last fused"."""
     direction: tuple[Literal["forward", "backward", "both"], ...] = ("forward", "backward")
@@ -45,18 +46,21 @@ def kernels(config: KernelsConfig) -> int:
         UserError: impossible options, a package that is missing, or nothing to do.
     """
     config.check()
+    from semantica.kernels import OPERATORS
+
+    if config.op not in ("all", *OPERATORS):
+        raise UserError(f"--op {config.op!r} is unknown: expected all, {', '.join(OPERATORS)}")
     if config.workers < 1:
         raise UserError(f"--workers is {config.workers}: give at least 1")
     if config.compile_only:
         return compile_only(config)
     if config.impl and config.op == "all":
-        raise UserError("--impl needs --op group_norm or --op cross_attention: which of them it computes")
+        raise UserError("--impl needs --op NAME: which operator it computes")
     if not config.direction:
         raise UserError("--direction needs at least one of forward, backward, both")
     need("pytest", "pytest_benchmark")
 
     from semantica.benchmarks.kernels.suite import KernelBench
-    from semantica.kernels import OPERATORS
 
     part = re.fullmatch(r"(\d+)/(\d+)", config.part)
     if not part or not 1 <= int(part[1]) <= int(part[2]):

@@ -3,11 +3,13 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+
+from tyro.extras import literal_type_from_choices
 
 from semantica.benchmarks.harness.verb import Outputs, measure, need
 from semantica.benchmarks.training.tables import KIND
 from semantica.errors import UserError
+from semantica.model.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class TrainingConfig(Outputs):
     whose losses are not those of the plain loop is listed and not timed. Then the last one is profiled.
     """
 
-    preset: Literal["tiny", "small", "base", "large"] = "tiny"
+    preset: literal_type_from_choices(PRESETS) = "tiny"
     batch: int = 16
     steps: int = 20
     """Timed steps of each rung."""
