@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from semantica.files import write_text
+
 # a page of a photo site: markup of about 60 kB around its pictures
 PICTURES, PARAGRAPHS, SIDES = 6, 350, ((1024, 768), (640, 480), (320, 240))
 PAGES, POOL = 20, 24
@@ -153,7 +155,7 @@ def measure(out: Path) -> dict:
         write_crawl(root / "c.warc.gz", 10 * PAGES, bodies=False)
         result["urls_only"] = {"pages": 10 * PAGES, "seconds": links_only(root / "c.warc.gz")}
         result["peak_bytes"] = {str(PAGES): peak(root / "a.warc.gz"), str(10 * PAGES): peak(root / "b.warc.gz")}
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(out, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from semantica.engines import BACKENDS, Bundle, missing, open_bundle
+from semantica.engines import BACKENDS, Bundle, open_bundle
 from semantica.engines.built import FORMAT, SOURCES, VERSION, engine_folder
 from semantica.engines.bundle import MANIFEST, REFERENCE
 from semantica.errors import ArtifactError, UserError
@@ -15,7 +15,6 @@ from semantica.export import builders
 from semantica.export.config import BuildConfig
 from semantica.export.write import new_folder
 from semantica.files import entries
-from semantica.solvers import Schedule
 
 UNVERIFIED = "not compared with the network: there is no such GPU here"
 
@@ -29,8 +28,8 @@ def build(config: BuildConfig) -> Path:
     """
     config.check()
     bundle, backend = open_bundle(config.bundle), config.backend
-    if missing(backend):
-        raise UserError(f'{backend} is not installed here: pip install "semantica-diffusion[{BACKENDS[backend][2]}]"')
+    if BACKENDS[backend].missing():
+        raise UserError(f"{backend} is not installed here: {BACKENDS[backend].install}")
     builder = builders.find(backend)
     arch = builder.architecture(config.arch)
     builder.check(bundle)
@@ -80,8 +79,7 @@ def verify(builder: builders.Builder, bundle: Bundle, folder: Path, manifest: di
         raise UserError(f"{bundle.folder} has no {REFERENCE} to compare with: export the bundle again")
     from semantica.export import parity
 
-    problem = parity.load_problem(bundle, Schedule.of(bundle.manifest["model"]["scheduler"]))
-    row = parity.compare(engine, problem, engine.arithmetic)
+    row = parity.compare(engine, parity.load_problem(bundle), engine.arithmetic)
     said = parity.failures(row, parity.BOUNDS[bundle.precision])
     if said:
         backend = manifest["backend"]

@@ -15,11 +15,15 @@ _EXPORTS = {
     "Conditioner": "semantica.model.conditioner",
     "SemanticaScheduler": "semantica.sampling.scheduler",
     "SemanticaPipeline": "semantica.pipelines.variations",
+    "Sampling": "semantica.sampling.settings",
 }
-__all__ = ["__version__", *_EXPORTS]
+_MODULES = ("engines",)
+__all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"semantica.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'semantica' has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -138,16 +138,11 @@ def attention() -> Iterator[tuple[str, str, Status]]:
 
 
 def engines() -> Iterator[tuple[str, str, Status]]:
-    from semantica.engines import BACKENDS, missing
+    from semantica.engines import BACKENDS
 
-    where = {
-        "onnxruntime": "the CPU; onnxruntime-gpu: a GPU too", "torch": "the CPU or a GPU",
-        "torch-compile": "the CPU or a GPU", "inductor": "the CPU it was built on",
-    }  # fmt: skip
-    for name, (_, _, extra) in BACKENDS.items():
-        absent = missing(name)
-        how = f'missing {", ".join(absent)}: pip install "{DISTRIBUTION}[{extra}]"'
-        yield name, how if absent else f"runs bundles on {where.get(name, 'an NVIDIA GPU')}", "note" if absent else "ok"
+    for name, backend in BACKENDS.items():
+        reason = backend.why_not()
+        yield name, reason or f"runs bundles on {backend.place}", "note" if reason else "ok"
 
 
 def optional() -> Iterator[tuple[str, str, Status]]:

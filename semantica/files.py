@@ -55,7 +55,7 @@ def aside_of(path: Path, what: str = "incomplete") -> Path:
 
 
 def remove(path: Path) -> None:
-    """A file or folder, if it is there."""
+    """A file, link or folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -68,26 +68,29 @@ def written(
 ) -> Iterator[Path]:
     """A name to write a file or folder under: what is there at the end is synced and renamed to `path`.
 
-    After any failure what stood at `path` is as it was, and nothing half-written is left.
+    After any failure what stood at `path` is as it was, and nothing half-written is left; after a crash nothing
+    half-written is at `path`.
 
     Args:
-        path: its folder exists.
+        path: its folder exists. A link is replaced, not followed.
         existing: what becomes of something that stands at `path` at the end: replaced, an error, or kept.
         apart: a name of this process' own, where several may write the same.
 
     Raises:
         UserError: no space is left, or the place is taken and `existing` is "refuse".
+        OSError: anything else that the system refuses.
     """
     aside = aside_of(path, f"{os.getpid()}.incomplete" if apart else "incomplete")
-    remove(aside)
     try:
+        remove(aside)
         yield aside
         for part in (*sorted(aside.rglob("*")), aside) if aside.is_dir() else (aside,):
-            sync(part)
-        if existing == "refuse" and path.exists():
-            raise UserError(f"{path} exists by now: choose another name")
-        if not (existing == "keep" and path.exists()):
+            if not part.is_symlink():
+                sync(part)
+        if not os.path.lexists(path) or existing == "replace":
             move_in(aside, path)
+        elif existing == "refuse":
+            raise UserError(f"{path} exists by now: choose another name")
     except Exception as error:
         # safetensors has errors of its own
         if problem := full(path, error):
@@ -99,11 +102,15 @@ def written(
 
 def move_in(aside: Path, path: Path) -> None:
     """Rename what is finished to its place; a folder that stood there is gone only after that."""
-    if path.is_dir():
+    if aside.is_dir() and (path.is_dir() or path.is_symlink()):
         old = aside_of(path, "old")
         remove(old)
         path.rename(old)
-        aside.rename(path)
+        try:
+            aside.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
         remove(old)
     else:
         aside.replace(path)
@@ -117,10 +124,15 @@ def full(path: Path, error: BaseException, intact: str = "what was there before 
     return None
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes, apart: bool = False) -> None:
+    """As `written`."""
+    with written(path, apart=apart) as aside:
+        aside.write_bytes(content)
+
+
+def write_text(path: Path, text: str, apart: bool = False) -> None:
     """UTF-8, as `written`."""
-    with written(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode(), apart)
 
 
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:

@@ -6,7 +6,7 @@ Everything here takes hostile files for granted: a picture either becomes 8-bit 
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from semantica.errors import UserError
+from semantica.files import written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -177,16 +178,12 @@ def save_png(image: Image.Image | np.ndarray, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        image.save(aside, format="PNG")
-        os.replace(aside, path)
+        with written(path, apart=True) as aside:
+            image.save(aside, format="PNG")
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"cannot write {str(path)!r}: {why}; give a folder that exists and has room") from error
-    finally:
-        with suppress(OSError):
-            aside.unlink()
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def prepare_one(make: Callable[[list], Array], values: Any, name: str) -> Prepar
     samples = [[s] if alone(s) else list(s) for s in ([values] if alone(values) else values)]
     if not samples or not all(samples):
         what = "picture" if name == SINGLE else name
-        raise UserError(f"{name} is empty: give at least one {what} for each sample")
+        raise UserError(f"{name} is empty: give a {what}, or a list of them, one for each sample")
     flat = make([value for sample in samples for value in sample])
     counts = tuple(map(len, samples))
     return flat if max(counts) == 1 else Several(flat, counts)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from semantica.files import write_text
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -148,6 +150,4 @@ def write_page(path: Path, title: str, parts: list[Part], width: int = 900) -> N
     from jinja2 import Environment
 
     page = Environment(autoescape=True).from_string(PAGE).render(title=title, parts=parts, width=width)
-    aside = path.with_name(f".{path.name}.incomplete")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(path)
+    write_text(path, page)

@@ -1,5 +1,6 @@
 """Bundles as hostile or careless hands leave them: one line, exit code 2, nothing deserialised before its hash."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,14 +10,19 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
 from PIL import Image
+from safetensors.numpy import load_file
 
-from semantica import SemanticaPipeline, UserError
+from semantica import SemanticaPipeline, UserError, engines
 from semantica.cli import main
+from semantica.engines import BACKENDS, Backend, load_engine, open_bundle
 from semantica.engines import bundle as bundle_module
-from semantica.engines import load_engine, open_bundle
+from semantica.engines.base import GraphEngine
 from semantica.engines.built import open_built
-from semantica.engines.bundle import entries
+from semantica.files import entries
+from semantica.sampling.loop import Denoiser
+from semantica.solvers import alpha_sigma
 
 
 @pytest.fixture
@@ -147,6 +153,125 @@ def test_noise_depends_on_seed_and_sample_alone(bundles, picture, solver):
     assert np.abs(pipeline(image, 1, seed=2, **settings).images - three[:1]).max() > 0.05
 
 
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m"])
+def test_the_same_call_is_the_same_call(bundles, small_run, picture, solver):
+    """Run folder, accelerated, and two engines: same arguments, same noise, in every step, whatever the batch."""
+    image = Image.open(picture)
+    pictures = [image, image.rotate(90)]
+    pipelines = {
+        "run": SemanticaPipeline.from_pretrained(small_run),
+        "accelerated": SemanticaPipeline.from_pretrained(small_run).accelerate(torch.float32, "none"),
+        "onnxruntime": SemanticaPipeline.from_bundle(bundles["fp32"], "onnxruntime"),
+        "torch": SemanticaPipeline.from_bundle(bundles["fp32"], "torch"),
+    }
+    pipelines["run"].set_progress_bar_config(disable=True)
+    settings = dict(num_inference_steps=4, guidance_scale=2.0, output_type="np", solver=solver, interval=(0.0, 0.6))
+    made = {name: pipeline(pictures, 3, seed=7, **settings).images for name, pipeline in pipelines.items()}
+    for name, images in made.items():
+        np.testing.assert_allclose(images, made["run"], rtol=0, atol=1e-3, err_msg=name)
+    pipelines["run"].max_samples = 2
+    np.testing.assert_allclose(pipelines["run"](pictures, 3, seed=7, **settings).images, made["run"], rtol=0, atol=1e-4)
+    drawn = [p(image, generator=torch.Generator().manual_seed(1), **settings).images for p in pipelines.values()]
+    for images in drawn[1:]:
+        np.testing.assert_allclose(images, drawn[0], rtol=0, atol=1e-3)
+    assert np.abs(drawn[0] - made["run"][:1]).max() > 0.02
+
+
+def test_hooks_where_the_engine_allows_them(bundles, picture):
+    image, guider = Image.open(picture), ClassifierFreeGuidance(guidance_scale=2.0, start=0.3)
+    onnxruntime, network = (SemanticaPipeline.from_bundle(bundles["fp32"], name) for name in ("onnxruntime", "torch"))
+    settings = dict(num_inference_steps=4, guidance_scale=2.0, output_type="np")
+    seen = []
+
+    def watch(pipeline, step, timestep, values):
+        seen.append((step, float(timestep), type(values["latents"])))
+        return {"latents": values["latents"] * 0}
+
+    assert (onnxruntime(image, callback_on_step_end=watch, **settings).images == 0.5).all()
+    assert seen == [(i, 1 - i / 4, np.ndarray) for i in range(4)]
+    expected = network(image, interval=(0.3, 1.0), **settings).images
+    np.testing.assert_allclose(network(image, guider=guider, **settings).images, expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="engine 'onnxruntime' takes no guider: use guidance_scale and interval"):
+        onnxruntime(image, guider=guider, **settings)
+    compiled = SemanticaPipeline.from_bundle(bundles["fp32"], "torch-compile")
+    for hook in ({"guider": guider}, {"callback_on_step_end": watch}):
+        with pytest.raises(UserError, match="engine 'torch-compile' takes no guider and no callback"):
+            compiled(image, **hook, **settings)
+
+
+class Towards:
+    """Guidance from outside: towards a grey image, along the gradient through the network."""
+
+    needs = ("gradients",)
+
+    def predictor(self, denoiser, levels, condition, null, settings):
+        def predict(i, z):
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                alpha, sigma = (a[:, None, None, None] for a in alpha_sigma(levels[i]))
+                v = denoiser(z, levels[i], condition)
+                x = alpha * z - sigma * v
+                return (v + torch.autograd.grad(x.square().sum(), z)[0] / sigma).detach()
+
+        return predict
+
+
+def test_guidance_from_outside_that_needs_gradients(bundles, small_run, picture):
+    image, settings = Image.open(picture), dict(num_inference_steps=4, output_type="np", seed=3)
+    pipeline = SemanticaPipeline.from_pretrained(small_run)
+    pipeline.set_progress_bar_config(disable=True)
+    plain, steered = (pipeline(image, guider=guider, **settings).images for guider in (None, Towards()))
+    assert np.abs(steered - plain).max() > 1e-3
+    for backend in ("onnxruntime", "torch"):
+        engine = SemanticaPipeline.from_bundle(bundles["fp32"], backend)
+        with pytest.raises(UserError, match=f"engine '{backend}' gives no gradients: sample the run folder"):
+            engine(image, guider=Towards(), **settings)
+
+
+def test_whatever_denoises_has_one_shape(bundles, small_run):
+    pipeline = SemanticaPipeline.from_pretrained(small_run)
+    engines_of = [load_engine(bundles["fp32"], name) for name in ("onnxruntime", "torch", "torch-compile")]
+    for denoiser in (pipeline.unet, pipeline.accelerate(torch.float32, "none").denoiser, *engines_of):
+        for name in (*Denoiser.__annotations__, "__call__", "condition", "null"):
+            assert hasattr(denoiser, name), (type(denoiser).__name__, name)
+        null = denoiser.null(2)
+        assert null.emb.shape[0] == null.keys[0].shape[0] == 2 and null.keys[0].shape[1] == sum(null.sizes)
+        assert isinstance(null.emb, np.ndarray) == (denoiser.array == "numpy")
+        assert set(denoiser.refuses) <= {"steps", "module", "gradients"}
+
+
+def test_a_backend_from_outside(bundles, picture, monkeypatch):
+    monkeypatch.setattr(engines, "BACKENDS", dict(BACKENDS))
+
+    class Constant(GraphEngine):
+        backend, array, arithmetic = "constant", "numpy", "none at all"
+
+        def __init__(self, bundle):
+            super().__init__(bundle)
+            self.null_arrays = load_file(bundle.folder / "null.safetensors")
+
+        def encode(self, inputs):
+            return self.null(len(inputs["image"]))
+
+        def predict(self, z, logsnr, inputs):
+            assert inputs["k.0"].flags.c_contiguous and inputs["k.0"].shape == self.bundle.shape_of("k.0", len(z))
+            return np.zeros_like(z)
+
+    row = Backend("constant", lambda bundle, name, device: Constant(bundle), (), "", {"cpu": ("fp32",)}, "the CPU")
+    engines.register_backend(row)
+    made = SemanticaPipeline.from_bundle(bundles["fp32"], "constant")(Image.open(picture), num_inference_steps=2)
+    assert made.images[0].size == (16, 16)
+
+
+def test_the_readme_names_every_backend_and_what_it_runs():
+    lines = (Path(__file__).parent.parent / "README.md").read_text().splitlines()
+    for name, backend in BACKENDS.items():
+        rows = [line for line in lines if line.startswith(f"| `{name}`")]
+        assert rows, name
+        for precision in {p for kinds in backend.precisions.values() for p in kinds}:
+            assert any(precision in row.split("|")[2] for row in rows), (name, precision)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -162,8 +287,9 @@ def test_the_pipelines_arguments_are_checked(bundles, picture, settings, says):
     pipeline = SemanticaPipeline.from_bundle(bundles["fp32"], "onnxruntime")
     with pytest.raises(UserError, match=says):
         pipeline(Image.open(picture), **settings)
-    with pytest.raises(UserError, match="one for each sample"):
-        pipeline([])
+    for image in ([], [[Image.open(picture)] * 2]):
+        with pytest.raises(UserError, match="one (value )?for each sample"):
+            pipeline(image)
 
 
 def test_engines_by_name(bundles, small_run, picture, capsys, monkeypatch):
@@ -181,9 +307,8 @@ def test_engines_by_name(bundles, small_run, picture, capsys, monkeypatch):
             load_engine(bundles["fp32"], "onnxruntime", "cuda")
     arguments = ["sample", "--model", str(small_run), "--image", str(picture), "--engine", "onnxruntime"]
     assert main(arguments) == 2 and "runs a bundle" in capsys.readouterr().err
-    from semantica import engines
-
-    monkeypatch.setitem(engines.BACKENDS, "tensorrt", ("semantica.engines.trt", ("no_such_tensorrt",), "tensorrt"))
+    absent = dataclasses.replace(BACKENDS["tensorrt"], packages=("no_such_tensorrt",))
+    monkeypatch.setitem(BACKENDS, "tensorrt", absent)
     with pytest.raises(UserError, match=r'needs no_such_tensorrt.*pip install "semantica-diffusion\[tensorrt\]"'):
         load_engine(bundles["fp32"], "tensorrt")
 

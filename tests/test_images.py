@@ -344,7 +344,7 @@ def test_save_png_is_all_or_nothing(tmp_path):
             file.write_bytes(b"half a picture")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="cannot write .*grid.png.*No space left on device"):
+    with pytest.raises(UserError, match="no space left to write .*grid.png"):
         save_png(FullDisk(), path)
     assert np.array_equal(np.asarray(Image.open(path)), truth)
     with pytest.raises(UserError, match="No such file or directory") as caught:

@@ -9,6 +9,7 @@ import torch
 
 from semantica import solvers
 from semantica.errors import UserError
+from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule, alpha_sigma, make_plan
 
 MEAN, STD = 0.3, 0.5
@@ -280,3 +281,18 @@ print("sampled")
 def test_sampling_works_where_torch_is_not_installed():
     result = subprocess.run([sys.executable, "-P", "-c", WITHOUT_TORCH], capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "sampled", result.stderr
+
+
+def test_a_solver_from_outside(monkeypatch):
+    """Euler in the probability flow's own variable, eps kept, which ddim is; under a name of its own."""
+    monkeypatch.setattr(solvers, "SOLVERS", dict(solvers.SOLVERS))
+
+    def euler(steps):
+        ratio = steps.sigma_next / steps.sigma
+        return {"z_scale": ratio, "x_scale": steps.alpha_next - ratio * steps.alpha}
+
+    solvers.register_solver("euler", euler)
+    plan, twin = (make_plan(name, BOUNDED) for name in ("euler", "ddim"))
+    np.testing.assert_allclose(plan.x_scale, twin.x_scale, rtol=1e-9)
+    assert not plan.noise_scale.any() and not plan.x_previous_scale.any()
+    assert Sampling(solver="euler").plan(Schedule(64)).z_scale.shape == (20,)

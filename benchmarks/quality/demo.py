@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semantica.errors import UserError
+from semantica.files import write_json
 
 CONDITIONS_PER_GROUP, VARIATIONS, SAMPLING_STEPS, GUIDANCE = 4, 4, 20, 4.0
 # noise levels that the bundle is compared at; times each way to run the model is timed; what its images must reach
@@ -110,12 +111,13 @@ def draw_grid(config: DemoConfig, run: Path) -> None:
     """grid.png: the first picture of each held-out group, then its variations; two groups a row."""
     from semantica.images import fit, grid, load_image, save_png
     from semantica.pipelines.sample import load_pipeline, variations
+    from semantica.sampling.settings import Sampling
     from semantica.train.data.folders import scan
 
     data = scan(config.out / "web" / "val", "folders")
     pipeline = load_pipeline(run, "cpu")
     pictures = [load_image(data.root / members[0]) for members in data.groups.values()]
-    made = variations(pipeline, pictures, 6, SAMPLING_STEPS, GUIDANCE, config.seed)
+    made = variations(pipeline, pictures, 6, Sampling(SAMPLING_STEPS, guidance=GUIDANCE, seed=config.seed))
     size = pipeline.unet.config.image_size
     rows = [[fit(picture, size), *row] for picture, row in zip(pictures, made, strict=True)]
     save_png(grid(rows, apart=4), config.out / "grid.png")
@@ -184,12 +186,6 @@ def engines_beside_torch(config: DemoConfig, run: Path) -> list[dict]:
         {"engine": n, "arithmetic": arithmetic[n], "median_ms": float(np.median(times[n])), "psnr_db": psnr[n]}
         for n in pipelines
     ]
-
-
-def write_json(path: Path, content: dict) -> None:
-    aside = path.with_name(f".{path.name}.incomplete")
-    aside.write_text(json.dumps(content, indent=1))
-    aside.replace(path)
 
 
 def report(config: DemoConfig, metrics: dict, engines: list[dict], seconds: dict[str, float]) -> None:

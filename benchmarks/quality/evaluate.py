@@ -11,6 +11,7 @@ import tyro
 
 from semantica import features
 from semantica.errors import UserError
+from semantica.files import read_json, write_json
 
 # (condition's place in the gallery or -1, group) of each evaluated picture
 Picks = list[tuple[int, str]]
@@ -115,7 +116,6 @@ def evaluate(config: EvaluateConfig) -> dict:
         UserError: data, run or pictures that cannot be used.
     """
     from semantica.device import pick_device
-    from semantica.files import read_json
     from semantica.train.data.folders import scan
 
     config.check()
@@ -197,10 +197,12 @@ def sampled(pipeline, config: EvaluateConfig, data, paths: list[str]) -> tuple[n
     """Variations of the conditions, and as many samples of the model without any condition."""
     from semantica.images import load_image
     from semantica.pipelines.sample import unconditional, variations
+    from semantica.sampling.settings import Sampling
 
     opened = [load_image(data.root / path) for path in paths]
-    made = variations(pipeline, opened, config.n, config.steps, config.guidance, config.seed)
-    ignoring = unconditional(pipeline, len(opened) * config.n, config.steps, config.seed + 1)
+    settings = Sampling(config.steps, guidance=config.guidance, seed=config.seed)
+    made = variations(pipeline, opened, config.n, settings)
+    ignoring = unconditional(pipeline, len(opened) * config.n, dataclasses.replace(settings, seed=config.seed + 1))
     return made.reshape(-1, *made.shape[2:]), ignoring
 
 
@@ -238,6 +240,4 @@ def write(config: EvaluateConfig, result: dict) -> None:
     folder = config.model if config.model else config.images.parent
     out = config.out or folder / "evaluation.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.incomplete")
-    aside.write_text(json.dumps(result, indent=1))
-    aside.replace(out)
+    write_json(out, result)

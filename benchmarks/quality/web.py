@@ -6,7 +6,6 @@ groups cross four shapes with four palettes: training sees every shape and every
 """
 
 import json
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from semantica.errors import UserError
+from semantica.files import written
 
 SIDE = 32
 SUPERSAMPLING = 8
@@ -195,8 +195,7 @@ def draw_web(out: Path, seed: int = 0, groups: int = 240, images_per_group: int 
     if out.exists() and not (out / "web.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not a drawn web: give another folder, or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        web = Path(temporary) / "web"
+    with written(out, apart=True) as web:
         table = {}
         for number, (split, group) in enumerate(chosen):
             name = f"{number:03d}-{group.count}-{group.shape}-{group.palette}"
@@ -209,6 +208,3 @@ def draw_web(out: Path, seed: int = 0, groups: int = 240, images_per_group: int 
                 Image.fromarray(picture).save(folder / f"{index:02d}.png", compress_level=4)
         (web / "attributes.json").write_text(json.dumps(table, indent=1))
         (web / "web.json").write_text(marker)
-        if out.exists():
-            out.rename(Path(temporary) / "replaced")
-        web.rename(out)

@@ -1,7 +1,7 @@
 """What every engine has in common: a denoiser whose inputs are checked before anything is launched."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,8 @@ import numpy as np
 from semantica.condition import Condition
 from semantica.engines.bundle import Bundle
 from semantica.errors import UserError
-from semantica.sampling.loop import Bound
+from semantica.inputs import by_name, samples_in
+from semantica.sampling.loop import Velocity
 
 Array = Any  # numpy.ndarray or torch.Tensor
 
@@ -57,14 +58,16 @@ class Engine(ABC):
             "gradients": f"{name} gives no gradients: sample the run folder that it was exported from",
         }
 
-    def condition(self, images: Array) -> Condition:
-        """Keys, values and embedding of condition pictures.
+    def condition(self, inputs: Array | Mapping[str, Array]) -> Condition:
+        """Keys, values and embedding of prepared pictures, and of what else the bundle's encoders take.
 
-        images: float32 `[B, 3, S, S]` in [-1, 1], S the bundle's image size. Raises `UserError` for another shape, or
-        a batch outside the profile.
+        inputs: float32 `[B, 3, S, S]` in [-1, 1], S the bundle's image size; `{name: array}` where there are several,
+        see `Bundle.inputs`. Raises `UserError` for another shape or name, or a batch outside the profile.
         """
-        self.check("image", images, len(images))
-        return self.encode(images)
+        inputs = by_name(inputs, self.bundle.inputs)
+        for name, array in inputs.items():
+            self.check(name, array, samples_in(inputs))
+        return self.encode(inputs)
 
     def __call__(self, z: Array, logsnr: Array, condition: Condition) -> Array:
         """Predict v `[B, 3, R, R]` float32 from z `[B, 3, R, R]` and log-SNR `[B]`, both float32.
@@ -73,7 +76,7 @@ class Engine(ABC):
         """
         return self.bind(condition)(z, logsnr)
 
-    def bind(self, condition: Condition) -> Bound:
+    def bind(self, condition: Condition) -> Velocity:
         """The engine for one condition, brought into the layout of its graph once. Raises as calling the engine."""
         batch = len(condition.emb)
         self.check("emb", condition.emb, batch)
@@ -107,18 +110,33 @@ class Engine(ABC):
         """The unconditional branch `[batch, ...]`, filled up to the streams' sizes."""
 
     @abstractmethod
-    def encode(self, images: Array) -> Condition: ...
+    def encode(self, inputs: Mapping[str, Array]) -> Condition: ...
+
+    def inputs(self, condition: Condition) -> Any:
+        """A condition in the layout that every step reads."""
+        return condition
 
     @abstractmethod
     def predict(self, z: Array, logsnr: Array, inputs: Any) -> Array:
         """v; inputs: what `inputs` made of the condition."""
 
-    def inputs(self, condition: Condition) -> Any:
-        """A condition in the layout that every step reads: here the inputs of `denoise.onnx` by name."""
-        named = {"emb": condition.emb}
-        for i, pair in enumerate(zip(condition.keys, condition.values)):
-            named[f"k.{i}"], named[f"v.{i}"] = map(heads_first, pair)
-        return named
+
+class GraphEngine(Engine):
+    """An engine over the bundle's two graphs.
+
+    encoder, denoiser: `{input: array} -> {output: array}`, each. null_arrays: what null.safetensors holds.
+    """
+
+    encoder: Callable[[Mapping[str, Array]], dict[str, Array]]
+    denoiser: Callable[[Mapping[str, Array]], dict[str, Array]]
+    null_arrays: dict[str, Array]
+
+    def null(self, batch: int) -> Condition:
+        sizes = self.bundle.sizes
+        return self.as_condition(self.null_arrays, (1,) * len(sizes)).fill(sizes).repeat(batch)
+
+    def encode(self, inputs: Mapping[str, Array]) -> Condition:
+        return self.as_condition(self.encoder(inputs), self.bundle.sizes)
 
     def as_condition(self, outputs: dict[str, Array], sizes: tuple[int, ...]) -> Condition:
         """Named arrays k.i, v.i `[B, H, M, D]` and emb as a `Condition`, without a copy."""
@@ -126,7 +144,11 @@ class Engine(ABC):
         keys, values = (tuple(outputs[f"{kind}.{i}"].swapaxes(1, 2) for i in blocks) for kind in "kv")
         return Condition(keys, values, outputs["emb"], None, sizes)
 
-    def null_from(self, arrays: dict[str, Array], batch: int) -> Condition:
-        """`null.safetensors`, one token per stream and batch 1, at the bundle's sizes and another batch."""
-        sizes = self.bundle.sizes
-        return self.as_condition(arrays, (1,) * len(sizes)).fill(sizes).repeat(batch)
+    def inputs(self, condition: Condition) -> dict[str, Array]:
+        named = {"emb": condition.emb}
+        for i, pair in enumerate(zip(condition.keys, condition.values)):
+            named[f"k.{i}"], named[f"v.{i}"] = map(heads_first, pair)
+        return named
+
+    def predict(self, z: Array, logsnr: Array, inputs: dict[str, Array]) -> Array:
+        return self.denoiser({"z": z, "logsnr": logsnr, **inputs})["v"]

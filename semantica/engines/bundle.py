@@ -3,15 +3,14 @@
 numpy, JSON and hashes only: no torch, so that an exported model can be sampled where torch is not installed.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from semantica.errors import UserError
+from semantica.files import sha256
 
 FORMAT, VERSION = "semantica-bundle", 1
 MANIFEST = "manifest.json"
@@ -54,6 +53,12 @@ class Bundle:
         return self.manifest["shapes"]
 
     @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one value of each input of the encoders, in order: pictures alone, or what the manifest says."""
+        side = self.shapes["image"]
+        return {name: tuple(shape) for name, shape in self.manifest.get("inputs", {"image": (3, side, side)}).items()}
+
+    @property
     def key_names(self) -> list[str]:
         """Inputs of the denoiser that hold keys and values, in order: k.0, v.0, k.1, ..."""
         return [f"{kind}.{i}" for i in range(self.shapes["blocks"]) for kind in "kv"]
@@ -63,7 +68,9 @@ class Bundle:
         s = self.shapes
         if name in ("z", "v"):
             return (batch, s["channels"], s["latent"], s["latent"])
-        fixed = {"logsnr": (batch,), "emb": (batch, s["emb"]), "image": (batch, 3, s["image"], s["image"])}
+        if name in self.inputs:
+            return (batch, *self.inputs[name])
+        fixed = {"logsnr": (batch,), "emb": (batch, s["emb"])}
         return fixed.get(name) or (batch, s["heads"], sum(self.sizes), s["head_dim"])
 
 
@@ -94,6 +101,12 @@ def open_bundle(folder: str | Path) -> Bundle:
     numbers = [manifest["shapes"].get(name) for name in SHAPES] + list(manifest["streams"].values())
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise UserError(f"{folder / MANIFEST} has impossible shapes or streams: export the bundle again")
+    inputs = manifest.get("inputs", {"image": []})
+    if not isinstance(inputs, dict) or not all(
+        isinstance(shape, list) and all(type(number) is int and number > 0 for number in shape)
+        for shape in inputs.values()
+    ):
+        raise UserError(f"{folder / MANIFEST} has impossible inputs: export the bundle again")
     missing = [name for name in FILES if name not in manifest["files"]]
     if missing:
         raise UserError(f"{folder / MANIFEST} does not name {', '.join(missing)}: export the bundle again")
@@ -146,16 +159,5 @@ def check_files(folder: Path, files: dict[str, Any]) -> None:
                 raise UserError(f"{path} is a symbolic link: copy the file in its place")
         if not path.is_file():
             raise UserError(f"{path} is missing: the folder is incomplete, copy or make it again")
-        if path.stat().st_size != entry.get("bytes") or digest(path) != entry["sha256"]:
+        if path.stat().st_size != entry.get("bytes") or sha256(path) != entry["sha256"]:
             raise UserError(f"{path} is not the file that was written (size or SHA-256 differs): make the folder again")
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def entries(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What a manifest says about files: `{name: {"sha256": ..., "bytes": ...}}`."""
-    return {name: {"sha256": digest(folder / name), "bytes": (folder / name).stat().st_size} for name in names}

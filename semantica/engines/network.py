@@ -1,5 +1,7 @@
 """The network itself in PyTorch, built from a bundle's configuration and weights, in the bundle's precision."""
 
+from collections.abc import Mapping
+
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -9,6 +11,7 @@ from semantica.device import pick_device
 from semantica.engines.base import Engine
 from semantica.engines.bundle import WEIGHTS, Bundle
 from semantica.errors import UserError
+from semantica.inputs import samples_in
 from semantica.model.conditioner import encode, from_plain, placed
 from semantica.model.uvit import UViT
 
@@ -52,11 +55,11 @@ class TorchEngine(Engine):
         self.unet.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
-    def encode(self, images: Tensor) -> Condition:
-        inputs = placed({"image": images}, self.unet.device, self.unet.dtype)
+    def encode(self, inputs: Mapping[str, Tensor]) -> Condition:
+        inputs = placed(inputs, self.unet.device, self.unet.dtype)
         condition = self.unet.condition(encode(self.encoder, self.unet.stream_names, inputs))
         # without any condition there is one embedding for all
-        return condition if len(condition.emb) == len(images) else condition.repeat(len(images))
+        return condition if self.unet.stream_names else condition.repeat(samples_in(inputs))
 
     @torch.inference_mode()
     def null(self, batch: int) -> Condition:
@@ -66,9 +69,6 @@ class TorchEngine(Engine):
     def module(self) -> UViT:
         """What guiders may change."""
         return self.unet
-
-    def inputs(self, condition: Condition) -> Condition:
-        return condition
 
     @torch.inference_mode()
     def predict(self, z: Tensor, logsnr: Tensor, inputs: Condition) -> Tensor:

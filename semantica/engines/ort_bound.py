@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semantica.condition import Condition
-from semantica.engines.base import Engine
+from semantica.engines.base import GraphEngine
 from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
 from semantica.engines.ort import session
 from semantica.errors import UserError
@@ -21,6 +20,7 @@ ELEMENTS = {
     "tensor(float)": (torch.float32, 1),
     "tensor(float16)": (torch.float16, 10),
     "tensor(bfloat16)": (torch.bfloat16, 16),
+    "tensor(int64)": (torch.int64, 7),
 }
 
 
@@ -35,7 +35,7 @@ def load(bundle: Bundle, device: str) -> "BoundEngine":
     return BoundEngine(bundle, torch.device(device))
 
 
-class BoundEngine(Engine):
+class BoundEngine(GraphEngine):
     """Two sessions that read and write tensors of their own, one set for each batch size, on one stream."""
 
     backend, array = "onnxruntime", "torch"
@@ -43,17 +43,8 @@ class BoundEngine(Engine):
     def __init__(self, bundle: Bundle, device: torch.device):
         super().__init__(bundle)
         self.device, self.arithmetic = str(device), f"{bundle.precision}, as typed in the graph"
-        self.denoiser, self.encoder = (Bound(bundle, name, device) for name in (DENOISE, CONDITION))
-        self.blank = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
-
-    def encode(self, images: Tensor) -> Condition:
-        return self.as_condition(self.encoder({"image": images}), self.bundle.sizes)
-
-    def null(self, batch: int) -> Condition:
-        return self.null_from(self.blank, batch)
-
-    def predict(self, z: Tensor, logsnr: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        return self.denoiser({"z": z, "logsnr": logsnr, **inputs})["v"]
+        self.denoiser, self.encoder = (BoundSession(bundle, name, device) for name in (DENOISE, CONDITION))
+        self.null_arrays = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ class Buffers:
     options: onnxruntime.RunOptions
 
 
-class Bound:
+class BoundSession:
     """One graph: inputs are copied into its buffers, results are copied out of them.
 
     A CUDA graph has its addresses written into it, so that they must not change from one replay to the next.

@@ -9,14 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semantica.condition import Condition
-from semantica.engines.base import Engine
+from semantica.engines import BACKENDS
+from semantica.engines.base import GraphEngine
 from semantica.engines.built import open_built
 from semantica.engines.bundle import NULL, Bundle
 from semantica.errors import UserError
 from semantica.kernels.launch import architecture
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 FILES = {"encode": "condition.engine", "denoise": "denoise.engine"}
 
 
@@ -25,11 +24,11 @@ def load(bundle: Bundle, backend: str, device: str) -> "TensorRTEngine":
     if device == "cpu" or not torch.cuda.is_available():
         raise UserError(f"engine {backend!r} needs an NVIDIA GPU and a CUDA build of torch: use another --engine")
     place = torch.device("cuda" if device == "auto" else device)
-    version = importlib.import_module(MODULES[backend]).__version__
+    version = importlib.import_module(BACKENDS[backend].packages[0]).__version__
     return TensorRTEngine(bundle, *open_built(bundle, backend, architecture(place), version), place)
 
 
-class TensorRTEngine(Engine):
+class TensorRTEngine(GraphEngine):
     """Two deserialised engines with one execution context each; everything stays on the device."""
 
     array = "torch"
@@ -38,24 +37,16 @@ class TensorRTEngine(Engine):
         super().__init__(bundle)
         self.backend, self.device = manifest["backend"], str(device)
         self.arithmetic = f"{bundle.precision}, as typed in the graph"
-        trt = importlib.import_module(MODULES[self.backend])
+        trt = importlib.import_module(BACKENDS[self.backend].packages[0])
         self.max_batch = manifest["profile"]["max"]
         self.logger = trt.Logger(trt.Logger.WARNING)
         self.runtime = trt.Runtime(self.logger)
-        self.parts = {name: Part(trt, self.runtime, folder / file, device) for name, file in FILES.items()}
-        self.blank = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
-
-    def encode(self, images: Tensor) -> Condition:
-        return self.as_condition(self.parts["encode"]({"image": images}), self.bundle.sizes)
-
-    def null(self, batch: int) -> Condition:
-        return self.null_from(self.blank, batch)
-
-    def predict(self, z: Tensor, logsnr: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        return self.parts["denoise"]({"z": z, "logsnr": logsnr, **inputs})["v"]
+        paths = (folder / FILES[name] for name in ("encode", "denoise"))
+        self.encoder, self.denoiser = (ExecutionContext(trt, self.runtime, path, device) for path in paths)
+        self.null_arrays = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
 
 
-class Part:
+class ExecutionContext:
     """One engine: named tensors on the device in, new named tensors out."""
 
     def __init__(self, trt: ModuleType, runtime, path, device: torch.device):
@@ -83,5 +74,5 @@ class Part:
 
 
 def dtype_of(trt: ModuleType, dtype) -> torch.dtype:
-    table = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16}
-    return table[dtype]
+    table = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}
+    return {getattr(trt.DataType, name): made for name, made in table.items()}[dtype]

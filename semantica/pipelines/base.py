@@ -4,16 +4,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from semantica import solvers
-from semantica.condition import Condition, Stream, concatenate
+from semantica.condition import Condition, concatenate
 from semantica.errors import UserError
 from semantica.images import to_uint8
-from semantica.sampling.loop import Array, Denoiser, refuse, sample
+from semantica.inputs import Prepared, part_of, samples_in
+from semantica.sampling.loop import Array, Denoiser, Guidance, sample
 from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule
 
@@ -54,8 +56,12 @@ class VariationPipeline(ABC):
         """Shape of what is sampled, `(channels, S, S)`."""
 
     @abstractmethod
-    def condition(self, image: Any) -> Condition:
-        """The condition of some samples, as `__call__` takes them but for a single picture."""
+    def prepare(self, inputs: Any) -> dict[str, Prepared]:
+        """Pictures and whatever else conditions samples to arrays, on the host, see `semantica.inputs`."""
+
+    @abstractmethod
+    def condition(self, prepared: dict[str, Prepared]) -> Condition:
+        """Keys, values and embedding of what `prepare` made."""
 
     @abstractmethod
     def array(self, values: Any) -> Array:
@@ -81,7 +87,8 @@ class VariationPipeline(ABC):
 
         Args:
             image: a picture, or a list of pictures, one sample each; from a run folder also a nested list, several
-                pictures for one sample, and whatever else `encode` takes.
+                pictures for one sample, and whatever else `semantica.inputs.prepare_inputs` takes. Where each stream
+                has an encoder of its own, `{stream name: such values}`.
             num_images_per_prompt: variations of each sample; they follow one another in the result.
             num_inference_steps: sampling steps.
             guidance_scale: classifier-free guidance, uncond + scale * (cond - uncond); 1 = off.
@@ -90,7 +97,8 @@ class VariationPipeline(ABC):
             output_type: "pil", "np" (`[B, S, S, 3]` in [0, 1]) or "pt" (`[B, 3, S, S]` in [0, 1]).
             return_dict: False gives a plain tuple.
             callback_on_step_end: `(pipeline, step, timestep, {"latents": z}) -> dict`, may replace the latents.
-            guider: any guider of diffusers (autoguidance, ...) instead of `guidance_scale` and `interval`.
+            guider: any guider of diffusers (autoguidance, ...), or a `semantica.sampling.loop.Guidance`, instead of
+                `guidance_scale` and `interval`.
             seed: of the noise; that of variation j of sample i at a step depends on (seed, i, j, step) alone, on no
                 solver, device or batch. Without it and `generator`, 0 for a bundle, and for a run folder torch's
                 global generator.
@@ -103,17 +111,15 @@ class VariationPipeline(ABC):
         """
         if output_type not in OUTPUTS:
             raise UserError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUTS)}")
-        n, seed = num_images_per_prompt, self.seed if seed is None else seed
+        n, shape = num_images_per_prompt, self.sample_shape
         if n < 1:
             raise UserError(f"num_images_per_prompt={n} must be at least 1")
-        denoiser, config = self.denoiser, {**self.scheduler_config, **({"solver": solver} if solver else {})}
-        settings = Sampling.of(
-            config, steps=num_inference_steps, guidance=guidance_scale, interval=interval, seed=seed or 0
-        )
-        guidance = None if guider is None else as_guidance(guider)
-        refuse(denoiser, *(guidance.needs if guidance else ()), *(("steps",) if callback_on_step_end else ()))
-        samples, shape = as_samples(image), self.sample_shape
-        total = count_of(samples) * n
+        seed = self.seed if seed is None else seed
+        config = {**self.scheduler_config, **({"solver": solver} if solver else {})}
+        fields = dict(steps=num_inference_steps, guidance=guidance_scale, interval=interval, seed=seed or 0)
+        settings, schedule = Sampling.of(config, **fields), Schedule.of(config)
+        samples = self.prepare(image)
+        total = samples_in(samples) * n
         if generator is not None or seed is None:
             noise = drawn(generator, shape, self._execution_device)
         else:
@@ -122,39 +128,41 @@ class VariationPipeline(ABC):
             latents = noise(range(total))
         elif tuple(latents.shape) != (total, *shape):
             raise UserError(f"latents have shape {tuple(latents.shape)}: expected {[total, *shape]}")
-        joined = denoiser.joins and guidance is None and guidance_scale != 1
-        made = []
-        for rows, condition in self.batches(samples, n, self.limit(2 if joined else 1)):
+        guidance, made = as_guidance(guider), []
+        for rows, condition in self.batches(samples, n, self.limit(guidance_scale != 1 and guider is None)):
             z = self.array(latents[rows.start : rows.stop])
+            fresh = partial(self.fresh, noise, rows)
             with self.watched(settings, callback_on_step_end) as on_step:
-                made.append(sample(
-                    denoiser, z, condition, None, Schedule.of(config), settings,
-                    lambda i, rows=rows: self.array(noise(rows, i + 1)), guidance, on_step,
-                ))  # fmt: skip
-        images = finish(concatenate(made) if len(made) > 1 else made[0], output_type)
+                made.append(sample(self.denoiser, z, condition, None, schedule, settings, fresh, guidance, on_step))
+        images = finish(concatenate(made), output_type)
         return self.output_class(images=images) if return_dict else (images,)
+
+    def fresh(self, noise: Callable[..., Array], rows: range, step: int) -> Array:
+        """What a solver adds in a step."""
+        return self.array(noise(rows, step + 1))
 
     @property
     def _execution_device(self) -> Any:
         return self.denoiser.device
 
-    def limit(self, branches: int) -> int | None:
+    def limit(self, guided: bool) -> int | None:
         """How many samples are denoised at once. Raises `UserError` where the denoiser takes none."""
         most = self.denoiser.max_batch
         if most is None:
             return self.max_samples
+        branches = 2 if guided and self.denoiser.joins else 1
         if most < branches:
             raise UserError(f"this engine takes a batch of {most}, guidance needs {branches}: set it to 1")
         return most // branches
 
-    def batches(self, samples: Any, n: int, limit: int | None) -> Iterator[tuple[range, Condition]]:
+    def batches(self, samples: dict[str, Prepared], n: int, limit: int | None) -> Iterator[tuple[range, Condition]]:
         """Rows of the result that are denoised at once, and their condition; each sample is encoded once."""
-        count = count_of(samples)
+        count = samples_in(samples)
         limit = limit or count * n
         group = max(1, limit // n)
         for first in range(0, count, group):
             last = min(first + group, count)
-            condition = self.condition(part_of(samples, slice(first, last)))
+            condition = self.condition(part_of(samples, first, last))
             for start in range(first * n, last * n, limit):
                 rows = range(start, min(start + limit, last * n))
                 own = [row // n - first for row in rows]
@@ -169,35 +177,6 @@ class VariationPipeline(ABC):
             return callback(self, i, times[i], {"latents": z}).get("latents", z)
 
         yield on_step if callback else None
-
-
-def as_samples(image: Any) -> Any:
-    """A single value, such as a picture, as a list of one; iterables as lists; of several streams each by itself."""
-    if isinstance(image, Mapping):
-        return {name: as_samples(values) for name, values in image.items()}
-    if isinstance(image, Image.Image | str):
-        return [image]
-    return image if isinstance(image, Stream) or hasattr(image, "shape") else list(image)
-
-
-def count_of(samples: Any) -> int:
-    """Raises `UserError` where there is none."""
-    if isinstance(samples, Mapping):
-        return min(map(count_of, samples.values()), default=0)
-    count = len(samples.tokens if isinstance(samples, Stream) else samples)
-    if not count:
-        raise UserError("image is empty: give a picture, or a list of pictures, one for each sample")
-    return count
-
-
-def part_of(samples: Any, part: slice) -> Any:
-    """Some of the samples: of a sequence, of a stream, or of each of several by name."""
-    if isinstance(samples, Mapping):
-        return {name: part_of(values, part) for name, values in samples.items()}
-    if isinstance(samples, Stream):
-        fields = samples.tokens, samples.pooled, samples.lengths
-        return Stream(*(field if field is None else field[part] for field in fields))
-    return samples[part]
 
 
 def seeded(seed: int, shape: tuple[int, ...], n: int) -> Callable[..., np.ndarray]:
@@ -217,7 +196,10 @@ def drawn(generator: Any, shape: tuple[int, ...], device: Any) -> Callable[..., 
     return draw
 
 
-def as_guidance(guider: Any) -> Any:
+def as_guidance(guider: Any) -> Guidance | None:
+    """A guider of diffusers as what the loop takes; others are that already."""
+    if guider is None or hasattr(guider, "predictor"):
+        return guider
     from semantica.sampling.guidance import Guided
 
     return Guided(guider)

@@ -1,15 +1,17 @@
 """Pictures in, variations out, over any engine; numpy and Pillow only where the engine is."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from semantica.condition import Condition
+from semantica.condition import Condition, Stream
 from semantica.engines.base import Engine
 from semantica.errors import UserError
 from semantica.images import fit, to_planes
+from semantica.inputs import Prepared, Several, prepare_inputs
 from semantica.pipelines.base import VariationPipeline
 
 
@@ -44,19 +46,29 @@ class BundlePipeline(VariationPipeline):
         """Side in pixels of what is made."""
         return self.sample_shape[-1]
 
-    def condition(self, image: Any) -> Condition:
-        """Of pictures, or of an array `[B, 3, S, S]` in [-1, 1] in the size that the bundle's encoder takes."""
-        if not hasattr(image, "shape"):
-            if not all(isinstance(picture, Image.Image) for picture in image):
-                raise UserError("image must be a picture or a list of pictures, one for each sample")
-            side = self.engine.bundle.shapes["image"]
-            image = to_planes([fit(picture.convert("RGB"), side) for picture in image])
-        return self.engine.condition(self.array(image))
+    def prepare(self, inputs: Any) -> dict[str, Prepared]:
+        return prepare_inputs({name: partial(self.planes, name) for name in self.engine.bundle.inputs}, inputs)
+
+    def planes(self, name: str, values: list) -> np.ndarray:
+        """Pictures as an array; what other encoders take comes as an array that was prepared before."""
+        shape = self.engine.bundle.shape_of(name, len(values))
+        if len(shape) != 4:
+            raise UserError(f"{name} must be an array {list(shape)}: a bundle prepares nothing but pictures")
+        if not all(isinstance(picture, Image.Image) for picture in values):
+            raise UserError(f"{name} must be a picture or a list of pictures, one for each sample")
+        return to_planes([fit(picture.convert("RGB"), shape[-1]) for picture in values])
+
+    def condition(self, prepared: dict[str, Prepared]) -> Condition:
+        if any(isinstance(value, Several | Stream) for value in prepared.values()):
+            raise UserError("a bundle's streams are fixed: give one value for each sample, not encoded before")
+        return self.engine.condition({name: self.array(value) for name, value in prepared.items()})
 
     def array(self, values: Any) -> Any:
-        """Float32 values as the engine takes them, on its device."""
+        """Values as the engine takes them, on its device: float32, or whole numbers as they are."""
         if self.engine.array == "numpy":
-            return np.asarray(values, np.float32)
+            values = np.asarray(values)
+            return values.astype(np.float32, copy=False) if values.dtype.kind == "f" else values
         import torch
 
-        return torch.as_tensor(values, dtype=torch.float32, device=self.engine.device)
+        values = torch.as_tensor(values)
+        return values.to(self.engine.device, torch.float32 if values.is_floating_point() else None)

@@ -136,25 +136,6 @@ class SemanticaPipeline(DiffusionPipeline, VariationPipeline):
         named = {k: address(*v) if isinstance(v, tuple) and v[0] else v for k, v in components.items()}
         super().register_to_config(**named)
 
-    @torch.no_grad()
-    def encode(self, inputs: Any) -> Stream | dict[str, Stream]:
-        """What the encoder makes of condition pictures, to be given instead of them; of a `Conditioner`, by stream.
-
-        Args:
-            inputs: as `semantica.model.conditioner.prepare` takes them: a picture, a list of pictures (one sample each;
-                a nested list is several pictures for one sample), a tensor `[B, 3, S, S]` in [-1, 1]
-                (`[B, K, 3, S, S]` for K pictures in each sample), or a stream that was encoded before; of a
-                `Conditioner`, `{stream name: such values}`.
-        """
-        made = self.encodings(prepare(self.encoder, inputs))
-        return made if isinstance(self.encoder, Conditioner) else made[SINGLE]
-
-    def encodings(self, prepared: dict[str, Prepared]) -> dict[str, Stream]:
-        """Prepared inputs to streams in the type that the network reads, also where the encoder is a faster copy."""
-        encoder, device = self.encoder if self._fast is None else self._fast[1], self._execution_device
-        made = encodings(encoder, placed(prepared, device, encoder.dtype))
-        return placed(made, device, self.unet.dtype)
-
     @property
     def denoiser(self) -> Denoiser:
         """The network, or the compiled copy that `accelerate` made."""
@@ -173,9 +154,29 @@ class SemanticaPipeline(DiffusionPipeline, VariationPipeline):
         size = self.unet.config.image_size
         return (self.unet.config.in_channels, size, size)
 
-    def condition(self, image: Any) -> Condition:
-        """Keys, values and embedding of what `encode` takes."""
-        prepared = prepare(self.encoder, image)
+    @torch.no_grad()
+    def encode(self, inputs: Any) -> Stream | dict[str, Stream]:
+        """What the encoder makes of condition pictures, to be given instead of them; of a `Conditioner`, by stream.
+
+        Args:
+            inputs: as `semantica.inputs.prepare_inputs` takes them: a picture, a list of pictures (one sample each;
+                a nested list is several pictures for one sample), a tensor `[B, 3, S, S]` in [-1, 1]
+                (`[B, K, 3, S, S]` for K pictures in each sample), or a stream that was encoded before; of a
+                `Conditioner`, `{stream name: such values}`.
+        """
+        made = self.encodings(self.prepare(inputs))
+        return made if isinstance(self.encoder, Conditioner) else made[SINGLE]
+
+    def encodings(self, prepared: dict[str, Prepared]) -> dict[str, Stream]:
+        """Prepared inputs to streams in the type that the network reads, also where the encoder is a faster copy."""
+        encoder, device = self.encoder if self._fast is None else self._fast[1], self._execution_device
+        made = encodings(encoder, placed(prepared, device, encoder.dtype))
+        return placed(made, device, self.unet.dtype)
+
+    def prepare(self, inputs: Any) -> dict[str, Prepared]:
+        return prepare(self.encoder, inputs)
+
+    def condition(self, prepared: dict[str, Prepared]) -> Condition:
         condition = self.unet.condition(fill(self.unet.stream_names, self.encodings(prepared)))
         # without any condition there is one embedding for all
         return condition if self.unet.stream_names else condition.repeat(samples_in(prepared))
@@ -190,7 +191,7 @@ class SemanticaPipeline(DiffusionPipeline, VariationPipeline):
     @contextmanager
     def watched(self, settings: Sampling, callback: Callable | None) -> Iterator[Callable | None]:
         """With diffusers' progress bar, where the denoiser lets its steps be seen."""
-        if "steps" in self.denoiser.refuses:
+        if callback is None and "steps" in self.denoiser.refuses:
             yield None
             return
         # callbacks read the run's timesteps there

@@ -113,7 +113,7 @@ def flatten(condition: Condition, null: Condition | None) -> tuple[list[Tensor],
     return tensors, lambda given: [p if p is None else p.map(lambda i: given[i]) for p in places]
 
 
-class Graph:
+class CudaGraph:
     """A function of tensors as one CUDA graph: inputs are copied into its own buffers, the result is copied out."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
@@ -158,7 +158,7 @@ class GraphCache:
         measure: seconds that a call takes.
     """
 
-    def __init__(self, record: Callable = Graph, measure: Callable[[Callable[[], Tensor]], float] = seconds):
+    def __init__(self, record: Callable = CudaGraph, measure: Callable[[Callable[[], Tensor]], float] = seconds):
         self.record, self.measure = record, measure
         self.kept: dict[tuple, Callable] = {}
         self.times: dict[tuple, tuple[float, float]] = {}

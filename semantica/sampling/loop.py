@@ -20,7 +20,7 @@ Array = Any  # numpy.ndarray or torch.Tensor
 # v by number of step and z, guidance included
 Predict = Callable[[int, Array], Array]
 # (z, log-SNR) -> v, of one condition
-Bound = Callable[[Array, Array], Array]
+Velocity = Callable[[Array, Array], Array]
 
 
 class Denoiser(Protocol):
@@ -123,7 +123,8 @@ def sample(
 
     levels = like(np.repeat(plan.logsnr.astype(np.float32)[:, None], len(z), 1), z)
     if hasattr(denoiser, "execute"):
-        key = None if plan.noise_scale.any() or on_step else (schedule, dataclasses.replace(settings, seed=0))
+        own = plan.noise_scale.any() or guidance or on_step
+        key = None if own else (schedule, dataclasses.replace(settings, seed=0))
         return denoiser.execute(run, z, levels, condition, null, key)
     return run(z, levels, condition, null)
 
@@ -160,7 +161,7 @@ def classifier_free(
     return lambda i, z: guide(*branches(i, z), settings.guidance) if guided[i] else own(z, levels[i])
 
 
-def bind(denoiser: Denoiser, condition: Condition) -> Bound:
+def bind(denoiser: Denoiser, condition: Condition) -> Velocity:
     """The denoiser for one condition, in whatever layout it reads."""
     if hasattr(denoiser, "bind"):
         return denoiser.bind(condition)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from semantica.errors import UserError
-from semantica.files import write_json, written
+from semantica.files import write_bytes, write_json, written
 from semantica.images import BadImage, fit
 from semantica.train.data.draws import Ref
 from semantica.train.data.pairs import start_worker
@@ -98,7 +98,7 @@ def write_unit(
     Raises:
         UserError: a token is beyond fp16; the disk is full.
     """
-    count, table_path = len(unit.refs), out / f"{unit.name}.table.safetensors"
+    count = len(unit.refs)
     rows = {name: [] for name in ("row", "pooled", "picture", "usable", "size", "mtime")}
     with written(out / f"{unit.name}.safetensors") as aside:
         with open(aside, "wb") as file:
@@ -121,9 +121,8 @@ def write_unit(
                 done(len(batch))
             put(np.stack(rows["pooled"]))
             size = file.tell()
-        with written(table_path) as table_aside:
-            table = save(tables(rows, unit))
-            table_aside.write_bytes(table)
+        table = save(tables(rows, unit))
+        write_bytes(out / f"{unit.name}.table.safetensors", table)
     record = {
         "name": unit.name,
         "pictures": count,

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from semantica.files import written
 from semantica.train.pages.config import MAX_HOPS, MAX_LINKS
 from semantica.train.pages.links import canonical, site
-from semantica.train.pages.store import JOINED, connect, finish, url_number, write_json, written
+from semantica.train.pages.store import JOINED, connect, finish, url_number, write_json
 
 COLUMNS = "time, unit, id, kind, target, target_time, digest, item"
 # captures of one URL that are looked at, nearest in time first; and look-ups in all for one link
@@ -113,7 +114,7 @@ def join_unit(unit: int, folders: list[Path], merged: Path) -> None:
         return
     captures, units = Captures(merged), Units(folders)
     counts: Counter[str] = Counter()
-    with written(folder / "joined.sqlite") as aside, closing(connect(folder / "unit.sqlite")) as own:
+    with written(folder / "joined.sqlite", apart=True) as aside, closing(connect(folder / "unit.sqlite")) as own:
         out = connect(aside, JOINED)
         columns = COLUMNS.replace("unit", "?")
         query = f"SELECT url, {columns} FROM captures WHERE kind IN ('html', 'revisit') ORDER BY id"

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from semantica.errors import UserError
-from semantica.files import read_json
+from semantica.files import read_json, remove
 from semantica.train.pages import engine
 from semantica.train.pages.config import FORMAT, MineConfig, Rules
 from semantica.train.pages.describe import NONE, Encoder, describe_encoder, describer
@@ -21,7 +21,7 @@ from semantica.train.pages.read import read_nothing, read_unit
 from semantica.train.pages.report import summary, write_report
 from semantica.train.pages.sources import Input, digest, find_inputs
 from semantica.train.pages.stats import gather
-from semantica.train.pages.store import merge_captures, merge_counts, remove, write_json
+from semantica.train.pages.store import merge_captures, merge_counts, write_json
 from semantica.train.pages.write import write_unit
 
 # of the inputs, may fail before the run is one that failed

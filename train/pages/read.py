@@ -6,12 +6,13 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from semantica.files import written
 from semantica.train.pages.config import Rules
 from semantica.train.pages.describe import Batcher, Describe, Encoder
 from semantica.train.pages.links import BadPage, page_links
 from semantica.train.pages.picture import Rejected, examine
 from semantica.train.pages.sources import Input, LinkedPicture, events
-from semantica.train.pages.store import UNIT, connect, finish, number, url_number, write_json, written
+from semantica.train.pages.store import UNIT, connect, finish, number, url_number, write_json
 from semantica.train.pages.warc import Capture
 
 # problems of one input that are named; all are counted
@@ -33,7 +34,7 @@ class Problems:
 
 def read_unit(source: Input, out: Path, rules: Rules, encoder: Encoder, describe: Describe | None) -> None:
     """Write `out/unit.sqlite`, `out/pictures.bin` and `out/read.json`."""
-    with written(out) as aside:
+    with written(out, "keep", apart=True) as aside:
         aside.mkdir(parents=True)
         problems = Problems()
         reader = Reader(aside, rules, encoder, describe, problems)
@@ -49,7 +50,7 @@ def read_unit(source: Input, out: Path, rules: Rules, encoder: Encoder, describe
 
 def read_nothing(out: Path, error: str) -> None:
     """An empty unit in the place of one whose reading failed."""
-    with written(out) as aside:
+    with written(out, "keep", apart=True) as aside:
         aside.mkdir(parents=True)
         finish(connect(aside / "unit.sqlite", UNIT))
         (aside / "pictures.bin").touch()

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from semantica.errors import UserError
+from semantica.files import sha256
 from semantica.train.pages.config import MAX_BODY, MAX_HTML
 from semantica.train.pages.links import Link, canonical, is_image_url
 from semantica.train.pages.warc import Capture, Say, captures
@@ -87,15 +88,10 @@ def digest(source: Input) -> str:
     whole = hashlib.sha256(source.kind.encode())
     if source.kind == "folder":
         for name in listed(Path(source.path)):
-            whole.update(os.fsencode(name) + b"\0" + file_digest(Path(source.path, name)))
+            whole.update(os.fsencode(name) + b"\0" + bytes.fromhex(sha256(Path(source.path, name))))
     else:
-        whole.update(file_digest(Path(source.path)))
+        whole.update(bytes.fromhex(sha256(Path(source.path))))
     return whole.hexdigest()
-
-
-def file_digest(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def events(source: Input, say: Say) -> Iterator[Capture | LinkedPicture]:

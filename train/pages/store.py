@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
-import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+
+from semantica.files import write_text, written
 
 # pages of SQLite's cache, in KiB
 CACHE = 16 << 10
@@ -60,43 +60,15 @@ def finish(connection: sqlite3.Connection) -> None:
     connection.close()
 
 
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A name to write a file or folder under; what is there at the end is flushed and renamed to `path`."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
-    remove(aside)
-    try:
-        yield aside
-        for file in sorted(aside.rglob("*")) if aside.is_dir() else [aside]:
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-        try:
-            aside.replace(path)
-        except OSError:
-            # a worker that outlived its run finished the same folder first
-            if not path.is_dir():
-                raise
-    finally:
-        remove(aside)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: dict) -> None:
-    """Sorted keys, so that equal values are equal bytes."""
-    with written(path) as aside:
-        aside.write_text(json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True) + "\n")
+    """Sorted keys, so that equal values are equal bytes; workers that outlived their run may write the same."""
+    write_text(path, json.dumps(value, sort_keys=True, indent=1) + "\n", apart=True)
 
 
 def once(path: Path, make: Callable[[Path], None]) -> None:
     """Make a file or folder, unless it is there."""
     if not path.exists():
-        with written(path) as aside:
+        with written(path, apart=True) as aside:
             make(aside)
 
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from semantica.errors import UserError
+from semantica.files import written
 from semantica.train.pages.config import UrlsConfig
 from semantica.train.pages.links import BadPage, canonical, page_links
 from semantica.train.pages.read import Problems
 from semantica.train.pages.sources import PAGE_COLUMN, Input, events, find_inputs
-from semantica.train.pages.store import written
 from semantica.train.pages.warc import Capture
 
 # of the ways in which one element names its picture, the best one is downloaded

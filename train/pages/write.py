@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from semantica.files import aside_of, move_in, remove, sync, write_bytes
 from semantica.train.pages.config import FURNITURE_CEILING, MAX_PER_PAGE, NEAR_BITS, Rules
 from semantica.train.pages.links import site
 from semantica.train.pages.picture import by_name
 from semantica.train.pages.sources import Input
-from semantica.train.pages.store import connect, remove, write_json
+from semantica.train.pages.store import connect, write_json
 
 # bins of the similarity histogram, from -1 to 1
 BINS = 100
@@ -147,7 +148,7 @@ class Shards:
 
     def _open(self) -> None:
         self.name = f"pages-{self.unit:05d}-{len(self.closed):05d}"
-        self.aside = self.out / f".{self.name}.tar.{os.getpid()}.incomplete"
+        self.aside = aside_of(self.out / f"{self.name}.tar", f"{os.getpid()}.incomplete")
         self.file = Hashing(open(self.aside, "wb"))
         self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
         self.rows = {"key": [], "count": [], "offset": [], "size": [], "sha": [], "cosine": []}
@@ -206,13 +207,9 @@ class Shards:
             "table_sha256": hashlib.sha256(table).hexdigest(), "pages": len(counts), "images": sum(counts),
             "pairs": sum(n * (n - 1) for n in counts),
         })  # fmt: skip
-        aside = self.aside.with_suffix(".table")
-        with open(aside, "wb") as file:
-            file.write(table)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.out / f"{self.name}.safetensors")
-        self.aside.replace(self.out / f"{self.name}.tar")
+        write_bytes(self.out / f"{self.name}.safetensors", table, apart=True)
+        sync(self.aside)
+        move_in(self.aside, self.out / f"{self.name}.tar")
 
     def __del__(self):
         with suppress(AttributeError, OSError):
@@ -248,6 +245,4 @@ class Hashing:
         return self.size
 
     def close(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
