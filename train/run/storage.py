@@ -3,7 +3,7 @@
 A key `NAME/KEY` is the tensor KEY of `NAME.safetensors`; where several processes hold parts of NAME, each writes
 `NAME.00001-of-00002.safetensors` with the places of its parts in the header, in the form that PyTorch's own
 `HuggingFaceStorageReader` knows. That one cannot read a whole checkpoint, since it takes equal keys of two files for
-one tensor; and its writer's headers are not the same bytes twice, so that equal checkpoints would differ in their hashes.
+one tensor; and headers of PyTorch's writer are not the same bytes twice, so equal checkpoints would differ in hashes.
 """
 
 import dataclasses
