@@ -77,19 +77,18 @@ def make_variations(config: SampleConfig, pictures: list) -> np.ndarray:
 
 
 def load_pipeline(model: Path, device_name: str):
-    """A pipeline on a device, ready to sample. Raises `UserError` as `SemanticaPipeline.from_pretrained`."""
+    """A pipeline on a device, ready to sample. Raises `UserError` as `NetworkPipeline.load`."""
     import torch
 
     from semantica.device import pick_device
     from semantica.memory import keep_freed_memory
-    from semantica.pipelines.variations import SemanticaPipeline
+    from semantica.pipelines.networks import NetworkPipeline
 
     device = pick_device(device_name)
     if device.type == "cpu":
         keep_freed_memory()
-    pipeline = SemanticaPipeline.from_pretrained(model).to(device)
+    pipeline = NetworkPipeline.load(model).to(device)
     pipeline.unet.to(memory_format=torch.channels_last)
-    pipeline.set_progress_bar_config(disable=True)
     pipeline.max_samples = CHUNK
     return pipeline
 
