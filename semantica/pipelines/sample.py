@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from tyro.extras import literal_type_from_choices
 
 from semantica.engines import BACKENDS, load_engine
 from semantica.errors import UserError
+from semantica.files import write_text, written
 from semantica.solvers import SOLVERS
 
 CHUNK = 64
@@ -137,19 +137,17 @@ def sample(config: SampleConfig) -> Path:
     made = make_variations(config, pictures)
     record = json.dumps(dataclasses.asdict(config), indent=1, default=str)
     size = made.shape[2]
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     if config.out.suffix == ".png":
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         rows = [[fit(picture, size), *row] for picture, row in zip(pictures, made, strict=True)]
         save_png(grid(rows, apart=4), config.out)
-        config.out.with_suffix(".json").write_text(record)
+        write_text(config.out.with_suffix(".json"), record)
     else:
-        aside = config.out.with_name(f".{config.out.name}.incomplete")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for i, (path, row) in enumerate(zip(config.image, made, strict=True)):
-            for j, picture in enumerate(row):
-                save_png(picture, aside / f"{i:03d}-{path.stem}-{j}.png")
-        (aside / "config.json").write_text(record)
-        aside.rename(config.out)
+        with written(config.out, "refuse") as aside:
+            aside.mkdir()
+            for i, (path, row) in enumerate(zip(config.image, made, strict=True)):
+                for j, picture in enumerate(row):
+                    save_png(picture, aside / f"{i:03d}-{path.stem}-{j}.png")
+            (aside / "config.json").write_text(record)
     print(f"{made.shape[0] * made.shape[1]} variations in {config.out}")
     return config.out
