@@ -6,11 +6,12 @@ from typing import Annotated
 
 import tyro
 
-from semantica.benchmarks.harness.suite import show
+from semantica.benchmarks.harness.table import Column, as_markdown, cells, heads, show
 from semantica.benchmarks.kernels import command as bench_kernels
 from semantica.benchmarks.kernels import tune_command as bench_tune
 from semantica.benchmarks.sampling import command as bench_sample
 from semantica.benchmarks.training import command as bench_train
+from semantica.benchmarks.training import tables as training_tables
 from semantica.errors import UserError
 from semantica.options import parse
 
@@ -47,6 +48,22 @@ class TableConfig:
     """Of kernels: geometric means over the shapes instead of every row."""
 
 
+COMPARED = (
+    Column("operator", "{op}"),
+    Column("shape", "{shape}"),
+    Column("layout", "{layout}"),
+    Column("dtype", "{dtype}"),
+    Column("direction", "{direction}"),
+    Column("implementation", "{impl}"),
+    Column("before us", "{before_us:.1f}"),
+    Column("now us", "{now_us:.1f}"),
+    Column("ratio", "{ratio:.3f}"),
+    Column("noise", "{low:.2f} - {high:.2f}"),
+    Column("machine", "{machine:.2f}"),
+    Column("", "{verdict}"),
+)
+
+
 def compare(config: CompareConfig) -> int:
     """Print ratios; returns the exit code.
 
@@ -63,19 +80,12 @@ def compare(config: CompareConfig) -> int:
             f"{config.a} and {config.b} have no row in common (operator, shape, implementation, device, ...)"
         )
     limit = None if config.fail is None else 1 + config.fail / 100
-    slower = [row for row in ratios if limit is not None and row["clear"] and row["ratio"] > limit]
-    columns = ("operator", "shape", "layout", "dtype", "direction", "implementation",
-               "before us", "now us", "ratio", "noise", "machine", "")  # fmt: skip
-    body = [
-        (
-            row["op"], row["shape"], row["layout"], row["dtype"], row["direction"], row["impl"],
-            f"{row['before_us']:.1f}", f"{row['now_us']:.1f}", f"{row['ratio']:.3f}",
-            f"{row['low']:.2f} - {row['high']:.2f}", f"{row['machine']:.2f}",
-            "REGRESSED" if row in slower else ("slower" if row["ratio"] > 1 else "faster") if row["clear"] else "",
-        )
-        for row in ratios
-    ]  # fmt: skip
-    show(columns, body)
+    for row in ratios:
+        regressed = limit is not None and row["clear"] and row["ratio"] > limit
+        change = "slower" if row["ratio"] > 1 else "faster"
+        row["verdict"] = "REGRESSED" if regressed else change if row["clear"] else ""
+    slower = [row for row in ratios if row["verdict"] == "REGRESSED"]
+    show(heads(COMPARED), cells(COMPARED, ratios))
     print(f"{len(ratios)} rows in common, {len(slower)} regressed" if limit else f"{len(ratios)} rows in common")
     return 1 if slower else 0
 
@@ -87,6 +97,7 @@ def table(config: TableConfig) -> int:
         UserError: no file, or one that is not ours.
     """
     from semantica.benchmarks.harness import store
+    from semantica.benchmarks.harness.sources import stale
     from semantica.benchmarks.harness.summary import COLUMNS, summary
     from semantica.report import markdown
 
@@ -103,6 +114,11 @@ def table(config: TableConfig) -> int:
         else:
             every(own)
         print("\n{}, torch {}, triton {}.\n".format(*machine))
+    for path in () if config.summary else config.files:
+        scaled = store.read(path).get("semantica", {}).get("scaling")
+        if scaled:
+            print(f"{path.name}: {training_tables.SCALING}\n")
+            print(as_markdown(training_tables.SCALED, scaled, stale, "processes"))
     return 0
 
 
@@ -112,29 +128,21 @@ def machine_of(row: dict) -> tuple:
 
 def every(rows: list[dict]) -> None:
     """Print each row, a table for each kind."""
-    from semantica.benchmarks.harness import store
-    from semantica.report import markdown
+    from semantica.benchmarks.harness.sources import stale
 
-    kinds: dict = {}
+    kinds: dict[str, list[dict]] = {}
     for row in rows:
-        kinds.setdefault(KINDS.get(row["op"], bench_kernels), []).append(row)
-    for kind, own in kinds.items():
-        keep = [i for i, name in enumerate(kind.COLUMNS) if name not in kind.DETAILS]
-        name_at = kind.COLUMNS.index("implementation")
-        body = []
-        for row in own:
-            line = list(kind.cells(row, own))
-            line[name_at] += " (stale)" if store.stale(row) else ""
-            body.append(tuple(line[i] for i in keep))
-        print(markdown(tuple(kind.COLUMNS[i] for i in keep), body))
+        kinds.setdefault(KINDS.get(row["op"], bench_kernels.KIND).title, []).append(row)
+    for own in kinds.values():
+        print(as_markdown(KINDS.get(own[0]["op"], bench_kernels.KIND).columns, own, stale))
 
 
-# rows of whole runs have columns of their own
-KINDS = {"sample": bench_sample, "sample_ladder": bench_sample, "train": bench_train}
+# rows of whole runs have columns of their own; all others are operators'
+KINDS = {"sample": bench_sample.KIND, "sample_ladder": bench_sample.KIND, "train": training_tables.KIND}
 VERBS = {
     "kernels": (bench_kernels.KernelsConfig, bench_kernels.kernels),
-    "sample": (bench_sample.SampleConfig, bench_sample.sample),
-    "train": (bench_train.TrainConfig, bench_train.train),
+    "sample": (bench_sample.SamplingConfig, bench_sample.sample),
+    "train": (bench_train.TrainingConfig, bench_train.train),
     "compare": (CompareConfig, compare),
     "table": (TableConfig, table),
     "tune": (bench_tune.TuneConfig, bench_tune.tune),

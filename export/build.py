@@ -15,7 +15,6 @@ from semantica.export import builders
 from semantica.export.config import BuildConfig
 from semantica.export.write import new_folder
 from semantica.files import entries
-from semantica.solvers import Schedule
 
 UNVERIFIED = "not compared with the network: there is no such GPU here"
 
@@ -80,8 +79,7 @@ def verify(builder: builders.Builder, bundle: Bundle, folder: Path, manifest: di
         raise UserError(f"{bundle.folder} has no {REFERENCE} to compare with: export the bundle again")
     from semantica.export import parity
 
-    problem = parity.load_problem(bundle, Schedule.of(bundle.manifest["model"]["scheduler"]))
-    row = parity.compare(engine, problem, engine.arithmetic)
+    row = parity.compare(engine, parity.load_problem(bundle), engine.arithmetic)
     said = parity.failures(row, parity.BOUNDS[bundle.precision])
     if said:
         backend = manifest["backend"]

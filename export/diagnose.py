@@ -17,9 +17,7 @@ from semantica.export.onnx import MODULE, enclosing
 from semantica.export.parity import Network, Problem
 from semantica.export.program import DTYPES, Captured, Denoise, Encode
 from semantica.export.reduced import Reduced
-
-# inputs that stay fp32 in a graph of any precision
-WIDE = ("z", "logsnr", "image")
+from semantica.inputs import part_of
 
 
 def blame(network: Network, problem: Problem, captured: Captured, logsnr: float | None, folder: Path | None) -> str:
@@ -32,34 +30,34 @@ def blame(network: Network, problem: Problem, captured: Captured, logsnr: float 
     """
     if logsnr is None:
         twin, program, file = Encode(network.unet, network.encoder), captured.encode, CONDITION
-        arguments = (problem.images[:1],)
-        feeds = {"image": arguments[0]}
+        feeds = wide = part_of(problem.inputs, 0, 1)
+        arguments = tuple(feeds.values())
     else:
         twin, program, file = Denoise(network.unet, captured.sizes), captured.denoise, DENOISE
         at = int((problem.levels - logsnr).abs().argmin())
         z, level, rows = problem.z[at : at + 1], problem.levels[at : at + 1], problem.condition.map(lambda a: a[:1])
         pairs = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(rows.keys, rows.values)]
-        arguments = (z, level, pairs, rows.emb)
+        arguments, wide = (z, level, pairs, rows.emb), ("z", "logsnr")
         feeds = {"z": z, "logsnr": level, "emb": rows.emb}
         feeds |= {f"{kind}.{i}": array for i, pair in enumerate(pairs) for kind, array in zip("kv", pair)}
     reference = reference_outputs(twin, lambda module: module(*arguments))
     narrow = DTYPES[captured.precision]
     if folder is None:
-        actual = program_outputs(program, captured.precision, arguments)
+        actual = program_outputs(program, captured.precision, arguments, len(wide))
     else:
         # a bf16 graph was widened, and takes fp32 throughout
         dtype = torch.float32 if narrow == torch.bfloat16 else narrow
-        arrays = {key: (a if key in WIDE else a.to(dtype)).contiguous().numpy() for key, a in feeds.items()}
+        arrays = {key: (a if key in wide else a.to(dtype)).contiguous().numpy() for key, a in feeds.items()}
         actual = onnx_outputs(folder / file, arrays)
     return worst_layer(reference, actual, torch.finfo(narrow).eps)
 
 
-def program_outputs(program: ExportedProgram, precision: str, arguments: tuple) -> dict[str, Tensor]:
-    """The last value of each module in a program of reduced precision. What follows z and its level is narrow."""
-    narrow = tree_map(lambda a: a.to(DTYPES[precision]), arguments[2:])
+def program_outputs(program: ExportedProgram, precision: str, arguments: tuple, wide: int) -> dict[str, Tensor]:
+    """The last value of each module in a program of reduced precision; so many arguments stay as they are."""
+    narrow = tree_map(lambda a: a.to(DTYPES[precision]), arguments[wide:])
     reduced = Reduced(program, precision, keep=True)
     with torch.no_grad():
-        reduced.run(*arguments[:2], *narrow)
+        reduced.run(*arguments[:wide], *narrow)
     return reduced.outputs
 
 

@@ -36,7 +36,7 @@ def gate(unet, encoder, schedule, captured: Captured, folder: Path, levels: int,
         ArtifactError: something is over its bound or not finite; the line names the layer.
     """
     network = parity.Network(unet, encoder, captured.sizes)
-    problem = parity.make_problem(network, schedule, encoder.image_size, levels, steps)
+    problem = parity.make_problem(network, schedule, levels, steps)
     parity.save_problem(problem, folder / REFERENCE)
     rows, record = {}, {}
     if captured.precision != "fp32":

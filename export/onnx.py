@@ -35,9 +35,14 @@ def to_onnx(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
     """
     with quiet():
         made = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-            input_names=list(inputs), output_names=list(outputs),
-        )  # fmt: skip
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=list(outputs),
+        )
         model = made.model
 
         def folds(node: ir.Node) -> bool | None:

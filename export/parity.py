@@ -1,6 +1,6 @@
 """The gate: an artifact exists only after it agreed with the fp32 network, at every noise level and over whole runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from semantica import solvers
 from semantica.condition import Condition
 from semantica.engines.bundle import REFERENCE, Bundle
+from semantica.inputs import part_of, samples_in
+from semantica.model.conditioner import encode, encoders_of
 from semantica.sampling.loop import sample
 from semantica.sampling.settings import Sampling
 
@@ -48,11 +50,12 @@ BOUNDS = {
 class Problem:
     """What artifacts are compared on, and what the fp32 network makes of it; all on the CPU.
 
-    images: `[B, 3, S, S]` condition pictures; levels: log-SNRs; z: `[levels, 3, R, R]`; noise: `[B, 3, R, R]`.
-    condition: of the images. v: `[levels, 3, R, R]`. made: `[B, 3, R, R]` images of a whole run.
+    inputs: by name, prepared condition pictures `[B, 3, S, S]` and what else the encoders take. levels: log-SNRs;
+    z: `[levels, 3, R, R]`; noise: `[B, 3, R, R]`. condition: of the inputs. v: `[levels, 3, R, R]`.
+    made: `[B, 3, R, R]` images of a whole run.
     """
 
-    images: Tensor
+    inputs: dict[str, Tensor]
     levels: Tensor
     z: Tensor
     noise: Tensor
@@ -71,10 +74,9 @@ class Network:
     def __init__(self, unet: nn.Module, encoder: nn.Module, sizes: tuple[int, ...]):
         self.unet, self.encoder, self.sizes = unet, encoder, sizes
 
-    def condition(self, images: Tensor) -> Condition:
-        stream = self.encoder(images)
-        made = self.unet.condition(dict.fromkeys(self.unet.stream_names, stream))
-        return made if len(made.emb) == len(images) else made.repeat(len(images))
+    def condition(self, inputs: dict[str, Tensor]) -> Condition:
+        made = self.unet.condition(encode(self.encoder, self.unet.stream_names, inputs))
+        return made if self.unet.stream_names else made.repeat(samples_in(inputs))
 
     def null(self, batch: int) -> Condition:
         return self.unet.null(batch).fill(self.sizes)
@@ -89,16 +91,24 @@ def pictures(count: int, size: int, seed: int) -> Tensor:
     return F.interpolate(coarse, (size, size), mode="bicubic").clamp(-1, 1)
 
 
-def inputs(schedule: solvers.Schedule, image: int, levels: int, steps: int) -> dict[str, Any]:
+def condition_inputs(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the encoders are given: pictures for each shape of a value, where it is not among the others."""
+    count = max(BATCHES)
+    return {
+        name: others[name] if name in others else pictures(count, shape[-1], 10 * i)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def given_fields(schedule: solvers.Schedule, levels: int, steps: int) -> dict[str, Any]:
     """The fields of a `Problem` that are a function of the sizes alone.
 
-    image: side of condition pictures. levels: noise levels, those that a run of so many steps visits.
+    levels: noise levels, those that a run of so many steps visits.
     """
     count, size = max(BATCHES), schedule.image_size
     logsnr = schedule.grid(levels)[1][:-1]
     alpha, sigma = (torch.from_numpy(a).float()[:, None, None, None] for a in solvers.alpha_sigma(logsnr))
     return {
-        "images": pictures(count, image, 0),
         "levels": torch.from_numpy(logsnr.astype(np.float32)),
         "z": alpha * pictures(levels, size, 1) + sigma * torch.from_numpy(solvers.noise(2, (levels, 3, size, size))),
         "noise": torch.from_numpy(solvers.noise(3, (count, 3, size, size))),
@@ -107,14 +117,16 @@ def inputs(schedule: solvers.Schedule, image: int, levels: int, steps: int) -> d
 
 
 @torch.no_grad()
-def make_problem(network: "Network", schedule: solvers.Schedule, image: int, levels: int, steps: int) -> Problem:
-    """The inputs, see `inputs`, and what the network makes of them."""
-    given = inputs(schedule, image, levels, steps)
-    count = max(BATCHES)
-    condition = network.condition(given["images"])
+def make_problem(network: Network, schedule: solvers.Schedule, levels: int, steps: int) -> Problem:
+    """The inputs, and what the network makes of them."""
+    given, count = given_fields(schedule, levels, steps), max(BATCHES)
+    encoders = encoders_of(network.encoder)
+    others = {name: part.examples(count) for name, part in encoders.items() if not hasattr(part, "image_size")}
+    inputs = condition_inputs({name: part.input_shape for name, part in encoders.items()}, others)
+    condition = network.condition(inputs)
     v = at_levels(network, given["z"], given["levels"], condition, count)
     made = whole_run(network, given["noise"], condition, schedule, given["settings"])
-    return Problem(**given, schedule=schedule, condition=condition, v=v, made=made)
+    return Problem(inputs, **given, schedule=schedule, condition=condition, v=v, made=made)
 
 
 def save_problem(problem: Problem, path: Path) -> None:
@@ -123,20 +135,22 @@ def save_problem(problem: Problem, path: Path) -> None:
     arrays = {"v": problem.v, "made": problem.made, "emb": condition.emb}
     for kind, kept in (("k", condition.keys), ("v", condition.values)):
         arrays |= {f"{kind}.{i}": array for i, array in enumerate(kept)}
+    # pictures are drawn again
+    arrays |= {f"input.{name}": array for name, array in problem.inputs.items() if array.ndim != 4}
     save_file({name: array.detach().contiguous() for name, array in arrays.items()}, path)
 
 
 def load_problem(bundle: Bundle) -> Problem:
     """What `save_problem` kept beside a bundle's graphs, with the inputs that it belongs to."""
     arrays, row = load_file(bundle.folder / REFERENCE), bundle.manifest["parity"]["onnxruntime"]
-    scheduler = bundle.manifest["model"]["scheduler"]
-    names = ("image_size", "reference", "logsnr_min", "logsnr_max")
-    schedule = solvers.Schedule(*(scheduler[name] for name in names))
-    given = inputs(schedule, bundle.shapes["image"], row["levels"], row["steps"])
+    schedule = solvers.Schedule.of(bundle.manifest["model"]["scheduler"])
+    given = given_fields(schedule, row["levels"], row["steps"])
+    others = {name.removeprefix("input."): array for name, array in arrays.items() if name.startswith("input.")}
+    inputs = condition_inputs(bundle.inputs, others)
     blocks = range(bundle.shapes["blocks"])
     keys, values = (tuple(arrays[f"{kind}.{i}"] for i in blocks) for kind in "kv")
     condition = Condition(keys, values, arrays["emb"], None, bundle.sizes)
-    return Problem(**given, schedule=schedule, condition=condition, v=arrays["v"], made=arrays["made"])
+    return Problem(inputs, **given, schedule=schedule, condition=condition, v=arrays["v"], made=arrays["made"])
 
 
 def at_levels(denoiser, z: Tensor, levels: Tensor, condition: Condition, batch: int) -> Tensor:
@@ -173,11 +187,13 @@ def compare(engine: Any, problem: Problem, arithmetic: str) -> dict[str, Any]:
     engine: `semantica.engines.Engine`, or anything with its `array`, `condition`, `null` and call.
     arithmetic: what the artifact really computes in, in words.
     """
-    images = problem.images.numpy() if engine.array == "numpy" else problem.images
+    inputs = problem.inputs
+    if engine.array == "numpy":
+        inputs = {name: array.numpy() for name, array in inputs.items()}
     worst = {"condition_error": 0.0, "v_max_error": 0.0, "v_mean_error": 0.0, "psnr_db": 200.0}
     finite, worst_level = True, 0
     for batch in BATCHES:
-        condition = engine.condition(images[:batch])
+        condition = engine.condition(part_of(inputs, 0, batch))
         for actual, expected in matching(condition, problem.condition.map(lambda a, n=batch: a[:n])):
             finite = finite and bool(actual.isfinite().all())
             error = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
@@ -194,9 +210,14 @@ def compare(engine: Any, problem: Problem, arithmetic: str) -> dict[str, Any]:
         finite = finite and bool(v.isfinite().all()) and bool(made.isfinite().all())
         worst["psnr_db"] = min(worst["psnr_db"], psnr(made, problem.made[:batch]))
     return {
-        "arithmetic": arithmetic, "batches": list(BATCHES), "levels": len(problem.levels),
-        "steps": problem.settings.steps, "finite": finite, **worst, "worst_logsnr": float(problem.levels[worst_level]),
-    }  # fmt: skip
+        "arithmetic": arithmetic,
+        "batches": list(BATCHES),
+        "levels": len(problem.levels),
+        "steps": problem.settings.steps,
+        "finite": finite,
+        **worst,
+        "worst_logsnr": float(problem.levels[worst_level]),
+    }
 
 
 def matching(a: Condition, b: Condition) -> Iterator[tuple[Tensor, ...]]:

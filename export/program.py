@@ -14,10 +14,12 @@ from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from semantica.condition import Condition
+from semantica.engines.network import DTYPES
+from semantica.errors import UserError
 from semantica.kernels.cross_attention.op import RMS_EPS, cross_attention_ref
 from semantica.kernels.group_norm.op import group_norm_ref, statistics_like
+from semantica.model.conditioner import encode, encoders_of
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_BATCH = 4096
 
 
@@ -34,18 +36,23 @@ class Denoise(nn.Module):
 
 
 class Encode(nn.Module):
-    """`condition.onnx`: pictures to keys, values and embedding, through the encoder and the denoiser's projections."""
+    """`condition.onnx`: prepared inputs, one for each encoder, to keys, values and embedding of the denoiser."""
 
     def __init__(self, unet: nn.Module, encoder: nn.Module):
         super().__init__()
         self.unet, self.encoder = unet, encoder
 
-    def forward(self, image: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        stream = self.encoder(image.to(self.unet.dtype))
-        made = self.unet.condition(dict.fromkeys(self.unet.stream_names, stream))
+    def condition(self, *inputs: Tensor) -> Condition:
+        """Of prepared inputs in the order of `encoders_of`; pictures and other fractions in the network's precision."""
+        cast = [array.to(self.unet.dtype) if array.is_floating_point() else array for array in inputs]
+        named = dict(zip(encoders_of(self.encoder), cast, strict=True))
+        return self.unet.condition(encode(self.encoder, self.unet.stream_names, named))
+
+    def forward(self, *inputs: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        made = self.condition(*inputs)
         pairs = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(made.keys, made.values)]
         # without any condition there is one embedding for all
-        return pairs, made.emb.expand(image.shape[0], -1)
+        return pairs, made.emb.expand(inputs[0].shape[0], -1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Captured:
     """The programs of one precision, and what they were captured from.
 
     unet, encoder: in that precision. denoise, encode: programs over aten operators and nothing of this package.
-    sizes: tokens of each stream.
+    inputs: names of what the encoders take, in order. sizes: tokens of each stream.
     """
 
     precision: str
@@ -61,6 +68,7 @@ class Captured:
     encoder: nn.Module
     denoise: ExportedProgram
     encode: ExportedProgram
+    inputs: tuple[str, ...]
     sizes: tuple[int, ...]
 
 
@@ -75,17 +83,24 @@ def in_precision(module: nn.Module, precision: str) -> nn.Module:
 
 @torch.no_grad()
 def capture(unet: nn.Module, encoder: nn.Module, precision: str) -> Captured:
-    """Export both halves of a pipeline whose modules are fp32 and on the CPU."""
+    """Export both halves of a pipeline whose modules are fp32 and on the CPU.
+
+    Raises:
+        UserError: an encoder's streams have lengths of their own in each sample.
+    """
     unet, encoder = in_precision(unet, precision), in_precision(encoder, precision)
     batch = {0: Dim("batch", min=1, max=MAX_BATCH)}
     # two samples: a dimension of one would be taken for a constant
-    image = torch.zeros(2, 3, encoder.image_size, encoder.image_size)
+    inputs = examples(encoder, 2)
     half = Encode(unet, encoder)
-    pairs, emb = half(image)
+    condition = half.condition(*inputs.values())
+    if condition.lengths is not None:
+        raise UserError("streams whose length differs from sample to sample cannot be exported: a bundle's are fixed")
+    pairs, emb = half(*inputs.values())
     with quiet(), Decomposed():
-        encode = torch.export.export(half, (image,), dynamic_shapes=(batch,), strict=False)
-        sizes = streams_of(unet, encoder, image)
-        size = unet.config.image_size
+        shapes = ((batch,) * len(inputs),)
+        program = torch.export.export(half, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+        sizes, size = condition.sizes, unet.config.image_size
         z = torch.zeros(2, unet.config.in_channels, size, size)
         denoise = torch.export.export(
             Denoise(unet, sizes),
@@ -93,13 +108,15 @@ def capture(unet: nn.Module, encoder: nn.Module, precision: str) -> Captured:
             dynamic_shapes=(batch, batch, [(batch, batch)] * len(pairs), batch),
             strict=False,
         )
-    return Captured(precision, unet, encoder, denoise, encode, sizes)
+    return Captured(precision, unet, encoder, denoise, program, tuple(inputs), sizes)
 
 
-def streams_of(unet: nn.Module, encoder: nn.Module, image: Tensor) -> tuple[int, ...]:
-    """Tokens of each stream along M, as the encoder gives them; empty without cross-attention."""
-    stream = encoder(image.to(unet.dtype))
-    return unet.condition(dict.fromkeys(unet.stream_names, stream)).sizes
+def examples(encoder: nn.Module, count: int) -> dict[str, Tensor]:
+    """Prepared inputs of the right shapes and types: blank pictures, and what other encoders give as examples."""
+    return {
+        name: torch.zeros(count, *part.input_shape) if hasattr(part, "image_size") else part.examples(count)
+        for name, part in encoders_of(encoder).items()
+    }
 
 
 def decompositions() -> dict:

@@ -5,6 +5,7 @@ missing. So matrix products, convolutions, attention and norms are computed here
 once, everything else in the narrow type itself.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,10 +20,19 @@ from semantica.export.program import DTYPES, Captured
 
 aten = torch.ops.aten
 ACCUMULATED = {
-    aten.linear.default, aten.conv2d.default, aten.matmul.default, aten.mm.default, aten.addmm.default,
-    aten.bmm.default, aten.scaled_dot_product_attention.default, aten.group_norm.default, aten.layer_norm.default,
-    aten.rms_norm.default, aten.avg_pool2d.default, aten.mean.dim,
-}  # fmt: skip
+    aten.linear.default,
+    aten.conv2d.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.scaled_dot_product_attention.default,
+    aten.group_norm.default,
+    aten.layer_norm.default,
+    aten.rms_norm.default,
+    aten.avg_pool2d.default,
+    aten.mean.dim,
+}
 
 
 def module_of(node: Node) -> str:
@@ -76,11 +86,11 @@ class ReducedNetwork:
     array = "torch"
 
     def __init__(self, captured: Captured):
-        self.unet, self.sizes = captured.unet, captured.sizes
+        self.unet, self.inputs, self.sizes = captured.unet, captured.inputs, captured.sizes
         self.runners = {name: Reduced(getattr(captured, name), captured.precision) for name in ("encode", "denoise")}
 
-    def condition(self, images: Tensor) -> Condition:
-        pairs, emb = self.runners["encode"].run(images)
+    def condition(self, inputs: Mapping[str, Tensor]) -> Condition:
+        pairs, emb = self.runners["encode"].run(*(inputs[name] for name in self.inputs))
         keys, values = (tuple(pair[i].transpose(1, 2) for pair in pairs) for i in (0, 1))
         return Condition(keys, values, emb, None, self.sizes)
 

@@ -71,7 +71,11 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def describe(config: ExportConfig, pipeline, captured) -> dict:
     """What the manifest says about the model."""
-    unet = pipeline.unet.config
+    from semantica.model.conditioner import encoders_of, to_plain
+
+    unet, encoders = pipeline.unet.config, encoders_of(pipeline.encoder)
+    inputs = {"inputs": {name: list(part.input_shape) for name, part in encoders.items()}}
+    side = next((part.image_size for part in encoders.values() if hasattr(part, "image_size")), 0)
     heads = unet.heads if captured.sizes else 0
     return {
         "format": bundle.FORMAT,
@@ -80,7 +84,7 @@ def describe(config: ExportConfig, pipeline, captured) -> dict:
         "precision": config.precision,
         "streams": dict(zip(pipeline.unet.stream_names, captured.sizes)),
         "shapes": {
-            "image": pipeline.encoder.image_size,
+            "image": side,
             "latent": unet.image_size,
             "channels": unet.in_channels,
             "blocks": unet.depth if captured.sizes else 0,
@@ -88,14 +92,10 @@ def describe(config: ExportConfig, pipeline, captured) -> dict:
             "head_dim": unet.width // unet.heads if captured.sizes else 0,
             "emb": unet.emb_dim,
         },
-        "model": {name: plain(getattr(pipeline, name)) for name in ("unet", "encoder", "scheduler")},
+        "model": {name: to_plain(getattr(pipeline, name)) for name in ("unet", "encoder", "scheduler")},
+        # pictures alone go without saying
+        **(inputs if len(encoders) > 1 or not side else {}),
     }
-
-
-def plain(module) -> dict:
-    """A diffusers configuration as JSON, with its class."""
-    config = {key: value for key, value in module.config.items() if not key.startswith("_")}
-    return {"class": type(module).__name__, **json.loads(json.dumps(config, default=list))}
 
 
 def write_graphs(captured, folder: Path) -> dict:
@@ -109,7 +109,7 @@ def write_graphs(captured, folder: Path) -> dict:
     names = names if captured.sizes else []
     made = {}
     for name, program, inputs, outputs in (
-        (CONDITION, captured.encode, ["image"], [*names, "emb"]),
+        (CONDITION, captured.encode, captured.inputs, [*names, "emb"]),
         (DENOISE, captured.denoise, ["z", "logsnr", *names, "emb"], ["v"]),
     ):
         model = graph.to_onnx(program, inputs, outputs, set(weights))

@@ -3,14 +3,10 @@
 import importlib
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from semantica.kernels import launch
 
-# what the operators compute in
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DTYPES_NAMED = "one of float32, bfloat16, float16, float64"
 PLAIN = ("plain torch", "no fused kernel is registered for this device")
 # operator -> device -> (implementation, reason)
 REGISTERED: dict[str, dict[str, tuple[str, str]]] = {}

@@ -14,8 +14,6 @@ from semantica.kernels import launch
 from semantica.kernels.dispatch import PLAIN, REGISTERED, load
 
 DIRECTIONS = ("forward", "backward", "both")
-# files of an operator's folder that no implementation is made of
-DESCRIPTIVE = ("__init__", "cases", "specimens")
 
 
 class Case(ABC):
@@ -56,7 +54,7 @@ class Operator:
         flop_formulas: for `torch.utils.flop_counter`, by name of the `torch.library` op.
         specimens: "module:function" that yields `(label, launches)` of every Triton kernel in every configuration, on
             meta tensors: to be compiled. Empty without such kernels.
-        plans: "module:function" from the keyword arguments to functions that plan launches, for tuning.
+        planners: "module:function" from the keyword arguments to functions that plan launches, for tuning.
     """
 
     name: str
@@ -66,7 +64,7 @@ class Operator:
     timed: Callable[[str, bool], Sequence[Case]] | None = None
     flop_formulas: Mapping[str, Callable[..., int]] = field(default_factory=dict)
     specimens: str = ""
-    plans: str = ""
+    planners: str = ""
 
     @property
     def implementations(self) -> dict[str, tuple[str, str]]:
@@ -78,15 +76,10 @@ class Operator:
         """File of its launch settings; see `launch.table`."""
         return Path(inspect.getfile(self.function)).with_name("ladder.json")
 
-    def sources(self, gpu: bool) -> list[Path]:
-        """Files that its implementations on GPUs, or on processors, are made of; `csrc` and launch settings apart."""
-        file = Path(inspect.getfile(self.function))
-        if file.stem != "op":
-            return [file]
-        if not gpu:
-            return [file, *file.parent.glob("cpu.py")]
-        files = [path for path in sorted(file.parent.glob("*.py")) if path.stem not in ("cpu", *DESCRIPTIVE)]
-        return [Path(launch.__file__), *files]
+    @property
+    def package(self) -> str:
+        """The package, or the one module, that its sources lie in."""
+        return self.function.__module__.removesuffix(".op")
 
     def output(self, case: Case, dtype: torch.dtype) -> Tensor:
         """What the operator returns for a case, on the meta device."""

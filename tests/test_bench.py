@@ -4,7 +4,6 @@ import glob
 import itertools
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from semantica import kernels
 from semantica.benchmarks.harness import store
 from semantica.benchmarks.harness.summary import summary
 from semantica.benchmarks.kernels.implementations import available
 from semantica.benchmarks.kernels.problems import Problem, problems
-from semantica.benchmarks.kernels.suite import Plan, Traffic
+from semantica.benchmarks.kernels.suite import KernelBench, Traffic
 from semantica.cli import main
 from semantica.kernels.cross_attention.cases import CrossAttentionCase
 from semantica.kernels.group_norm.cases import GroupNormCase
@@ -112,54 +110,21 @@ def test_compare_fails_on_a_regression_only_and_names_mistakes(tmp_path, capsys)
         assert error.startswith("semantica: ") and word in error and "\n" not in error, error
 
 
-def test_a_row_is_stale_once_its_code_or_its_launch_settings_changed(tmp_path, monkeypatch):
-    folder = tmp_path / "kernels"
-    folder.mkdir()
-    source = store.Path(kernels.__file__).parent
-    for name in ("__init__.py", "launch.py", "group_norm.py", "cross_attention.py"):
-        shutil.copy(source / name, folder)
-    monkeypatch.setattr(kernels, "__file__", str(folder / "__init__.py"))
-
-    def settings(**ladders):
-        (folder / "group_norm.json").write_text(json.dumps({"kernel": {arch: [row] for arch, row in ladders.items()}}))
-
-    settings(sm_90={"warps": 4}, default={"warps": 8})
-    old = {"op": "group_norm", "arch": "sm_90", "kernel_hash": store.kernel_hash("group_norm", "sm_90")}
-    assert not store.stale(old)
-    settings(sm_90={"warps": 4}, default={"warps": 16}, sm_80={"warps": 2})
-    assert not store.stale(old)
-    settings(sm_90={"warps": 8}, default={"warps": 8})
-    assert store.stale(old)
-    settings(sm_90={"warps": 4}, default={"warps": 8})
-    (folder / "cross_attention.py").write_text("changed")
-    assert not store.stale(old)
-    (folder / "group_norm_triton.py").write_text("new")
-    assert store.stale(old)
-    assert not store.stale({**old, "kernel_hash": None})
-    on_cpu = {"op": "group_norm", "arch": "x86_64", "kernel_hash": store.kernel_hash("group_norm", "x86_64")}
-    (folder / "group_norm_triton.py").write_text("newer")
-    assert not store.stale(on_cpu)
-    (folder / "group_norm_cpu.py").write_text("new")
-    assert store.stale(on_cpu)
-    on_cpu["kernel_hash"] = store.kernel_hash("group_norm", "x86_64")
-    monkeypatch.setattr(store, "built_from", lambda: "other sources")
-    assert store.stale(on_cpu)
-
-
 def test_absent_packages_are_named_and_own_functions_are_found():
     present, absent = available(["group_norm"], "cpu", ("json:dumps",))
     assert {"fused", "eager", "compile", "json:dumps"} <= {i.name for i in present}
     assert {i.op for i in present} == {"group_norm"} and not set(absent) & {"fused", "eager"}
     assert next(i for i in present if i.name == "json:dumps").leeway == 2.0
-    rows = Plan(quick=True, device="cpu", words=["eager", "forward", "contiguous"]).rows()
-    assert {(p.op, d, i.name) for p, d, i in rows} == {
+    races = KernelBench(quick=True, device="cpu", words=("eager", "forward", "contiguous")).races
+    assert {(problem.partition(" ")[0], direction, *names) for (problem, direction), names in races.items()} == {
         (op, "forward", "eager") for op in ("group_norm", "cross_attention")
     }
 
 
 def test_parts_make_up_the_whole():
     def names(part):
-        return [problem.name for problem, _, _ in Plan(device="cpu", words=["fused", "forward"], part=part).rows()]
+        races = KernelBench(device="cpu", words=("fused", "forward"), part=part).races
+        return [problem for problem, _ in races]
 
     assert sorted(names((1, 3)) + names((2, 3)) + names((3, 3))) == sorted(names((1, 1)))
 

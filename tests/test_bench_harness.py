@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from semantica.benchmarks.harness import race as timing
+from semantica.benchmarks.harness.store import Replay
 from semantica.benchmarks.kernels import verify
 from semantica.benchmarks.kernels.implementations import Implementation, implementations
 from semantica.benchmarks.kernels.problems import Problem
-from semantica.benchmarks.kernels.suite import Field, Replay, contender, returned
+from semantica.benchmarks.kernels.suite import ProblemRace, contender, returned
 from semantica.kernels import OPERATORS
 from semantica.kernels.cross_attention.cases import CrossAttentionCase
 from semantica.kernels.group_norm.cases import GroupNormCase
@@ -118,8 +119,8 @@ def broken(**arguments):
     raise RuntimeError("no kernel image is available")
 
 
-def field_of(function, directions=("forward",), problem=PROBLEM, leeway=2.0) -> Field:
-    return Field(problem, [Implementation("it", problem.op, lambda: function, leeway=leeway)], directions)
+def race_of(function, directions=("forward",), problem=PROBLEM, leeway=2.0) -> ProblemRace:
+    return ProblemRace(problem, [Implementation("it", problem.op, lambda: function, leeway=leeway)], directions)
 
 
 @pytest.mark.parametrize(
@@ -137,18 +138,18 @@ def field_of(function, directions=("forward",), problem=PROBLEM, leeway=2.0) -> 
     ],
 )
 def test_bad_implementations_are_caught(function, reason):
-    field = field_of(function)
-    times, _ = field.race("forward", timing.CpuClock(), FEW)
-    assert reason in field.wrong["it", "forward"]
+    found = race_of(function)
+    times, _ = found.race("forward", timing.CpuClock(), FEW)
+    assert reason in found.wrong["it", "forward"]
     # caught before the race, they are not in it
     assert ("it" in times) == ("while it was timed" in reason)
 
 
 def test_a_wrong_gradient_costs_the_backward_alone():
-    field = field_of(wrong_backward, ("forward", "backward"))
+    found = race_of(wrong_backward, ("forward", "backward"))
     clock = timing.CpuClock()
-    assert "it" in field.race("forward", clock, FEW)[0] and "it" not in field.race("backward", clock, FEW)[0]
-    assert set(field.wrong) == {("it", "backward")} and "is wrong" in field.wrong["it", "backward"]
+    assert "it" in found.race("forward", clock, FEW)[0] and "it" not in found.race("backward", clock, FEW)[0]
+    assert set(found.wrong) == {("it", "backward")} and "is wrong" in found.wrong["it", "backward"]
 
 
 def test_memory_that_was_never_written_is_not_a_number():
@@ -164,13 +165,13 @@ def test_the_fused_operators_and_eager_are_fair_in_every_direction(problem, dtyp
     problem = dataclasses.replace(problem, dtype=dtype)
     entrants = [i for i in implementations(problem.op) if i.name in ("fused", "eager")]
     directions = ("forward", "backward", "both")
-    field = Field(problem, entrants, directions)
+    found = ProblemRace(problem, entrants, directions)
     for direction in directions:
-        times, ceilings = field.race(direction, timing.CpuClock(), FEW)
-        assert set(times) == {"fused", "eager", "copy", "matrix"} and not field.wrong
+        times, ceilings = found.race(direction, timing.CpuClock(), FEW)
+        assert set(times) == {"fused", "eager", "copy", "matrix"} and not found.wrong
         assert all(len(t.device) == 5 and min(t.device) > 0 for t in times.values())
         assert min(ceilings.values()) > 0
-        assert field.accuracy["eager", direction != "forward"].error > 0
+        assert found.accuracy["eager", direction != "forward"].error > 0
 
 
 def test_leeway_is_a_factor_of_eagers_error():
@@ -372,9 +373,7 @@ def test_adapters_compute_the_operators_from_what_rivals_offer(monkeypatch):
     cases = [PROBLEM, dataclasses.replace(PROBLEM, case=plain), ATTENTION]
     for problem in cases:
         answers = verify.Answers.of(problem, gradients=True)
-        rivals = [
-            i for i in implementations(problem.op) if i.name not in ("fused", "eager", "compile", "native")
-        ]
+        rivals = [i for i in implementations(problem.op) if i.name not in ("fused", "eager", "compile", "native")]
         assert len(rivals) == 2
         for rival in rivals:
             verify.verify(rival.load(), answers, gradients=True, leeway=rival.leeway)
@@ -398,15 +397,15 @@ class TestOnGpu:
                 torch.cuda.current_stream().wait_stream(side)
             return y
 
-        field = field_of(elsewhere, problem=self.PROBLEM)
-        times, _ = field.race("forward", timing.CudaClock(), FEW)
-        assert ("it" in times) == joins and bool(field.wrong) != joins
+        found = race_of(elsewhere, problem=self.PROBLEM)
+        times, _ = found.race("forward", timing.CudaClock(), FEW)
+        assert ("it" in times) == joins and bool(found.wrong) != joins
 
     def test_cheats_are_caught(self):
         for function in (Cached(), CachedByAddress(), TiresLater(), wrong, unwritten, in_place):
-            field = field_of(function, problem=self.PROBLEM)
-            field.race("forward", timing.CudaClock(), FEW)
-            assert field.wrong, function
+            found = race_of(function, problem=self.PROBLEM)
+            found.race("forward", timing.CudaClock(), FEW)
+            assert found.wrong, function
 
     def test_gpu_time_is_that_of_the_copy_it_times(self):
         clock = timing.CudaClock()

@@ -12,11 +12,12 @@ import torch
 from semantica import SemanticaPipeline, SemanticaScheduler, UViT, ViTEncoder
 from semantica.benchmarks import bench
 from semantica.benchmarks.harness import race as timing
-from semantica.benchmarks.harness import store
+from semantica.benchmarks.harness import sources, store
 from semantica.benchmarks.harness.process import Process, Wrong
+from semantica.benchmarks.kernels import command as bench_kernels
 from semantica.benchmarks.sampling import models as sample_models
 from semantica.benchmarks.sampling.contenders import Build, builder_of, ladder_names
-from semantica.benchmarks.sampling.race import BOUND, GUIDANCE, Field, judge, psnr
+from semantica.benchmarks.sampling.race import BOUND, GUIDANCE, ModelRace, judge, psnr
 from semantica.cli import main
 
 FEW = timing.Protocol(warmup=1, least=4, most=4, seconds=0.0)
@@ -96,7 +97,7 @@ class InProcess:
         return {"seconds": 0.5, "arithmetic": "fp32"}
 
     def sample(self, content, steps):
-        return {"seconds": 0.001, "peak_bytes": 7}, self.call(*content, steps)
+        return {"seconds": [0.001], "peak_bytes": 7}, self.call(*content, steps)
 
     def close(self):
         pass
@@ -112,8 +113,8 @@ def model(tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_cheats_are_caught_and_not_timed(model, order):
-    field = Field(model, list(CHEATS)[::order], model, "cpu", True, {}, {}, InProcess)
-    results, ceilings = field.race(2, 3, FEW)
+    race = ModelRace(model, list(CHEATS)[::order], model, "cpu", True, {}, {}, InProcess)
+    results, ceilings = race.race(2, 3, FEW)
     for name, (_, reason) in CHEATS.items():
         found = results[name].reason
         assert reason in found if reason else not found, (name, found)
@@ -125,23 +126,23 @@ def test_cheats_are_caught_and_not_timed(model, order):
 
 def test_a_cheat_among_cheats_is_caught_too(model):
     """No honest contender to compare with: the round that is examined afterwards has to do it."""
-    field = Field(model, ["late_cached"], model, "cpu", True, {}, {}, InProcess)
+    race = ModelRace(model, ["late_cached"], model, "cpu", True, {}, {}, InProcess)
     protocol = timing.Protocol(warmup=4, least=3, most=3, seconds=0.0)
-    results, _ = field.race(1, 3, protocol)
+    results, _ = race.race(1, 3, protocol)
     assert "timed call" in results["late_cached"].reason
 
 
 def test_a_model_that_ignores_its_condition_proves_nothing(model, monkeypatch):
     monkeypatch.setitem(InProcess.calls, "reference", lambda: constant_condition)
-    results, _ = Field(model, ["honest"], model, "cpu", True, {}, {}, InProcess).race(1, 3, FEW)
+    results, _ = ModelRace(model, ["honest"], model, "cpu", True, {}, {}, InProcess).race(1, 3, FEW)
     assert "ignores its condition" in results["honest"].reason and not results["honest"].times.device
 
 
 def test_who_has_no_bundle_does_not_start(model):
-    field = Field(model, ["honest", "engine"], model, "cpu", True, {}, {"engine": "export failed"}, InProcess)
-    results, _ = field.race(1, 3, FEW)
+    race = ModelRace(model, ["honest", "engine"], model, "cpu", True, {}, {"engine": "export failed"}, InProcess)
+    results, _ = race.race(1, 3, FEW)
     assert results["engine"].reason == "export failed" and not results["honest"].reason
-    assert set(field.workers) == {"reference", "honest"}
+    assert set(race.samplers) == {"reference", "honest"}
 
 
 def test_no_two_calls_have_the_same_inputs(model, monkeypatch):
@@ -152,7 +153,7 @@ def test_no_two_calls_have_the_same_inputs(model, monkeypatch):
         return honest(images, noise, steps)
 
     monkeypatch.setitem(InProcess.calls, "honest", lambda: remember)
-    Field(model, ["honest"], model, "cpu", True, {}, {}, InProcess).race(1, 3, FEW)
+    ModelRace(model, ["honest"], model, "cpu", True, {}, {}, InProcess).race(1, 3, FEW)
     assert len(set(seen)) == len(seen) == 6
 
 
@@ -234,7 +235,7 @@ def test_from_the_command_line(run_folder, tmp_path, capsys):
     ]  # fmt: skip
     for row in stored:
         assert row["psnr_db"] > BOUND and row["images_per_s"] > 0 and row["peak_bytes"] > 1e8
-        assert row["median_us"] <= row["p95_us"] <= row["p99_us"] and not store.stale(row)
+        assert row["median_us"] <= row["p95_us"] <= row["p99_us"] and not sources.stale(row)
     assert "model batch 1, 3 steps" in page.read_text() and picture.stat().st_size > 1000
     assert main(["bench", "table", str(rows)]) == 0
     assert "| model batch 2, 3 steps | Offline |" in capsys.readouterr().out
@@ -259,6 +260,7 @@ def test_mistakes_are_one_line(options, reason, capsys):
 
 
 def test_every_kind_of_row_has_a_table():
-    assert set(bench.KINDS) == set(store.SOURCES)
-    for kind in bench.KINDS.values():
-        assert set(kind.DETAILS) < set(kind.COLUMNS) and "implementation" in kind.COLUMNS
+    assert {*bench.KINDS, "scaling"} == set(sources.SOURCES)
+    for kind in (bench_kernels.KIND, *bench.KINDS.values()):
+        shown = [column.head for column in kind.columns if not column.detail]
+        assert len(shown) < len(kind.columns) and "implementation" in shown

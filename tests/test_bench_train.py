@@ -1,22 +1,21 @@
 """`semantica bench train`: rungs train alike, wrong ones are caught, a step's time is told apart by kind of work."""
 
 import math
+import subprocess
 from contextlib import nullcontext
 
 import pytest
 
-from semantica import UserError
-from semantica.benchmarks.harness import store
-from semantica.benchmarks.harness.process import Wrong
-from semantica.benchmarks.harness.suite import run_suite
+from semantica.benchmarks.harness import sources, store
+from semantica.benchmarks.harness.process import Entrant, Wrong
+from semantica.benchmarks.harness.suite import run
+from semantica.benchmarks.harness.table import cells, page
 from semantica.benchmarks.quality.web import draw_web
-from semantica.benchmarks.training import command as bench_train
-from semantica.benchmarks.training import scaling
-from semantica.benchmarks.training import suite as suite_train
-from semantica.benchmarks.training.scaling import Scaled
-from semantica.benchmarks.training.suite import Plan, Result, compare_losses, describe
+from semantica.benchmarks.training import scaling, tables
+from semantica.benchmarks.training.suite import TrainingBench, compare_losses
 from semantica.benchmarks.training.worker import Switches, Trainer, group_of, rungs
 from semantica.cli import main
+from semantica.errors import ArtifactError, UserError
 
 
 def test_rungs_are_cumulative_and_the_last_has_everything():
@@ -83,27 +82,51 @@ def test_rungs_train_alike(tmp_path):
     shares = trainer.shares(1)
     assert {"convolution", "matrix products", "group_norm"} <= set(shares["kinds"])
     assert sum(seconds for _, seconds, _ in shares["operators"]) <= sum(shares["kinds"].values()) * 1.001
-    assert bench_train.shares(shares)[0][2].endswith("%")
+    assert tables.shares(shares)[0][2].endswith("%")
 
 
-def test_figures_follow_from_the_samples(monkeypatch):
-    monkeypatch.setattr(suite_train, "environment", lambda device: {"device": "it"})
-    built = {"arithmetic": "bf16", "flops_per_image": 10**9}
-    result = Result(built, [1.0], [0.1, 0.3], first_seconds=2.0, peak_bytes=5)
-    result.times.device = [1.0, 3.0]
+def test_figures_follow_from_the_samples():
+    answers = [{"seconds": [1.0], "waits": [0.1]}, {"seconds": [3.0], "waits": [0.3]}]
+    entrant = Entrant(
+        None,
+        built={"arithmetic": "bf16", "flops_per_image": 10**9},
+        first={"seconds": [2.0], "losses": [1.0]},
+        last={"peak_bytes": 5},
+        answers=answers,
+    )
     ceilings = {"copy_gbps": 1.0, "matrix_tflops": 0.1, "matrix_tflops_fp32": 0.05}
-    row = describe(Plan("tiny", 8, 2, "cpu", 0, ("plain",)), "plain", result, ceilings)
+    bench = TrainingBench("tiny", 8, 2, "cpu", 0, ("plain",))
+    row = bench.row(("tiny batch 8",), "plain", entrant, ceilings)
+    assert bench.races == {(row["shape"],): ["plain"]}
     # 16 images in 4 s, 1 GFLOP each, against 100 GFLOP/s
     assert row["images_per_s"] == 4 and row["mfu"] == pytest.approx(0.04) and row["data_wait"] == pytest.approx(0.1)
-    assert row["median_us"] == 2e6 and set(store.IDENTITY) <= set(row)
+    assert row["median_us"] == 2e6 and row["first_s"] == 2 and row["peak_bytes"] == 5 and row["loss"] == 1
+    assert set(store.IDENTITY) <= set(row)
 
 
 def test_speed_up_is_against_the_first_number_of_processes():
-    scaled = [Scaled(1, 2, 8, (90.0, 100.0, 130.0), (0.01,) * 3), Scaled(4, 2, 32, (300.0, 310.0, 200.0), (0.5,) * 3)]
-    assert scaling.cells(scaled) == [
+    one = {"processes": 1, "threads": 2, "batch": 8, "images_per_s": [90.0, 100.0, 130.0], "data_wait": [0.01] * 3}
+    four = {"processes": 4, "threads": 2, "batch": 32, "images_per_s": [300.0, 310.0, 200.0], "data_wait": [0.5] * 3}
+    assert cells(tables.SCALED, [one, four]) == [
         ("1", "2", "8", "100.0", "90.0 - 130.0", "1.00x", "100%", "1.0%"),
         ("4", "2", "32", "300.0", "200.0 - 310.0", "3.00x", "75%", "50.0%"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("stderr", "error", "words"),
+    [
+        ("semantica: process 1 is lost\n  exitcode  : -9 (pid: 7)\n  exitcode  : 1 (pid: 8)", ArtifactError, "is lost"),
+        ("semantica: --batch is 0\n  exitcode  : 2 (pid: 7)", UserError, "failed: --batch is 0"),
+        ("[rank1]: torch.OutOfMemoryError: 2 GiB\n  exitcode  : 1 (pid: 7)", ArtifactError, "broke: torch.OutOfMem"),
+    ],
+)
+def test_a_lost_process_is_no_mistake_of_the_users(stderr, error, words, tmp_path, monkeypatch):
+    """The command line exits with 2 for a `UserError`, with 1 for an `ArtifactError`."""
+    done = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(scaling.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(error, match=words):
+        scaling.run(2, 1, [], tmp_path)
 
 
 @pytest.mark.slow
@@ -117,11 +140,14 @@ def test_scaling_is_read_from_the_log_of_runs(tmp_path, monkeypatch):
     read = scaling.run
     monkeypatch.setattr(scaling, "run", run)
     one, two = scaling.measure((1, 2), "tiny", 2, 5, "cpu", 1, tmp_path, rounds=1)
-    assert (one.processes, one.batch, two.processes, two.batch) == (1, 2, 2, 4) and one.threads == two.threads
+    assert not sources.stale(one) and sources.stale({**one, "kernel_hash": "0" * 16})
+    assert [(row["processes"], row["batch"]) for row in (one, two)] == [(1, 2), (2, 4)] and one["threads"] == two[
+        "threads"
+    ]
     # five steps are two rows of four, after the first
     assert [[row["step"] for row in rows] for rows in logs] == [[4, 8, 12]] * 2
     speeds = [row["images_per_s"] for row in logs[1][1:]]
-    assert two.images_per_s == (pytest.approx(sum(speeds) / 2),)
+    assert two["images_per_s"] == [pytest.approx(sum(speeds) / 2)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["web"]
     with pytest.raises(UserError, match="training in 2 processes failed: --batch is 0"):
         scaling.run(2, 1, [f"--data={tmp_path / 'web' / 'train'}", "--batch=0"], tmp_path / "never")
@@ -129,14 +155,14 @@ def test_scaling_is_read_from_the_log_of_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_race_of_two_rungs(tmp_path):
-    plan = Plan("tiny", 2, 3, "cpu", 0, ("plain", "strong", "+ channels last"))
-    content = run_suite(plan, suite_train)
+    plan = TrainingBench("tiny", 2, 3, "cpu", 0, ("plain", "strong", "+ channels last"))
+    content = run(plan)
     rows = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
     assert [row["impl"] for row in rows] == ["plain", "strong", "+ channels last"] and not plan.wrong
     # whole turns of two steps
-    assert all(row["rounds"] == 4 and 0 < row["mfu"] < 1 and not store.stale(row) for row in rows)
+    assert all(row["rounds"] == 4 and 0 < row["mfu"] < 1 and not sources.stale(row) for row in rows)
     assert content["semantica"]["shares"]["rung"] == "+ channels last"
-    bench_train.page(tmp_path / "page.html", rows, plan)
+    page(tmp_path / "page.html", tables.KIND, rows, plan)
     assert "all convolution" in (tmp_path / "page.html").read_text()
 
 

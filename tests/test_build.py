@@ -12,7 +12,9 @@ import torch
 
 from semantica.cli import main
 from semantica.engines import load_engine, open_bundle
-from semantica.errors import ArtifactError
+from semantica.errors import ArtifactError, UserError
+from semantica.export import builders
+from semantica.export.builders import Builder
 from semantica.export.builders.tensorrt import check_types, run_worker
 from semantica.export.config import ExportConfig
 from semantica.export.write import export
@@ -110,6 +112,46 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(copy, capsys, monke
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1, said
     assert not (fp32 / "engines").exists() and not (fp16 / "engines").exists()
+
+
+class Copied(Builder):
+    """Stands for a builder that others bring: its engine is ONNX Runtime, whose v is off by a factor."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def architecture(self, asked):
+        return "anywhere"
+
+    def check(self, bundle):
+        if bundle.precision == "fp16":
+            raise UserError("no fp16")
+
+    def build(self, bundle, arch, batches, folder):
+        shutil.copy(bundle.folder / "denoise.onnx", folder / "copied")
+        return {"profile": {"min": 1, "opt": 2, "max": batches[2]}, "backend_version": "1"}
+
+    def load(self, bundle, folder, manifest):
+        engine = load_engine(bundle, "onnxruntime")
+        predict = engine.predict
+        engine.predict = lambda *inputs: predict(*inputs) * np.float32(self.factor)
+        return engine
+
+
+def test_a_builder_from_elsewhere_goes_through_the_same_gate(copy, capsys, monkeypatch):
+    fp32, fp16 = copy("fp32"), copy("fp16")
+    # takes the entry out again at the end, whatever is registered meanwhile
+    monkeypatch.setitem(builders.BUILDERS, "onnxruntime", "")
+    builders.register_builder("onnxruntime", Copied(1.01))
+    assert main(["build", str(fp32), "--backend", "onnxruntime"]) == 1
+    assert "the onnxruntime engine differs from the fp32 network" in capsys.readouterr().err
+    assert main(["build", str(fp16), "--backend", "onnxruntime"]) == 2
+    assert not (fp32 / "engines").exists() and not (fp16 / "engines").exists()
+    builders.register_builder("onnxruntime", Copied(1.0))
+    assert main(["build", str(fp32), "--backend", "onnxruntime", "--batches", "1", "2", "4"]) == 0
+    manifest = json.loads((fp32 / "engines" / "onnxruntime-anywhere" / "manifest.json").read_text())
+    assert manifest["profile"]["max"] == 4 and list(manifest["files"]) == ["copied"]
+    assert manifest["parity"]["psnr_db"] > 100
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")

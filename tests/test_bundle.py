@@ -18,8 +18,11 @@ from semantica import SemanticaPipeline, UserError, engines
 from semantica.cli import main
 from semantica.engines import BACKENDS, Backend, load_engine, open_bundle
 from semantica.engines import bundle as bundle_module
+from semantica.engines.base import GraphEngine
 from semantica.engines.built import open_built
-from semantica.engines.bundle import entries
+from semantica.files import entries
+from semantica.sampling.loop import Denoiser
+from semantica.solvers import alpha_sigma
 
 
 @pytest.fixture
@@ -196,17 +199,59 @@ def test_hooks_where_the_engine_allows_them(bundles, picture):
             compiled(image, **hook, **settings)
 
 
+class Towards:
+    """Guidance from outside: towards a grey image, along the gradient through the network."""
+
+    needs = ("gradients",)
+
+    def predictor(self, denoiser, levels, condition, null, settings):
+        def predict(i, z):
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                alpha, sigma = (a[:, None, None, None] for a in alpha_sigma(levels[i]))
+                v = denoiser(z, levels[i], condition)
+                x = alpha * z - sigma * v
+                return (v + torch.autograd.grad(x.square().sum(), z)[0] / sigma).detach()
+
+        return predict
+
+
+def test_guidance_from_outside_that_needs_gradients(bundles, small_run, picture):
+    image, settings = Image.open(picture), dict(num_inference_steps=4, output_type="np", seed=3)
+    pipeline = SemanticaPipeline.from_pretrained(small_run)
+    pipeline.set_progress_bar_config(disable=True)
+    plain, steered = (pipeline(image, guider=guider, **settings).images for guider in (None, Towards()))
+    assert np.abs(steered - plain).max() > 1e-3
+    for backend in ("onnxruntime", "torch"):
+        engine = SemanticaPipeline.from_bundle(bundles["fp32"], backend)
+        with pytest.raises(UserError, match=f"engine '{backend}' gives no gradients: sample the run folder"):
+            engine(image, guider=Towards(), **settings)
+
+
+def test_whatever_denoises_has_one_shape(bundles, small_run):
+    pipeline = SemanticaPipeline.from_pretrained(small_run)
+    engines_of = [load_engine(bundles["fp32"], name) for name in ("onnxruntime", "torch", "torch-compile")]
+    for denoiser in (pipeline.unet, pipeline.accelerate(torch.float32, "none").denoiser, *engines_of):
+        for name in (*Denoiser.__annotations__, "__call__", "condition", "null"):
+            assert hasattr(denoiser, name), (type(denoiser).__name__, name)
+        null = denoiser.null(2)
+        assert null.emb.shape[0] == null.keys[0].shape[0] == 2 and null.keys[0].shape[1] == sum(null.sizes)
+        assert isinstance(null.emb, np.ndarray) == (denoiser.array == "numpy")
+        assert set(denoiser.refuses) <= {"steps", "module", "gradients"}
+
+
 def test_a_backend_from_outside(bundles, picture, monkeypatch):
     monkeypatch.setattr(engines, "BACKENDS", dict(BACKENDS))
 
-    class Constant(engines.Engine):
+    class Constant(GraphEngine):
         backend, array, arithmetic = "constant", "numpy", "none at all"
 
-        def encode(self, images):
-            return self.null(len(images))
+        def __init__(self, bundle):
+            super().__init__(bundle)
+            self.null_arrays = load_file(bundle.folder / "null.safetensors")
 
-        def null(self, batch):
-            return self.null_from(load_file(self.bundle.folder / "null.safetensors"), batch)
+        def encode(self, inputs):
+            return self.null(len(inputs["image"]))
 
         def predict(self, z, logsnr, inputs):
             assert inputs["k.0"].flags.c_contiguous and inputs["k.0"].shape == self.bundle.shape_of("k.0", len(z))

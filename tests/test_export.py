@@ -17,13 +17,14 @@ from semantica import PretrainedEncoder, SemanticaPipeline
 from semantica.benchmarks.sampling.models import build
 from semantica.cli import main
 from semantica.engines import load_engine
-from semantica.engines.bundle import entries, open_bundle
+from semantica.engines.bundle import open_bundle
 from semantica.engines.ort_bound import BoundEngine
 from semantica.errors import ArtifactError
 from semantica.export import write
 from semantica.export.config import ExportConfig
 from semantica.export.gate import gate
 from semantica.export.program import capture
+from semantica.files import entries
 from semantica.model.layers import GroupNormAct
 from semantica.sampling.loop import sample
 from semantica.sampling.settings import Sampling
@@ -61,9 +62,12 @@ def test_graphs_have_native_nodes_named_batch_and_the_types_of_the_precision(bun
     wide, narrow = onnx.TensorProto.FLOAT, onnx.TensorProto.DataType.Value(element)
     keys = {f"{kind}.{i}": (["batch", 2, 16, 32], narrow) for i in range(2) for kind in "kv"}
     assert shapes == {
-        "z": (["batch", 3, 16, 16], wide), "logsnr": (["batch"], wide), "emb": (["batch", 32], narrow),
-        "v": (["batch", 3, 16, 16], wide), **keys,
-    }  # fmt: skip
+        "z": (["batch", 3, 16, 16], wide),
+        "logsnr": (["batch"], wide),
+        "emb": (["batch", 32], narrow),
+        "v": (["batch", 3, 16, 16], wide),
+        **keys,
+    }
     # keys and values are read as they come, not turned or copied
     readers = {n.op_type for n in model.graph.node if set(n.input) & set(keys)}
     assert readers == {"Attention"}

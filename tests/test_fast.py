@@ -1,5 +1,7 @@
 """The network rearranged for sampling computes what the network does; graphs keep their promises on any device."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from semantica import Stream, UViT
 from semantica.cli import main
 from semantica.model.fast import FastDenoiser
 from semantica.sampling.compiled import BUCKETS, CompiledDenoiser, GraphCache
-from semantica.sampling.loop import sample
+from semantica.sampling.loop import classifier_free, sample
 from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule
 
@@ -238,8 +240,12 @@ def test_runs_that_differ_in_what_a_graph_bakes_in_have_graphs_of_their_own():
         expected = fast(unet, torch.float32, *arguments)
         torch.testing.assert_close(sample(denoiser, *arguments), expected, rtol=0, atol=1e-6, msg=name)
     assert len(made) == len(runs) - 2
-    # fresh noise in every step is no part of a graph
+    # neither fresh noise in every step nor somebody's guidance is part of a graph
     sample(denoiser, noise(), condition, null, *settings(2.0, 3, solver="ddpm"), noise)
+    own = SimpleNamespace(needs=(), predictor=classifier_free)
+    actual = sample(denoiser, *runs["first"], guidance=own)
+    with torch.no_grad():
+        torch.testing.assert_close(actual, sample(unet, *runs["first"]), rtol=0, atol=1e-4)
     assert len(made) == len(runs) - 2
 
 

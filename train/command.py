@@ -5,6 +5,7 @@ import os
 import sys
 
 from semantica.errors import UserError
+from semantica.options import parse
 from semantica.train.preemption import Preemption, leave
 
 
@@ -12,7 +13,6 @@ def run(arguments: list[str]) -> None:
     """Train with these options. Raises as `semantica.train.loop.train`, and `UserError` for options there are not."""
     # from the start: torchrun ends all processes when one has left, and what is wrong must still be said
     with Preemption() as stop:
-        from semantica.options import parse
         from semantica.train.config import TrainConfig
 
         try:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tyro.extras import literal_type_from_choices
 
 from semantica.errors import UserError
+from semantica.model.presets import PRESETS
 
 FORMAT = 1
 # settings that may change when a run is continued: they do not alter what any step computes
@@ -41,7 +43,7 @@ class TrainConfig:
     """Run folder to write; `semantica sample --model` reads it."""
     steps: int = 10_000
     """Optimizer steps in all."""
-    preset: Literal["tiny", "small", "base", "large"] = "tiny"
+    preset: literal_type_from_choices(PRESETS) = "tiny"
     """Model size."""
     mode: Literal["auto", "folders", "pages", "reconstruct"] = "auto"
     """What a pair is: two pictures of one folder, two of one web page, or a picture and itself."""

@@ -67,16 +67,19 @@ class Preemption(Stop):
     def _watch(self) -> None:
         with self.heard:
             # each byte is a signal's number; none once the other end is closed
-            while not {signal.SIGTERM, signal.SIGINT} & {*(numbers := self.heard.recv(64))}:
-                if not numbers:
-                    return
-        self.asked = True
+            while numbers := self.heard.recv(64):
+                if {signal.SIGTERM, signal.SIGINT} & {*numbers}:
+                    self.asked = True
+                    threading.Thread(target=self._give_up, daemon=True).start()
+
+    def _give_up(self) -> None:
         limit = max(self.patience, 3 * self.longest)
         if os.environ.get("WORLD_SIZE", "1") == "1" or self.settled.wait(limit):
             return
         if os.environ.get("RANK", "0") == "0":
+            # the bar's line comes before
             print(
-                f"semantica: asked to stop, and another of the processes did not answer within {limit:.0f} s: "
+                f"\nsemantica: asked to stop, and another of the processes did not answer within {limit:.0f} s: "
                 "the same command continues from the newest complete checkpoint",
                 file=sys.stderr,
             )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import held_out_batches
 from semantica.train.data.open import open_data
 from semantica.train.data.pairs import Pairs, batches
+from semantica.train.data.source import Source
 from semantica.train.heads import PairHead
 from semantica.train.objective import Objective
 from semantica.train.processes import Vote, World, identity, local_device
@@ -163,7 +164,7 @@ def prepare(config: TrainConfig, world: World) -> Training:
     )
 
 
-def open_sets(config: TrainConfig) -> tuple[Any, Any, list[tuple[str, str]]]:
+def open_sets(config: TrainConfig) -> tuple[Source, Source | None, list[tuple[str, str]]]:
     """Sources to train on and, or None, of held-out figures; (name, reason) of what is bad in them."""
     data = open_data(config.data, config.mode, config.low, config.high, config.tokens)
     if config.val:
@@ -196,7 +197,7 @@ def compiled(config: TrainConfig, objective: Objective) -> Objective:
     return objective
 
 
-def resume(state: TrainState, root, world: World, say: Callable[[str], None]) -> None:
+def resume(state: TrainState, root: Path, world: World, say: Callable[[str], None]) -> None:
     """Fill a state from the newest whole checkpoint, if there is one."""
     world.from_main(lambda: checkpoint.tidy(root))
     found = checkpoint.load_newest(root, world, say)

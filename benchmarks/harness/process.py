@@ -1,20 +1,51 @@
-"""Implementations in processes of their own: both ends of the pipe, and the ceilings that are timed between rounds.
+"""Implementations in processes of their own: both ends of the pipe, and the race of whole runs.
 
 Requests and answers are JSON, one a line, answers on what was standard output when the process started.
 """
 
+import importlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from semantica.errors import UserError
+
+if TYPE_CHECKING:
+    from semantica.benchmarks.harness.race import Protocol, Times
 
 
 class Wrong(Exception):
     """An implementation that must not be timed; the message says why."""
+
+
+def resolve(target: str) -> Callable:
+    """ "module:function" as the function, from what is installed or from the working folder.
+
+    Raises:
+        UserError: no such module or function.
+    """
+    module, _, name = target.partition(":")
+    # last, so that nothing in the user's folder stands in for an installed package
+    sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{target!r} cannot be imported as module:function ({error})") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(function):
+        raise UserError(f"{target!r} is not a function")
+    return function
 
 
 def serve(handlers: dict[str, Callable[..., dict]]) -> None:
@@ -44,7 +75,7 @@ def peak_memory() -> int:
 
 
 class Process:
-    """An implementation in its own process. Whatever fails there is `Wrong` here.
+    """An implementation's own process. Whatever fails there is `Wrong` here.
 
     module: is run as a script, with a folder of its own as the only argument. name: of that folder, in `place`.
     """
@@ -89,33 +120,93 @@ def last_line(path: str) -> str:
     return lines[-1][:200] if lines else "it said nothing"
 
 
-class Ceilings:
-    """Rates of a copy and of matrix products, between the rounds."""
+@dataclass(eq=False)
+class Entrant:
+    """An implementation in a race of whole runs, and what the race finds of it.
 
-    def __init__(self, device: str):
-        import torch
+    Attributes:
+        process: answers requests; to each run with `seconds`, a list of the time of each call in it, and `peak_bytes`.
+        built, first, last: answers to the request that built it, to its first run and to its latest.
+        answers: to the timed runs.
+        reason: why it is not timed, or no longer; the first fault only.
+    """
 
-        from semantica.benchmarks.harness import race as timing
+    process: Process
+    built: dict = field(default_factory=dict)
+    first: dict = field(default_factory=dict)
+    last: dict = field(default_factory=dict)
+    answers: list[dict] = field(default_factory=list)
+    reason: str = ""
 
-        self.clock = timing.clock(device)
-        self.runners = {"copy": timing.copy_contender(device)}
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            self.runners[name] = timing.matrix_contender(device, dtype)
-        self.times: dict[str, list[float]] = {name: [] for name in self.runners}
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """What is wrong within is its fault, and the race goes on."""
+        try:
+            yield
+        except Wrong as error:
+            self.reason = self.reason or str(error)
 
-    def measure(self) -> None:
-        for name, (contender, _) in self.runners.items():
-            call = contender(0)
-            self.times[name] += [self.clock.time(call, 0)[0] for _ in range(3)]
+    def all(self, name: str) -> list[float]:
+        """A list in each answer, such as `seconds`, over all timed runs."""
+        return [value for answer in self.answers for value in answer[name]]
 
-    def rates(self) -> dict[str, float]:
-        if not self.times["copy"]:
-            return {}
-        from semantica.benchmarks.harness import race as timing
+    @property
+    def facts(self) -> dict:
+        return {"first_s": self.first["seconds"][0], "peak_bytes": self.last["peak_bytes"]}
 
-        rate = {name: amount / timing.quantile(self.times[name], 0.5) for name, (_, amount) in self.runners.items()}
-        return {
-            "copy_gbps": rate["copy"] / 1e9,
-            "matrix_tflops": rate["bf16"] / 1e12,
-            "matrix_tflops_fp32": rate["fp32"] / 1e12,
-        }
+    @property
+    def times(self) -> "Times":
+        from semantica.benchmarks.harness.race import Times
+
+        return Times(self.all("seconds"))
+
+
+def fair(entrants: Iterable[Entrant]) -> list[Entrant]:
+    return [entrant for entrant in entrants if not entrant.reason]
+
+
+def race(
+    what: str,
+    entrants: Iterable[Entrant],
+    protocol: "Protocol",
+    device: str,
+    draw: Callable[[], Any],
+    run: Callable[[Entrant, Any], dict],
+    judge: Callable[[list[Entrant], Any, int], None] = lambda entered, content, rounds: None,
+) -> dict[str, float]:
+    """Rounds of whole runs, in random order within each; returns the ceilings in the same rounds.
+
+    Args:
+        what: is raced, for the progress bar.
+        draw: what a round computes, the same for all.
+        run: one run, or several in turn, of an entrant; returns its answer.
+        judge: called after each round with those who ran, the content, and how many timed rounds there were by then:
+            0 while all warm up.
+    """
+    from semantica.benchmarks.harness.progress import phase
+    from semantica.benchmarks.harness.race import Ceilings
+
+    entered, rng, ceilings, rounds, began = fair(entrants), random.Random(), Ceilings(device), -protocol.warmup, 0.0
+    with phase(f"{what}: rounds", protocol.most) as done:
+        while entered and rounds < protocol.most:
+            began = time.perf_counter() if rounds <= 0 else began
+            if rounds >= max(protocol.least, 1) and time.perf_counter() - began > protocol.seconds:
+                break
+            rounds += 1
+            content, ran = draw(), []
+            rng.shuffle(entered)
+            for entrant in entered:
+                # threads of the process before may still spin
+                time.sleep(0.02)
+                with entrant.refusing():
+                    entrant.last = run(entrant, content)
+                    ran.append(entrant)
+                    if rounds > 0:
+                        entrant.answers.append(entrant.last)
+            judge(ran, content, max(rounds, 0))
+            entered = fair(entered)
+            if rounds > 0:
+                ceilings.measure()
+                done.total = protocol.rounds((time.perf_counter() - began) / rounds)
+                done.update()
+    return ceilings.rates()

@@ -1,9 +1,10 @@
-"""The protocol: contenders in random order within rounds, warmed up alike, L2 cold, every call timed by itself.
+"""The race of operators: contenders in random order within rounds, warmed up alike, every call timed by itself.
 
-On a processor with an L3 that stays as the calls leave it: there, what an operator reads was just written by another.
+Before each call the L2 cache is filled with other data. A processor's L3 is left as the last calls left it: an operator
+usually reads what another has just written.
 
-On a GPU the time of the device (events around the call, enqueued behind a kernel that spins, so that the device never
-waits for the host) and the time on the wall (the device idle before and after) are taken in calls of their own.
+A GPU has two times, each taken in calls of its own. The device's: between two events around the call, enqueued behind a
+kernel that spins, so that the device never waits for the host. The one on the wall: from an idle device to an idle one.
 """
 
 import gc
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-# the matrix product whose rate is the ceiling: its side
+# ceilings are the rates of a product of square matrices with this side, and of a copy of so many bytes
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 # an upper bound of GPU clocks in Hz: spinning takes at least the asked time
@@ -26,12 +27,16 @@ CLOCK_RATE = 2.2e9
 
 @dataclass(frozen=True)
 class Protocol:
-    """How often: rounds follow from the seconds that a race may take, within bounds that are alike for everyone."""
+    """How often everything is run: as often as fits into some seconds, between a least and a most number of rounds."""
 
     warmup: int = 3
     least: int = 15
     most: int = 100
     seconds: float = 2.0
+
+    def rounds(self, seconds: float) -> int:
+        """How many rounds there are, of so many seconds each."""
+        return min(max(int(self.seconds / seconds), self.least), self.most)
 
 
 QUICK = Protocol(warmup=2, least=7, most=15, seconds=0.3)
@@ -64,18 +69,18 @@ class CpuClock:
 
     def __init__(self):
         self.cache = cache_bytes()
-        # every thread sweeps the cache of its own core
+        # twice the L2 of all cores in use: each thread reads its own part
         self.sweep = torch.zeros(2 * cache_bytes(2) * torch.get_num_threads() // 4, dtype=torch.int32)
 
     def time(self, call: Callable[[], Any], kind: int) -> tuple[float, Any]:
-        # read, not written: lines to write back would be charged to the call
+        # only read: modified lines would have to be written back during the call
         self.sweep.amax()
         began = time.perf_counter()
         result = call()
         return time.perf_counter() - began, result
 
-    def settle(self, calls: int) -> None:
-        """Nothing runs ahead of the host."""
+    def calibrate(self, calls: int) -> None:
+        """Calls are done when they return: there is no lead to choose."""
 
 
 class CudaClock:
@@ -107,8 +112,8 @@ class CudaClock:
         torch.cuda.synchronize()
         return time.perf_counter() - began, result
 
-    def settle(self, calls: int) -> None:
-        """Spin for twice as long as the host needed for the slowest of the last calls: all is enqueued by then."""
+    def calibrate(self, calls: int) -> None:
+        """Choose for how long the device spins: twice what the host took to enqueue the slowest of the last calls."""
         self.lead = min(max(2 * max(self.hosts[-calls:]), 50e-6), 20e-3)
         self.hosts.clear()
 
@@ -136,7 +141,7 @@ def race(
     """Times of each contender, and `(number of its last call, what that returned)`, to be judged again.
 
     Args:
-        contenders: from the number of a call to the call: what must be done before, and not be timed, is done then.
+        contenders: from the number of a call to the call; what must precede it untimed is done when it is asked for.
     """
     times = {name: Times() for name in contenders}
     last: dict[str, tuple[int, Any]] = {}
@@ -147,7 +152,7 @@ def race(
         for kind in range(clock.kinds):
             rng.shuffle(order)
             for name in order:
-                # what a caller would have dropped by now must not keep its memory from the next result
+                # a caller would have dropped the result of the call before: its memory is free for the next
                 last.pop(name, None)
                 seconds, result = clock.time(contenders[name](number), kind)
                 last[name] = number, result
@@ -161,9 +166,8 @@ def race(
         for _ in range(protocol.warmup):
             began = time.perf_counter()
             round_of_all(record=False)
-        clock.settle(len(contenders))
-        rounds = int(protocol.seconds / (time.perf_counter() - began))
-        for _ in range(min(max(rounds, protocol.least), protocol.most)):
+        clock.calibrate(len(contenders))
+        for _ in range(protocol.rounds(time.perf_counter() - began)):
             round_of_all(record=True)
     return times, last
 
@@ -193,3 +197,30 @@ def matrix_contender(device: str, dtype: torch.dtype) -> tuple[Contender, int]:
     side = MATRIX_SIDE[device]
     a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     return lambda number: lambda: a @ b, 2 * side**3
+
+
+class Ceilings:
+    """Rates of a copy and of matrix products, between the rounds of a race of whole runs."""
+
+    def __init__(self, device: str):
+        self.clock = clock(device)
+        self.runners = {"copy": copy_contender(device)}
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            self.runners[name] = matrix_contender(device, dtype)
+        self.times: dict[str, list[float]] = {name: [] for name in self.runners}
+
+    def measure(self) -> None:
+        for name, (contender, _) in self.runners.items():
+            call = contender(0)
+            self.times[name] += [self.clock.time(call, 0)[0] for _ in range(3)]
+
+    def rates(self) -> dict[str, float]:
+        """Empty where nothing was measured."""
+        if not self.times["copy"]:
+            return {}
+        rate = {name: amount / quantile(self.times[name], 0.5) for name, (_, amount) in self.runners.items()}
+        return {
+            "copy_gbps": rate["copy"] / 1e9,
+            "matrix_tflops": rate["bf16"] / 1e12,
+            "matrix_tflops_fp32": rate["fp32"] / 1e12,
+        }

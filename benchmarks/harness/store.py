@@ -2,75 +2,19 @@
 
 import datetime
 import functools
-import hashlib
 import json
 import platform
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from semantica.errors import UserError
 
+if TYPE_CHECKING:
+    from semantica.benchmarks.harness.race import Times
+
 # what makes two rows of different files the same measurement
 IDENTITY = ("op", "impl", "shape", "layout", "dtype", "direction", "device")
-
-
-def kernel_hash(op: str, arch: str) -> str:
-    """Of the sources that an operator's fused implementation on an architecture is made of, and its launch settings.
-
-    arch: such as "sm_90"; anything else is a processor, where the compiled loops say themselves what they are made of.
-    """
-    from semantica import kernels
-
-    folder, digest = Path(kernels.__file__).parent, hashlib.sha256()
-    if not arch.startswith("sm_"):
-        paths = [folder / op / "op.py", *(folder / op).glob("cpu.py")]
-        digest.update(built_from().encode() if len(paths) > 1 else b"")
-    else:
-        paths = [folder / "launch.py", *(path for path in (folder / op).glob("*.py") if path.stem != "cpu")]
-        # tuning one architecture leaves the rows of others as they are
-        table = json.loads((folder / op / "ladder.json").read_text())
-        own = {kernel: ladders.get(arch, ladders["default"]) for kernel, ladders in table.items()}
-        digest.update(json.dumps(own, sort_keys=True).encode())
-    for path in sorted(paths, key=lambda path: path.name):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def built_from() -> str:
-    """What identifies the sources of `semantica._C`; empty where it is not built."""
-    try:
-        from semantica import _C
-    except ImportError:
-        return ""
-    return _C.build_info()["sources"]
-
-
-# what our rows of whole runs depend on, by folder
-NETWORK = (
-    "model/uvit.py", "model/layers.py", "model/encoders.py", "condition.py", "model/attention.py", "kernels/**/*.py",
-    "csrc/*",
-)  # fmt: skip
-SAMPLING = ("model/fast.py", "sampling/compiled.py", "sampling/loop.py", "solvers.py")
-SOURCES = {
-    "sample": (*NETWORK, *SAMPLING),
-    "sample_ladder": (*NETWORK, *SAMPLING, "benchmarks/stock.py"),
-    "train": (*NETWORK, "diffusion.py", "memory.py", "train/objective.py", "train/state.py", "train/loop.py"),
-}
-
-
-@functools.cache
-def source_hash(op: str) -> str:
-    """Of the sources that a whole run is made of."""
-    import semantica
-    from semantica import kernels
-
-    # the sub-packages lie beside the package
-    package, house = Path(semantica.__file__).parent, Path(kernels.__file__).parents[1]
-    digest = hashlib.sha256()
-    for pattern in SOURCES[op]:
-        for path in sorted((house if "/" in pattern else package).glob(pattern)):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @functools.cache
@@ -104,6 +48,33 @@ def environment(device: str) -> dict:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def row(names: tuple[str, ...], times: "Times", device: str, flops: int, ceilings: dict[str, float]) -> dict:
+    """What every row has.
+
+    Args:
+        names: in the order of `IDENTITY`, without the device's.
+        ceilings: `copy_gbps` and `matrix_tflops`, and where there are several `matrix_tflops_` and a dtype.
+    """
+    named, median = dict(zip(IDENTITY, names)), times.quantile(0.5)
+    tflops = flops / median / 1e12
+    return {
+        **named,
+        "uses": named["impl"],
+        **{name: times.quantile(q) * 1e6 for name, q in (("median_us", 0.5), ("p20_us", 0.2), ("p80_us", 0.8))},
+        "rounds": len(times.device),
+        "flops": flops,
+        "tflops": tflops,
+        "share_of_matrix_rate": tflops / matrix_rate(ceilings, named["dtype"]),
+        **ceilings,
+        **environment(device),
+    }
+
+
+def matrix_rate(ceilings: dict[str, float], dtype: str) -> float:
+    """TFLOP/s of a matrix product: of bf16 where whole runs compute in it, of the rows' own dtype where it is alone."""
+    return ceilings.get(f"matrix_tflops_{dtype}", ceilings["matrix_tflops"])
 
 
 class Replay:
@@ -153,14 +124,6 @@ def rows(path: Path) -> list[dict]:
 
 def identity(row: dict) -> tuple:
     return tuple(row[field] for field in IDENTITY)
-
-
-def stale(row: dict) -> bool:
-    """Whether the code that a row timed has changed since."""
-    if row["kernel_hash"] is None:
-        return False
-    now = source_hash(row["op"]) if row["op"] in SOURCES else kernel_hash(row["op"], row["arch"])
-    return row["kernel_hash"] != now
 
 
 def compare(before: list[dict], now: list[dict]) -> list[dict]:

@@ -1,140 +1,148 @@
-"""What the verbs of `semantica bench` share: running a suite of pytest-benchmark, tables, files."""
+"""The one suite of pytest-benchmark: a test for each row.
+
+A race is run once, by the first of its tests; the clock that pytest-benchmark reads then replays the samples, so that
+its statistics, comparisons and histograms hold of them. Each kind of rows is a `Bench`, in a module that takes over
+`pytest_generate_tests`, `bench` and `test_row` from here and says in `DEFAULT` what plain pytest runs:
+`pytest --import-mode=importlib benchmarks/kernels/suite.py --benchmark-json out.json`.
+"""
 
 import contextlib
-import dataclasses
-import importlib.util
+import inspect
 import io
 import json
 import os
-import re
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import ClassVar
 
-from semantica.errors import UserError
+import pytest
 
+from semantica.benchmarks.harness.progress import time_left
+from semantica.benchmarks.harness.store import Replay
 
-def cumulative(switches: type, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A ladder: "plain", then each field of a dataclass of switches turned on in turn, in their order."""
-    names = [field.name for field in dataclasses.fields(switches) if field.name not in without]
-    ladder = {"plain": switches()}
-    for i, name in enumerate(names):
-        ladder[f"+ {name.replace('_', ' ')}"] = switches(**dict.fromkeys(names[: i + 1], True))
-    return ladder
+PLUGIN = "semantica-bench"
 
 
-def writable(*paths: Path | None) -> None:
-    """Raises `UserError` for a file whose folder does not exist: before hours of measuring, not after."""
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"{path} cannot be written: {path.parent} is not a folder")
+# why an implementation was not timed, or the seconds of its calls and the fields of its row
+Outcome = str | tuple[list[float], dict]
 
 
-def need(*packages: str) -> None:
-    """Raises `UserError` for packages of the extra `bench` that are not installed."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f'{package} is missing: pip install "semantica-diffusion[bench]"')
+@dataclass(eq=False, kw_only=True)
+class Bench:
+    """What is raced, and, as a plugin of pytest, what came of it.
 
-
-def device_kind(name: str) -> str:
-    """ "cpu" or "cuda".
-
-    Raises:
-        UserError: no such device, or one of several GPUs: what is measured is the first that is visible.
+    Attributes:
+        races: the names of implementations in each race, in the order in which they are run. A race is known by its
+            problem, and by its direction where there are several.
+        absent: implementations that are not raced, and why. wrong: rows that were not timed, and why.
     """
-    from semantica.device import pick_device
 
-    device = pick_device(name)
-    if device.index:
-        raise UserError(f"--device {name}: benchmarks run on the first GPU; choose it with CUDA_VISIBLE_DEVICES")
-    return device.type
+    races: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    wrong: list[dict] = field(default_factory=list)
+    outcomes: dict[tuple[str, ...], dict[str, Outcome]] = field(default_factory=dict)
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    began: float = field(default_factory=time.perf_counter)
+    # whether the file holds the seconds of every call
+    keeps_samples: ClassVar[bool] = True
+
+    def run(self, race: tuple[str, ...], what: str) -> dict[str, Outcome]:
+        """Outcomes by name. what: the race, for the progress bar."""
+        raise NotImplementedError
+
+    def more(self) -> dict:
+        """What the file holds beside the rows."""
+        return {}
+
+    def tables(self) -> dict[str, tuple[Sequence[str], list[tuple[str, ...]]]]:
+        """What is shown beside the rows: `{heading: (columns, lines)}`."""
+        return {}
+
+    def outcome(self, race: tuple[str, ...], name: str) -> Outcome:
+        """Of an implementation in a race, which is run when it is asked for first."""
+        if race not in self.outcomes:
+            every, run = len(self.races), len(self.outcomes)
+            left = f", {time_left((time.perf_counter() - self.began) / run * (every - run))}" if run else ""
+            self.outcomes[race] = self.run(race, f"{' '.join(race)} ({run + 1} of {every}{left})")
+        return self.outcomes[race][name]
+
+    def pytest_benchmark_update_json(self, output_json: dict) -> None:
+        output_json["semantica"] = {"wrong": self.wrong, "absent": self.absent, **self.more()}
+        output_json["machine_info"].get("cpu", {}).pop("flags", None)
+        for benchmark in output_json["benchmarks"] if not self.keeps_samples else ():
+            del benchmark["stats"]["data"]
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call":
+            name = report.nodeid.partition("[")[2].removesuffix("]")
+            print(f"{'timed' if report.passed else 'WRONG'}  {name}", file=sys.__stderr__, flush=True)
 
 
-def run_suite(plan, module: ModuleType) -> dict:
-    """The results file of pytest-benchmark, as a value.
+replay = Replay()
 
-    Args:
-        plan: what to run; registered as a plugin under the module's name for it.
-        module: the suite.
-    """
-    import pytest
+
+def bench_of(config, module) -> Bench:
+    found = config.pluginmanager.get_plugin(PLUGIN)
+    if found is None:
+        found = module.DEFAULT()
+        config.pluginmanager.register(found, PLUGIN)
+    return found
+
+
+def pytest_generate_tests(metafunc):
+    races = bench_of(metafunc.config, metafunc.module).races
+    rows = [(race, name) for race, names in races.items() for name in names]
+    ids = [" ".join((*race, name)).replace(" ", "-").replace(",", "") for race, name in rows]
+    metafunc.parametrize(("race", "impl"), rows, ids=ids)
+
+
+@pytest.fixture(scope="module")
+def bench(request) -> Iterator[Bench]:
+    found = bench_of(request.config, request.module)
+    with found.closing:
+        yield found
+
+
+@pytest.mark.benchmark(timer=replay)
+def test_row(race, impl, bench, benchmark):
+    outcome = bench.outcome(race, impl)
+    if isinstance(outcome, str):
+        bench.wrong.append({**dict(zip(("problem", "direction"), race)), "impl": impl, "reason": outcome})
+        pytest.fail(f"{impl}: {outcome}", pytrace=False)
+    seconds, row = outcome
+    benchmark.group = " ".join(race)
+    replay.play(benchmark, seconds)
+    benchmark.extra_info.update(row)
+
+
+def run(bench: Bench) -> dict:
+    """Everything of a bench; returns the results file of pytest-benchmark, as a value."""
 
     class Named:
         @staticmethod
         def pytest_configure(config):
-            config.pluginmanager.register(plan, module.PLUGIN)
+            config.pluginmanager.register(bench, PLUGIN)
 
-    suite, said = Path(module.__file__), io.StringIO()
+    suite, said = Path(inspect.getfile(type(bench))), io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         stored = Path(folder) / "rows.json"
         # no configuration but this: neither the user's project nor ours
-        options = [
-            "-c", os.devnull, "--rootdir", str(suite.parents[1]), "--noconftest", "--import-mode=importlib", "-q", "-s",
-            "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist", f"--benchmark-json={stored}",
-        ]  # fmt: skip
+        options = ["-c", os.devnull, "--rootdir", str(suite.parents[1]), "--noconftest", "--import-mode=importlib"]
+        options += ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist"]
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = pytest.main([*options, str(suite)], plugins=[Named()])
+            code = pytest.main([*options, f"--benchmark-json={stored}", str(suite)], plugins=[Named()])
         if code == pytest.ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
-        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or (code and not plan.wrong):
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or (code and not bench.wrong):
             raise RuntimeError(f"the suite broke:\n{said.getvalue()}")
         if not stored.exists() or not stored.stat().st_size:
-            return {"benchmarks": [], "semantica": {"wrong": plan.wrong, "absent": plan.absent}}
+            return {"benchmarks": [], "semantica": {"wrong": bench.wrong, "absent": bench.absent, **bench.more()}}
         content = json.loads(stored.read_text())
         # results are published, host names are not
         for name in ("node", "release"):
             content["machine_info"].pop(name, None)
         return content
-
-
-def publish(config, plan, content: dict, columns: tuple[str, ...], cells: Callable, page: Callable, figure: Callable):
-    """Store, show and draw what a suite found, as `json`, `html` and `png` of a configuration ask.
-
-    Args:
-        columns, cells: heads of the table, and `(row, rows) -> tuple of text`.
-        page: `(path, rows, plan)` writes a page. figure: of rows, at least one.
-    """
-    rows = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
-    if config.json is not None:
-        write(config.json, json.dumps(content, indent=1))
-    show(columns, [cells(row, rows) for row in rows])
-    for name, reason in plan.absent.items():
-        print(f"absent: {name} ({reason})")
-    for row in plan.wrong:
-        which = " ".join(filter(None, (row["problem"], row.get("direction"), row["impl"])))
-        print(f"WRONG, not timed: {which}: {row['reason']}")
-    if config.html is not None:
-        page(config.html, rows, plan)
-    if config.png is not None and rows:
-        figure(rows).savefig(config.png, dpi=150)
-
-
-def show(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table on the terminal; columns that are the same all along stand above it, empty ones nowhere."""
-    from rich.console import Console
-    from rich.table import Table
-
-    values = [{row[i] for row in rows} for i in range(len(columns))]
-    alike = [i for i, found in enumerate(values) if len(rows) > 1 and len(found) == 1]
-    named = [f"{columns[i].strip()}: {rows[0][i]}" for i in alike if rows[0][i]]
-    if named:
-        print("; ".join(named))
-    numeric = [all(re.fullmatch(r"[-0-9.%x/ ]*", cell) for cell in found) for found in values]
-    table = Table(box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        if i not in alike:
-            table.add_column(column.strip(), justify="right" if numeric[i] else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(cell for i, cell in enumerate(row) if i not in alike))
-    # as wide as the table: cut figures are worse than long lines
-    Console(width=max(80, Console(width=1000).measure(table).maximum), highlight=False).print(table)
-
-
-def write(path: Path, text: str) -> None:
-    """Write aside, then rename."""
-    aside = path.with_name(f".{path.name}.incomplete")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

@@ -3,14 +3,11 @@
 import math
 from collections.abc import Iterable
 
-from semantica.benchmarks.harness import store
+from semantica.benchmarks.harness.sources import stale
 
-COLUMNS = (
-    "operator", "direction", "layout", "dtype", "against native", "against eager", "against compile",
-    "against the fastest",
-)  # fmt: skip
 # what PyTorch offers: the operators on the tensor as it is, the same on a contiguous copy, and its compiler
 RIVALS = ("native", "eager", "compile")
+COLUMNS = ("operator", "direction", "layout", "dtype", *(f"against {name}" for name in (*RIVALS, "the fastest")))
 PROBLEM = ("op", "direction", "layout", "dtype", "shape")
 # ratios of rows whose 80th percentile is further than this from their 20th are marked
 SPREAD = 2.0
@@ -45,8 +42,8 @@ def summary(rows: list[dict]) -> list[tuple[str, ...]]:
                 gains[name].append(ratio)
             if ratios:
                 gains["fastest"].append(min(ratios.values()))
-        stale = " (stale)" if any(map(store.stale, own)) else ""
-        lines.append((op + stale, direction, layout, dtype, *map(cell, gains.values())))
+        mark = " (stale)" if any(map(stale, own)) else ""
+        lines.append((op + mark, direction, layout, dtype, *map(cell, gains.values())))
     return lines
 
 

@@ -1,26 +1,27 @@
 """`semantica bench kernels`: time the operators, or inspect what the compiler makes of the kernels."""
 
-import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from semantica.benchmarks.harness.suite import device_kind, need, publish, run_suite, show, writable, write
+from semantica.benchmarks.harness.table import Column, Kind, against, cells, heads, show
+from semantica.benchmarks.harness.verb import Outputs, measure, need
 from semantica.errors import UserError
+from semantica.files import write_json
 
 
 @dataclass(frozen=True)
-class KernelsConfig:
+class KernelsConfig(Outputs):
     """Time the operators beside other implementations. A wrong result is listed and not timed."""
 
-    op: Literal["all", "group_norm", "cross_attention"] = "all"
+    op: Annotated[str, tyro.conf.arg(metavar="all|NAME")] = "all"
+    """One operator, by the name of its function."""
     filter: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """Words that a row must all have, such as "bfloat16 channels_last fused"."""
-    device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     direction: tuple[Literal["forward", "backward", "both"], ...] = ("forward", "backward")
     """What is timed: each alone, or "both" as one."""
     impl: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODULE:FUNCTION")] = ()
@@ -36,12 +37,6 @@ class KernelsConfig:
     """Architectures to compile for."""
     workers: int = 1
     """Processes that compile."""
-    json: Path | None = None
-    """Store the rows."""
-    html: Path | None = None
-    """Write a page of tables and roofline plots."""
-    png: Path | None = None
-    """Write the roofline plot as a picture."""
 
 
 def kernels(config: KernelsConfig) -> int:
@@ -50,69 +45,66 @@ def kernels(config: KernelsConfig) -> int:
     Raises:
         UserError: impossible options, a package that is missing, or nothing to do.
     """
-    writable(config.json, config.html, config.png)
+    config.check()
+    from semantica.kernels import OPERATORS
+
+    if config.op not in ("all", *OPERATORS):
+        raise UserError(f"--op {config.op!r} is unknown: expected all, {', '.join(OPERATORS)}")
     if config.workers < 1:
         raise UserError(f"--workers is {config.workers}: give at least 1")
     if config.compile_only:
         return compile_only(config)
     if config.impl and config.op == "all":
-        raise UserError("--impl needs --op group_norm or --op cross_attention: which of them it computes")
+        raise UserError("--impl needs --op NAME: which operator it computes")
     if not config.direction:
         raise UserError("--direction needs at least one of forward, backward, both")
     need("pytest", "pytest_benchmark")
 
-    from semantica.benchmarks.kernels import suite as suite_kernels
-    from semantica.kernels import OPERATORS
+    from semantica.benchmarks.kernels.suite import KernelBench
 
     part = re.fullmatch(r"(\d+)/(\d+)", config.part)
     if not part or not 1 <= int(part[1]) <= int(part[2]):
         raise UserError(f"--part {config.part!r}: give K/N with 1 <= K <= N, such as 1/3")
-    plan = suite_kernels.Plan(
-        ops=list(OPERATORS) if config.op == "all" else [config.op],
-        words=config.filter.split(),
-        device=device_kind(config.device),
+    bench = KernelBench(
+        ops=tuple(OPERATORS) if config.op == "all" else (config.op,),
+        words=tuple(config.filter.split()),
+        device=config.device_kind(),
         directions=config.direction,
         own=config.impl,
         quick=config.quick,
         part=(int(part[1]), int(part[2])),
     )
-    if not plan.rows():
+    if not bench.races:
         raise UserError(f"no row has all of {config.filter!r}: see `semantica bench kernels --quick` for names")
-    content = run_suite(plan, suite_kernels)
-    publish(config, plan, content, COLUMNS, cells, kernels_page, figure)
+    measure(config, bench, KIND)
     # other packages' faults are listed, ours and the user's fail
-    return 1 if any(row["impl"] == "fused" or row["impl"] in config.impl for row in plan.wrong) else 0
+    return 1 if any(row["impl"] == "fused" or row["impl"] in config.impl for row in bench.wrong) else 0
 
 
-COLUMNS = (
-    "operator", "shape", "layout", "dtype", "direction", "implementation", "median us", "p20 - p80", "wall us",
-    "effective GB/s", "of copy", "moved GB/s", "of copy ", "TFLOP/s", "of matrix", "against eager", "error / eager's",
-)  # fmt: skip
-# left out of the README
-DETAILS = ("wall us", "moved GB/s", "of copy ", "error / eager's")
+ABOUT = (
+    "Implementations ran in random order within rounds, after the same warm-up, on inputs filled anew for every "
+    "call and with cold caches; each result was checked against float64 before and after. Effective GB/s: bytes "
+    "that no implementation can avoid over the median time; moved: bytes this one really moves, where known; "
+    "shares are of a copy, and of a matrix product, timed in the same rounds."
+)
 
 
-def cells(row: dict, rows: list[dict]) -> tuple[str, ...]:
-    """A row as text. Effective: bytes that nobody can avoid; moved: what this one really moves, if known."""
-    same = ("op", "shape", "layout", "dtype", "direction", "device")
-    eager = [r for r in rows if r["impl"] == "eager" and all(r[k] == row[k] for k in same)]
-    attention = row["op"] == "cross_attention"
-    known = row["gbps"] is not None
-    return (
-        *(row[k] for k in ("op", "shape", "layout", "dtype", "direction")),
-        row["impl"] if row["uses"] == row["impl"] else f"{row['impl']} ({row['uses']})",
-        f"{row['median_us']:.1f}",
-        f"{row['p20_us']:.1f} - {row['p80_us']:.1f}",
-        f"{row['wall_us']:.1f}",
-        f"{row['effective_gbps']:.1f}",
-        f"{row['effective_share_of_copy']:.0%}",
-        f"{row['gbps']:.1f}" if known else "",
-        f"{row['share_of_copy']:.0%}" if known else "",
-        f"{row['tflops']:.3g}" if attention else "",
-        f"{row['share_of_matrix_rate']:.0%}" if attention else "",
-        f"{eager[0]['median_us'] / row['median_us']:.2f}x" if eager else "",
-        f"{row['max_err'] / row['max_err_eager']:.2f}" if row["max_err_eager"] else f"{row['max_err']:.1g} / 0",
-    )
+def known(head: str, form: str) -> Column:
+    """Of the bytes that an implementation really moves, if anybody knows them."""
+    return Column(head, lambda row, rows: "" if row["gbps"] is None else form.format_map(row), detail=True)
+
+
+def of_products(head: str, form: str) -> Column:
+    """What says something about matrix products alone."""
+    return Column(head, lambda row, rows: form.format_map(row) if row["op"] == "cross_attention" else "")
+
+
+def implementation(row: dict, rows: list[dict]) -> str:
+    return row["impl"] if row["uses"] == row["impl"] else f"{row['impl']} ({row['uses']})"
+
+
+def error(row: dict, rows: list[dict]) -> str:
+    return f"{row['max_err'] / row['max_err_eager']:.2f}" if row["max_err_eager"] else f"{row['max_err']:.1g} / 0"
 
 
 def figure(rows: list[dict]):
@@ -128,95 +120,111 @@ def figure(rows: list[dict]):
     return roofline(points, copy, matrix)
 
 
-def kernels_page(path: Path, rows: list[dict], plan) -> None:
-    from semantica.report import Part, svg, write_page
-
-    about = (
-        "Implementations ran in random order within rounds, after the same warm-up, on inputs filled anew for every "
-        "call and with cold caches; each result was checked against float64 before and after. Effective GB/s: bytes "
-        "that no implementation can avoid over the median time; moved: bytes this one really moves, where known; "
-        "shares are of a copy, and of a matrix product, timed in the same rounds."
-    )
-    parts = [Part(text=about, note=True)]
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        own = [row for row in rows if row["dtype"] == dtype]
-        parts.append(Part(f"Roofline, {dtype}", svg=svg(figure(own))))
-    for op in dict.fromkeys(row["op"] for row in rows):
-        body = tuple(cells(row, rows)[1:] for row in rows if row["op"] == op)
-        parts.append(Part(op, columns=COLUMNS[1:], rows=body))
-    wrong = tuple((row["problem"], row["direction"], row["impl"], row["reason"]) for row in plan.wrong)
-    parts.append(Part("Wrong, not timed", columns=("problem", "direction", "implementation", "reason"), rows=wrong))
-    absent = tuple(plan.absent.items())
-    parts.append(Part("Absent", columns=("implementation", "reason"), rows=absent))
-    if rows:
-        facts = tuple((k, str(rows[0][k])) for k in ("device", "arch", "torch", "triton", "commit", "date"))
-        parts.append(Part("What ran", columns=("", ""), rows=facts))
-    write_page(path, "Semantica: operators", [part for part in parts if part.text or part.svg or part.rows], 1200)
-
+KIND = Kind(
+    title="Semantica: operators",
+    about=ABOUT,
+    columns=(
+        Column("operator", "{op}"),
+        Column("shape", "{shape}"),
+        Column("layout", "{layout}"),
+        Column("dtype", "{dtype}"),
+        Column("direction", "{direction}"),
+        Column("implementation", implementation),
+        Column("median us", "{median_us:.1f}"),
+        Column("p20 - p80", "{p20_us:.1f} - {p80_us:.1f}"),
+        Column("wall us", "{wall_us:.1f}", detail=True),
+        # bytes that nobody can avoid, and below those that this one really moves
+        Column("effective GB/s", "{effective_gbps:.1f}"),
+        Column("of copy", "{effective_share_of_copy:.0%}"),
+        known("moved GB/s", "{gbps:.1f}"),
+        known("of copy ", "{share_of_copy:.0%}"),
+        of_products("TFLOP/s", "{tflops:.3g}"),
+        of_products("of matrix", "{share_of_matrix_rate:.0%}"),
+        against("eager", "dtype"),
+        Column("error / eager's", error, detail=True),
+    ),
+    by="op",
+    apart=1,
+    figure=figure,
+    figures=lambda rows: {
+        f"Roofline, {dtype}": [row for row in rows if row["dtype"] == dtype]
+        for dtype in dict.fromkeys(row["dtype"] for row in rows)
+    },
+)
 
 # rows that a terminal shows one by one
 SHOWN = 40
-COMPILED_COLUMNS = (
-    "specimen", "kernel", "arch", "warps", "stages", "constants", "registers", "spilled B (st / ld)", "shared B",
-    "blocks/SM", "bound by", "occupancy", "tensor core", "loads (bits: n)", "stores (bits: n)", "atomics", "PTX",
-)  # fmt: skip
 
 
-def compiled_cells(row: dict) -> tuple[str, ...]:
-    def pairs(counts: dict) -> str:
-        return " ".join(f"{key}:{n}" for key, n in counts.items())
+def pairs(counts: dict, joint: str = ":") -> str:
+    return " ".join(f"{key}{joint}{n}" for key, n in counts.items())
 
-    constants = " ".join(f"{k}={v}" for k, v in row["constants"].items())
-    start = (row["name"], row["kernel"], row["arch"], str(row["warps"]), str(row["stages"]), constants)
-    if "error" in row:
-        return (*start, row["error"], *[""] * (len(COMPILED_COLUMNS) - len(start) - 1))
-    return (
-        *start,
-        str(row["registers"]),
-        f"{row['spill_stores_bytes']} / {row['spill_loads_bytes']}",
-        str(row["shared_bytes"]),
-        str(row["blocks_per_sm"]),
-        row["bound"],
-        f"{row['occupancy']:.0%}",
-        pairs(row["tensor"]),
-        pairs(row["loads"]),
-        pairs(row["stores"]),
-        str(row["atomics"]),
-        row["ptx"],
-    )
+
+def compiled(head: str, cell: str | Callable[[dict], str], error: str = "") -> Column:
+    """A column that is empty where a kernel was not compiled, except for what it says then."""
+
+    def write(row: dict, rows: list[dict]) -> str:
+        if "error" in row:
+            return error.format_map(row)
+        return cell.format_map(row) if isinstance(cell, str) else cell(row)
+
+    return Column(head, write)
+
+
+COMPILED = (
+    Column("specimen", "{name}"),
+    Column("kernel", "{kernel}"),
+    Column("arch", "{arch}"),
+    Column("warps", "{warps}"),
+    Column("stages", "{stages}"),
+    Column("constants", lambda row, rows: pairs(row["constants"], "=")),
+    compiled("registers", "{registers}", "{error}"),
+    compiled("spilled B (st / ld)", "{spill_stores_bytes} / {spill_loads_bytes}"),
+    compiled("shared B", "{shared_bytes}"),
+    compiled("blocks/SM", "{blocks_per_sm}"),
+    compiled("bound by", "{bound}"),
+    compiled("occupancy", "{occupancy:.0%}"),
+    compiled("tensor core", lambda row: pairs(row["tensor"])),
+    compiled("loads (bits: n)", lambda row: pairs(row["loads"])),
+    compiled("stores (bits: n)", lambda row: pairs(row["stores"])),
+    compiled("atomics", "{atomics}"),
+    compiled("PTX", "{ptx}"),
+)
+
+
+def narrowest(good: list[dict], what: str) -> str:
+    return str(min(({int(w) for row in good for w in row[what] if w != "TMA"}), default=""))
+
+
+def most(good: list[dict], what: str) -> str:
+    return str(max(row[what] for row in good))
+
+
+# of all launches of a kernel on an architecture that compiled: a head, and what stands below it
+WORST = {
+    "registers": lambda good: f"{min(r['registers'] for r in good)} - {max(r['registers'] for r in good)}",
+    "spilled B": lambda good: str(max(r["spill_stores_bytes"] + r["spill_loads_bytes"] for r in good)),
+    "shared B": lambda good: most(good, "shared_bytes"),
+    "blocks/SM": lambda good: str(min(r["blocks_per_sm"] for r in good)),
+    "occupancy": lambda good: f"{min(r['occupancy'] for r in good):.0%}",
+    "tensor core": lambda good: " ".join(sorted({name for r in good for name in r["tensor"]})),
+    "narrowest load": lambda good: narrowest(good, "loads"),
+    "narrowest store": lambda good: narrowest(good, "stores"),
+    "atomics": lambda good: most(good, "atomics"),
+}
 
 
 def worst_by_kernel(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns and rows: over all launches of a kernel on an architecture."""
-    columns = ("kernel", "arch", "launches", "refused", "registers", "spilled B", "shared B", "blocks/SM", "occupancy",
-               "tensor core", "narrowest load", "narrowest store", "atomics")  # fmt: skip
     found: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         found.setdefault((row["kernel"], row["arch"]), []).append(row)
     body = []
-    for (kernel, arch), group in found.items():
+    for place, group in found.items():
         good = [row for row in group if "error" not in row]
-        start = (kernel, arch, str(len(group)), str(len(group) - len(good)))
-        if not good:
-            body.append((*start, *[""] * (len(columns) - len(start))))
-            continue
-        narrow = [
-            min(({int(w) for row in good for w in row[k] if w != "TMA"}), default="") for k in ("loads", "stores")
-        ]
-        body.append(
-            (
-                *start,
-                f"{min(row['registers'] for row in good)} - {max(row['registers'] for row in good)}",
-                str(max(row["spill_stores_bytes"] + row["spill_loads_bytes"] for row in good)),
-                str(max(row["shared_bytes"] for row in good)),
-                str(min(row["blocks_per_sm"] for row in good)),
-                f"{min(row['occupancy'] for row in good):.0%}",
-                " ".join(sorted({name for row in good for name in row["tensor"]})),
-                *map(str, narrow),
-                str(max(row["atomics"] for row in good)),
-            )
-        )
-    return columns, body
+        told = (worst(good) if good else "" for worst in WORST.values())
+        body.append((*place, str(len(group)), str(len(group) - len(good)), *told))
+    return ("kernel", "arch", "launches", "refused", *WORST), body
 
 
 def compile_only(config: KernelsConfig) -> int:
@@ -229,10 +237,10 @@ def compile_only(config: KernelsConfig) -> int:
     todo = jobs(config.impl or (SHIPPED,), architectures(config.arch), words)
     rows = list(tqdm(run(todo, config.workers), total=len(todo), unit=" kernels", leave=False, disable=None))
     if config.json is not None:
-        write(config.json, json.dumps({"compiled": rows}, indent=1))
-    body = [compiled_cells(row) for row in rows]
+        write_json(config.json, {"compiled": rows})
+    whole, worst = (heads(COMPILED), cells(COMPILED, rows)), worst_by_kernel(rows)
     # hundreds of rows are for the page; the terminal gets the worst of each kernel
-    show(*((COMPILED_COLUMNS, body) if len(rows) <= SHOWN else worst_by_kernel(rows)))
+    show(*(whole if len(rows) <= SHOWN else worst))
     if config.html is not None:
         from semantica.report import Part, write_page
 
@@ -240,11 +248,10 @@ def compile_only(config: KernelsConfig) -> int:
             "Compiled without a GPU. Spilled bytes, accesses and tensor-core instructions are counted in the machine "
             "code as it stands, not as often as it runs. Blocks/SM is what registers, shared memory and threads allow."
         )
-        columns, worst = worst_by_kernel(rows)
         page = [
             Part(text=about, note=True),
-            Part("The worst of each kernel", columns=columns, rows=tuple(worst)),
-            Part("Every launch", columns=COMPILED_COLUMNS, rows=tuple(body)),
+            Part("The worst of each kernel", columns=worst[0], rows=tuple(worst[1])),
+            Part("Every launch", columns=whole[0], rows=tuple(whole[1])),
         ]
         write_page(config.html, "Semantica: compiled kernels", page)
     bad = [row for row in rows if "error" in row or row["blocks_per_sm"] == 0]

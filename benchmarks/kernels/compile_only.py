@@ -5,18 +5,17 @@ NVIDIA's cuda_occupancy.h.
 """
 
 import functools
-import importlib
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
+from semantica.benchmarks.harness.process import resolve
 from semantica.errors import UserError
 from semantica.kernels.launch import AVAILABLE, INTERPRETED, LADDERS, Launch, table, target
 
@@ -193,26 +192,6 @@ def architectures(text: str) -> list[str]:
     if unknown or not names:
         raise UserError(f"--arch {text!r}: give some of {','.join(LIMITS)}")
     return names
-
-
-def resolve(target: str) -> Callable:
-    """ "module:function" as the function, from what is installed or from the working folder.
-
-    Raises:
-        UserError: no such module or function.
-    """
-    module, _, name = target.partition(":")
-    # last, so that nothing in the user's folder stands in for an installed package
-    sys.path.append(os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{target!r} cannot be imported as module:function ({error})") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(function):
-        raise UserError(f"{target!r} is not a function")
-    return function
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semantica.benchmarks.kernels.compile_only import resolve
+from semantica.benchmarks.harness.process import resolve
 from semantica.benchmarks.kernels.problems import Problem
 from semantica.kernels import OPERATORS
 from semantica.kernels.cross_attention.op import RMS_EPS

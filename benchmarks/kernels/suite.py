@@ -1,79 +1,30 @@
-"""The pytest-benchmark suite of the operators: one test a row, all implementations of a problem raced together.
+"""The operators' rows: each implementation verified, then all of a problem raced together.
 
-Run by `semantica bench kernels`, or as any suite: `pytest benchmarks/suite_kernels.py --benchmark-json out.json`.
-Each race is run once, by the first of its tests; the clock that pytest-benchmark reads then replays its samples, so
-that its statistics, comparisons and histograms hold of them.
+Run by `semantica bench kernels`, or by plain pytest, with a few small shapes.
 """
 
 import functools
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from semantica import kernels
 from semantica.benchmarks.harness import race as timing
-from semantica.benchmarks.harness.store import Replay, environment, kernel_hash
+from semantica.benchmarks.harness import sources, store
+from semantica.benchmarks.harness.race import Protocol, Times
+from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_generate_tests, test_row
 from semantica.benchmarks.kernels.implementations import Implementation, available
 from semantica.benchmarks.kernels.problems import Problem, problems
-from semantica.benchmarks.kernels.verify import (
-    CONTENTS,
-    Accuracy,
-    Answers,
-    Wrong,
-    differentiable,
-    each,
-    tensors,
-    verify,
-)
-from semantica.kernels.registry import PLAIN
+from semantica.benchmarks.kernels.verify import CONTENTS, Accuracy, Answers, Wrong, as_leaves, each, tensors, verify
+from semantica.kernels import OPERATORS
+from semantica.kernels.dispatch import PLAIN
 
-PLUGIN = "semantica-bench"
+__all__ = ["bench", "pytest_generate_tests", "test_row"]
 # sets of input buffers that calls take in turn
 SETS = 3
-
-
-@dataclass
-class Plan:
-    """What to run, and, as a plugin of pytest, what came of it."""
-
-    ops: list[str] = field(default_factory=lambda: list(kernels.OPERATORS))
-    words: list[str] = field(default_factory=list)
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    directions: tuple[str, ...] = ("forward", "backward")
-    own: tuple[str, ...] = ()
-    quick: bool = False
-    part: tuple[int, int] = (1, 1)
-    absent: dict[str, str] = field(default_factory=dict)
-    wrong: list[dict] = field(default_factory=list)
-
-    def rows(self) -> list[tuple[Problem, str, Implementation]]:
-        present, self.absent = available(self.ops, self.device, self.own)
-        return [
-            (problem, direction, implementation)
-            for problem in problems(self.device, self.quick)[self.part[0] - 1 :: self.part[1]]
-            for direction in self.directions
-            for implementation in present
-            if implementation.op == problem.op and implementation.serves(problem)
-            if all(word in f"{problem.name} {direction} {implementation.name}" for word in self.words)
-        ]
-
-    def pytest_benchmark_update_json(self, output_json: dict) -> None:
-        output_json["semantica"] = {"wrong": self.wrong, "absent": self.absent}
-        output_json["machine_info"].get("cpu", {}).pop("flags", None)
-        for benchmark in output_json["benchmarks"]:
-            # quantiles are kept in the row: every single call would make the file ten times larger
-            del benchmark["stats"]["data"]
-
-    def pytest_runtest_logreport(self, report) -> None:
-        if report.when == "call":
-            name = report.nodeid.partition("[")[2].removesuffix("]")
-            print(f"{'timed' if report.passed else 'WRONG'}  {name}", file=sys.__stderr__, flush=True)
 
 
 class Traffic(TorchDispatchMode):
@@ -96,7 +47,7 @@ class Traffic(TorchDispatchMode):
 def contender(function: Callable, answers: Answers, direction: str) -> timing.Contender:
     """Calls of an implementation: each with other buffers, filled anew, so that no earlier result can be right."""
     buffers = [each(answers.inputs[0], torch.clone) for _ in range(SETS)]
-    sets = [differentiable(arguments, direction != "forward") for arguments in buffers]
+    sets = [as_leaves(arguments, direction != "forward") for arguments in buffers]
 
     def prepare(number: int) -> Callable:
         arguments, content = sets[number % SETS], number % CONTENTS
@@ -127,18 +78,17 @@ def returned(result: tuple, answers: Answers) -> dict[str, Tensor]:
     return named if out is None else {"out": out, **named}
 
 
-class Field:
-    """A problem with its implementations: each verified, and all that passed raced, once for each direction."""
+class ProblemRace:
+    """A problem with its implementations: each verified for a direction, and all that passed raced."""
 
-    def __init__(self, problem: Problem, entrants: list[Implementation], directions: tuple[str, ...]):
+    def __init__(self, problem: Problem, entrants: Iterable[Implementation], directions: tuple[str, ...]):
         # compiled code is kept by shape: without this, the ninth shape would not be compiled
         torch.compiler.reset()
         self.problem, self.entrants = problem, {entrant.name: entrant for entrant in entrants}
-        self.functions = {entrant.name: entrant.load() for entrant in entrants}
+        self.functions = {name: entrant.load() for name, entrant in self.entrants.items()}
         self.answers = Answers.of(problem, gradients=directions != ("forward",))
         self.accuracy: dict[tuple[str, bool], Accuracy] = {}
         self.wrong: dict[tuple[str, str], str] = {}
-        self.races: dict[str, tuple[dict[str, timing.Times], dict[str, float]]] = {}
 
     def check(self, name: str, direction: str) -> None:
         """Verify an implementation for a direction; a fault in the backward leaves the forward a fair entry."""
@@ -154,31 +104,27 @@ class Field:
         except Exception as error:
             self.wrong[name, direction] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
-    def race(
-        self, direction: str, clock, protocol: timing.Protocol
-    ) -> tuple[dict[str, timing.Times], dict[str, float]]:
+    def race(self, direction: str, clock, protocol: Protocol) -> tuple[dict[str, Times], dict[str, float]]:
         """Times of all that are right, and the ceilings in the same rounds. The last results are judged again."""
-        if direction not in self.races:
-            for name in self.functions:
-                self.check(name, direction)
-            fair = {n: f for n, f in self.functions.items() if (n, direction) not in self.wrong}
-            runners = {n: contender(f, self.answers, direction) for n, f in fair.items()}
-            runners["copy"], copied = timing.copy_contender(self.problem.device)
-            runners["matrix"], multiplied = timing.matrix_contender(self.problem.device, self.problem.dtype)
-            times, last = timing.race(runners, clock, protocol)
-            for name in fair:
-                number, result = last[name]
-                try:
-                    leeway = self.entrants[name].leeway
-                    self.answers.judge(number % CONTENTS, returned(result, self.answers), leeway)
-                except Wrong as error:
-                    self.wrong[name, direction] = f"while it was timed: {error}"
-            ceilings = {
-                "copy_gbps": copied / times["copy"].quantile(0.5) / 1e9,
-                "matrix_tflops": multiplied / times["matrix"].quantile(0.5) / 1e12,
-            }
-            self.races[direction] = times, ceilings
-        return self.races[direction]
+        for name in self.functions:
+            self.check(name, direction)
+        fair = {n: f for n, f in self.functions.items() if (n, direction) not in self.wrong}
+        runners = {n: contender(f, self.answers, direction) for n, f in fair.items()}
+        runners["copy"], copied = timing.copy_contender(self.problem.device)
+        runners["matrix"], multiplied = timing.matrix_contender(self.problem.device, self.problem.dtype)
+        times, last = timing.race(runners, clock, protocol)
+        for name in fair:
+            number, result = last[name]
+            try:
+                leeway = self.entrants[name].leeway
+                self.answers.judge(number % CONTENTS, returned(result, self.answers), leeway)
+            except Wrong as error:
+                self.wrong[name, direction] = f"while it was timed: {error}"
+        ceilings = {
+            "copy_gbps": copied / times["copy"].quantile(0.5) / 1e9,
+            "matrix_tflops": multiplied / times["matrix"].quantile(0.5) / 1e12,
+        }
+        return times, ceilings
 
     def moved(self, name: str, direction: str, cache: int) -> int | None:
         """Bytes really moved: counted by operator for eager, by its passes for a fused kernel, else unknown."""
@@ -191,86 +137,82 @@ class Field:
             return self.problem.two_pass_bytes(direction, cache)
         return None
 
+    def row(self, name: str, direction: str, times: Times, ceilings: dict[str, float], cache: int) -> dict:
+        """The fields of an implementation's row."""
+        problem, fused = self.problem, name == "fused"
+        named = (problem.op, name, problem.shape, problem.layout, problem.dtype_name, direction)
+        row = store.row(named, times, problem.device, problem.operations(direction), ceilings)
+        accuracy = self.accuracy[name, direction != "forward"]
+        for kind, moved in (
+            ("", self.moved(name, direction, cache)),
+            ("effective_", problem.effective_bytes(direction)),
+        ):
+            gbps = None if moved is None else moved / row["median_us"] / 1e3
+            row |= {f"{kind}bytes": moved, f"{kind}gbps": gbps}
+            row[f"{kind}share_of_copy"] = None if gbps is None else gbps / ceilings["copy_gbps"]
+        row |= {"max_err": accuracy.error, "max_err_eager": accuracy.eager, "max_err_tensor": accuracy.tensor}
+        row |= {"wall_us": timing.quantile(times.wall, 0.5) * 1e6}
+        row |= {"uses": who_serves(problem) if fused else name}
+        return row | {"kernel_hash": sources.kernel_hash(problem.op, row["arch"]) if fused else None}
+
 
 def who_serves(problem: Problem) -> str:
     """What the public operator runs on the problem's device."""
-    return kernels.implementations()[problem.op][problem.device][0]
+    return problem.operator.implementations[problem.device][0]
 
 
-def describe(field: Field, direction: str, name: str, times: timing.Times, ceilings: dict, cache: int) -> dict:
-    """The fields of a row."""
-    problem, median = field.problem, times.quantile(0.5)
-    effective, moved = problem.effective_bytes(direction), field.moved(name, direction, cache)
-    operations, accuracy = problem.operations(direction), field.accuracy[name, direction != "forward"]
-    gbps, tflops = None if moved is None else moved / median / 1e9, operations / median / 1e12
-    where = environment(problem.device)
-    fused = name == "fused"
-    return {
-        "op": problem.op, "impl": name, "shape": problem.shape, "layout": problem.layout,
-        "dtype": problem.dtype_name, "direction": direction,
-        "uses": who_serves(problem) if fused else name,
-        "median_us": median * 1e6, "p20_us": times.quantile(0.2) * 1e6, "p80_us": times.quantile(0.8) * 1e6,
-        "wall_us": timing.quantile(times.wall, 0.5) * 1e6, "rounds": len(times.device),
-        "bytes": moved, "gbps": gbps, "share_of_copy": None if gbps is None else gbps / ceilings["copy_gbps"],
-        "effective_bytes": effective, "effective_gbps": effective / median / 1e9,
-        "effective_share_of_copy": effective / median / 1e9 / ceilings["copy_gbps"],
-        "flops": operations, "tflops": tflops, "share_of_matrix_rate": tflops / ceilings["matrix_tflops"],
-        **ceilings,
-        "max_err": accuracy.error, "max_err_eager": accuracy.eager, "max_err_tensor": accuracy.tensor,
-        **where, "kernel_hash": kernel_hash(problem.op, where["arch"]) if fused else None,
-    }  # fmt: skip
+@dataclass(eq=False)
+class KernelBench(Bench):
+    """Races of operators: a problem in a direction each.
+
+    Attributes:
+        words: that a row must all have. own: the user's "module:function"s. part: every n-th problem from the k-th on.
+    """
+
+    ops: tuple[str, ...] = tuple(OPERATORS)
+    words: tuple[str, ...] = ()
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    directions: tuple[str, ...] = ("forward", "backward")
+    own: tuple[str, ...] = ()
+    quick: bool = False
+    part: tuple[int, int] = (1, 1)
+    # every single call would make the file ten times larger: quantiles are kept in the row
+    keeps_samples = False
+
+    def __post_init__(self):
+        present, self.absent = available(list(self.ops), self.device, self.own)
+        self.problems: dict[str, tuple[Problem, dict[str, Implementation]]] = {}
+        for problem in problems(self.device, self.quick)[self.part[0] - 1 :: self.part[1]]:
+            entrants = {i.name: i for i in present if i.op == problem.op and i.serves(problem)}
+            self.problems[problem.name] = problem, entrants
+            for direction in self.directions:
+                full = {name: f"{problem.name} {direction} {name}" for name in entrants}
+                names = [name for name, text in full.items() if all(word in text for word in self.words)]
+                if names:
+                    self.races[problem.name, direction] = names
+        self.current: ProblemRace | None = None
+
+    @functools.cached_property
+    def clock(self) -> timing.CpuClock | timing.CudaClock:
+        return timing.clock(self.device)
+
+    def run(self, race: tuple[str, str], what: str) -> dict[str, Outcome]:
+        name, direction = race
+        if self.current is None or self.current.problem.name != name:
+            # its tensors may fill a GPU: gone before the next ones are drawn
+            self.current = None
+            problem, entrants = self.problems[name]
+            asked = {n for other in self.directions for n in self.races.get((name, other), ())}
+            self.current = ProblemRace(problem, [i for n, i in entrants.items() if n in asked], self.directions)
+        found = self.current
+        times, ceilings = found.race(direction, self.clock, timing.QUICK if self.quick else Protocol())
+
+        def outcome(name: str) -> Outcome:
+            if (name, direction) in found.wrong:
+                return found.wrong[name, direction]
+            return times[name].device, found.row(name, direction, times[name], ceilings, self.clock.cache)
+
+        return {name: outcome(name) for name in self.races[race]}
 
 
-replay = Replay()
-
-
-@functools.cache
-def clock_of(device: str):
-    return timing.clock(device)
-
-
-def plan_of(config) -> Plan:
-    plan = config.pluginmanager.get_plugin(PLUGIN)
-    if plan is None:
-        plan = Plan()
-        config.pluginmanager.register(plan, PLUGIN)
-    return plan
-
-
-def pytest_generate_tests(metafunc):
-    rows = plan_of(metafunc.config).rows()
-    ids = [f"{p.name} {direction} {i.name}".replace(" ", "-") for p, direction, i in rows]
-    plain = [(p.name, direction, i.name) for p, direction, i in rows]
-    metafunc.parametrize(("problem", "direction", "impl"), plain, ids=ids)
-
-
-@pytest.fixture(scope="module")
-def fields(request) -> Callable[[str], Field]:
-    """The field of a problem, by name; only the last one is kept, since its tensors may fill a GPU."""
-    plan, kept = plan_of(request.config), {}
-    entered: dict[str, tuple[Problem, dict[str, Implementation]]] = {}
-    for problem, _, entrant in plan.rows():
-        entered.setdefault(problem.name, (problem, {}))[1][entrant.name] = entrant
-
-    def get(name: str):
-        if name not in kept:
-            kept.clear()
-            problem, entrants = entered[name]
-            kept[name] = Field(problem, list(entrants.values()), plan.directions)
-        return kept[name]
-
-    return get
-
-
-@pytest.mark.benchmark(timer=replay)
-def test_kernel(problem, direction, impl, fields, benchmark, request):
-    plan = plan_of(request.config)
-    field, clock = fields(problem), clock_of(plan.device)
-    times, ceilings = field.race(direction, clock, timing.QUICK if plan.quick else timing.Protocol())
-    reason = field.wrong.get((impl, direction))
-    if reason is not None:
-        plan.wrong.append({"problem": problem, "direction": direction, "impl": impl, "reason": reason})
-        pytest.fail(f"{impl}: {reason}", pytrace=False)
-    benchmark.group = f"{problem} {direction}"
-    replay.play(benchmark, times[impl].device)
-    benchmark.extra_info.update(describe(field, direction, impl, times[impl], ceilings, clock.cache))
+DEFAULT = functools.partial(KernelBench, quick=True)

@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 from semantica.benchmarks.harness.race import QUICK, CudaClock, race
-from semantica.benchmarks.harness.suite import show, write
+from semantica.benchmarks.harness.table import show
 from semantica.benchmarks.kernels.implementations import implementations
 from semantica.benchmarks.kernels.problems import problems
 from semantica.benchmarks.kernels.tune_command import TuneConfig
 from semantica.benchmarks.kernels.verify import Answers, Wrong, verify
 from semantica.errors import ArtifactError, UserError
+from semantica.files import write_text
 from semantica.kernels import OPERATORS, launch
 from semantica.kernels.dispatch import load
 from semantica.kernels.launch import Launch
@@ -31,7 +32,7 @@ from semantica.kernels.launch import Launch
 BOUNDS = {"warps": (1, 16), "stages": (1, 6), "block_n": (16, 256), "block_m": (16, 256)}
 OTHERS = (16, 1 << 16)
 
-Plan = Callable[[], list[Launch]]
+Planner = Callable[[], list[Launch]]
 # plans of one problem that compete -> seconds of each; inf for one that cannot run
 Timer = Callable[[list[list[Launch]]], list[float]]
 
@@ -81,23 +82,23 @@ def with_row(op: str, kernel: str, arch: str, index: int, row: dict) -> dict:
     return table
 
 
-def planned(plan: Plan, op: str, table: dict) -> list[Launch] | None:
+def planned_with(planner: Planner, op: str, table: dict) -> list[Launch] | None:
     """The launches that a table leads to; None where its numbers do not fit together."""
     with launch.trial(op, table):
         try:
-            return plan()
+            return planner()
         except (ArithmeticError, AssertionError, ValueError):
             return None
 
 
-def rate(op: str, plans: list[Plan], now: dict, then: dict, timer: Timer) -> tuple[float, int]:
-    """Time with table `then` to that with `now`, geometric mean over the plans that change, and how many these are.
+def rate(op: str, planners: list[Planner], now: dict, then: dict, timer: Timer) -> tuple[float, int]:
+    """Time with table `then` to that with `now`, geometric mean over the problems that change, and how many these are.
 
     inf where one of them cannot run, or nothing changes.
     """
     ratios = []
-    for plan in plans:
-        old, new = planned(plan, op, now), planned(plan, op, then)
+    for planner in planners:
+        old, new = planned_with(planner, op, now), planned_with(planner, op, then)
         if new is None:
             return math.inf, 0
         if signature(old) != signature(new):
@@ -110,7 +111,7 @@ def rate(op: str, plans: list[Plan], now: dict, then: dict, timer: Timer) -> tup
 
 
 def search(
-    op: str, arch: str, plans: list[Plan], timer: Timer, kernels: Sequence[str], margin: float, deadline: float
+    op: str, arch: str, planners: list[Planner], timer: Timer, kernels: Sequence[str], margin: float, deadline: float
 ) -> tuple[dict, list[Change]]:
     """The table with every row of the architecture's ladders improved until no neighbour is faster, and the changes.
 
@@ -129,7 +130,7 @@ def search(
                             continue
                         tried.append(candidate)
                         then = with_row(op, name, arch, index, candidate)
-                        ratio, count = rate(op, plans, now, then, timer)
+                        ratio, count = rate(op, planners, now, then, timer)
                         best = min(best, (ratio, candidate, count), key=lambda found: found[0])
                     ratio, candidate, count = best
                     if candidate is None:
@@ -154,15 +155,11 @@ def dump(table: dict) -> str:
     return "{\n" + ",\n".join(kernels) + "\n}\n"
 
 
-def plans_of(op: str) -> list[Plan]:
+def planners_of(op: str) -> list[Planner]:
     """Forward and backward of every problem of the benchmarks, on the GPU; inputs are drawn once."""
-    plans = load(OPERATORS[op].plans)
-    return [
-        plan
-        for problem in problems("cuda", quick=False)
-        if problem.op == op
-        for plan in plans(**problem.inputs(seed=0))
-    ]
+    planners = load(OPERATORS[op].planners)
+    own = [problem for problem in problems("cuda", quick=False) if problem.op == op]
+    return [planner for problem in own for planner in planners(**problem.inputs(seed=0))]
 
 
 def device_timer() -> Timer:
@@ -204,11 +201,11 @@ def tune(config: TuneConfig) -> int:
     deadline = time.monotonic() + config.seconds
     with launch.trial(config.op, begun):
         table, changes = search(
-            config.op, arch, plans_of(config.op), device_timer(), config.kernel, config.margin, deadline
+            config.op, arch, planners_of(config.op), device_timer(), config.kernel, config.margin, deadline
         )
     with launch.trial(config.op, table):
         check(config.op)
-    write(path, dump(table))
+    write_text(path, dump(table))
     columns = ("kernel", "width", "before", "after", "time", "problems")
     body = [
         (c.kernel, str(c.before["width"]), *map(json.dumps, (c.before, c.after)), f"{c.ratio:.3f}x", str(c.problems))

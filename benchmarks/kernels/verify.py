@@ -92,14 +92,14 @@ def tensors(arguments: dict) -> dict[str, Tensor]:
     return {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
 
 
-def differentiable(arguments: dict, gradients: bool = True) -> dict:
+def as_leaves(arguments: dict, gradients: bool = True) -> dict:
     """The same storages as leaves of a graph."""
     return each(arguments, lambda t: t.detach().requires_grad_(gradients and t.is_floating_point()))
 
 
 def evaluate(function: Callable, arguments: dict, cotangent: Tensor | None) -> dict[str, Tensor]:
     """`{"out": ..., name of each floating-point input: its gradient}`; the output alone without a cotangent."""
-    arguments = differentiable(arguments, cotangent is not None)
+    arguments = as_leaves(arguments, cotangent is not None)
     out = function(**arguments)
     if cotangent is None:
         return {"out": out}

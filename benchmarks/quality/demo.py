@@ -109,12 +109,13 @@ def draw_grid(config: DemoConfig, run: Path) -> None:
     """grid.png: the first picture of each held-out group, then its variations; two groups a row."""
     from semantica.images import fit, grid, load_image, save_png
     from semantica.pipelines.sample import load_pipeline, variations
+    from semantica.sampling.settings import Sampling
     from semantica.train.data.folders import scan
 
     data = scan(config.out / "web" / "val", "folders")
     pipeline = load_pipeline(run, "cpu")
     pictures = [load_image(data.root / members[0]) for members in data.groups.values()]
-    made = variations(pipeline, pictures, 6, SAMPLING_STEPS, GUIDANCE, config.seed)
+    made = variations(pipeline, pictures, 6, Sampling(SAMPLING_STEPS, guidance=GUIDANCE, seed=config.seed))
     size = pipeline.unet.config.image_size
     rows = [[fit(picture, size), *row] for picture, row in zip(pictures, made, strict=True)]
     save_png(grid(rows, apart=4), config.out / "grid.png")

@@ -197,10 +197,12 @@ def sampled(pipeline, config: EvaluateConfig, data, paths: list[str]) -> tuple[n
     """Variations of the conditions, and as many samples of the model without any condition."""
     from semantica.images import load_image
     from semantica.pipelines.sample import unconditional, variations
+    from semantica.sampling.settings import Sampling
 
     opened = [load_image(data.root / path) for path in paths]
-    made = variations(pipeline, opened, config.n, config.steps, config.guidance, config.seed)
-    ignoring = unconditional(pipeline, len(opened) * config.n, config.steps, config.seed + 1)
+    settings = Sampling(config.steps, guidance=config.guidance, seed=config.seed)
+    made = variations(pipeline, opened, config.n, settings)
+    ignoring = unconditional(pipeline, len(opened) * config.n, dataclasses.replace(settings, seed=config.seed + 1))
     return made.reshape(-1, *made.shape[2:]), ignoring
 
 

@@ -1,5 +1,8 @@
 """Who is raced in sampling: how each implementation is built from a run folder, and from its exported bundle.
 
+One more is one entry of `CONTENDERS`, or from outside `--impl module:function` with a function that is called as those
+in the table are.
+
 Every implementation is `(images, noise, steps, guidance) -> images`, float32 numpy arrays `[B, 3, S, S]` in and out,
 so that encoding, copies between devices and waiting for the device are inside whatever is timed.
 """
@@ -7,12 +10,16 @@ so that encoding, copies between devices and waiting for the device are inside w
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from semantica.engines.bundle import Bundle
+from semantica.benchmarks.harness.process import resolve
+from semantica.engines import Bundle, Engine, load_engine, open_bundle
+from semantica.engines.base import GraphEngine
+from semantica.engines.bundle import CONDITION, DENOISE, NULL
 from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule
 
@@ -91,14 +98,13 @@ def fast(compile: str, graphs: bool = False, half: bool = True) -> Callable[[Bui
     return builder
 
 
-def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
-    """Ours: the bundle in one of its backends."""
+def through(load: Callable[[Build], Engine]) -> Callable[[Build], tuple[Call, str]]:
+    """Of a bundle's engine, both branches of guidance in one batch."""
 
     def builder(build: Build) -> tuple[Call, str]:
-        from semantica.engines import load_engine
         from semantica.sampling.loop import sample
 
-        engine = load_engine(build.bundle, backend, build.device)
+        engine = load(build)
         schedule, settings = sampling_of(engine.bundle)
 
         def run(images, noise, steps, guidance):
@@ -114,50 +120,41 @@ def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
     return builder
 
 
+def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
+    """Ours: the bundle in one of its backends."""
+    return through(lambda build: load_engine(build.bundle, backend, build.device))
+
+
 def openvino(hint: str) -> Callable[[Build], tuple[Call, str]]:
-    """A peer: OpenVINO on the same graphs, its shapes fixed to the batch, both branches in one batch."""
+    """A peer: OpenVINO on the same graphs, its shapes fixed to the batch."""
+    return through(lambda build: OpenVINOEngine(open_bundle(build.bundle), hint))
 
-    def builder(build: Build) -> tuple[Call, str]:
-        from semantica.condition import Condition
-        from semantica.engines import open_bundle
-        from semantica.engines.base import heads_first
-        from semantica.engines.bundle import CONDITION, DENOISE, NULL
-        from semantica.sampling.loop import sample
 
-        bundle, core = open_bundle(build.bundle), import_module("openvino").Core()
-        schedule, sampling = sampling_of(bundle)
-        settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-        blank, requests = load_file(bundle.folder / NULL), {}
+class OpenVINOEngine(GraphEngine):
+    """OpenVINO on the CPU; hint: what it computes in, by its own name."""
 
-        def request(name: str, batch: int):
-            if (name, batch) not in requests:
-                model = core.read_model(bundle.folder / name)
-                shapes = {p.any_name: list(bundle.shape_of(p.any_name, batch)) for p in model.inputs}
-                model.reshape(shapes)
-                requests[name, batch] = core.compile_model(model, "CPU", settings).create_infer_request()
-            return requests[name, batch]
+    backend, array = "openvino", "numpy"
 
-        def condition_of(arrays: dict, sizes: tuple[int, ...]) -> Condition:
-            blocks = range(bundle.shapes["blocks"])
-            keys, values = (tuple(arrays[f"{kind}.{i}"].swapaxes(1, 2) for i in blocks) for kind in "kv")
-            return Condition(keys, values, arrays["emb"], None, sizes)
+    def __init__(self, bundle: Bundle, hint: str):
+        super().__init__(bundle)
+        self.arithmetic, self.null_arrays = {"f32": "fp32"}.get(hint, hint), load_file(bundle.folder / NULL)
+        self.core, self.requests = import_module("openvino").Core(), {}
+        self.settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
 
-        def denoise(z, logsnr, condition):
-            feeds = {"z": z, "logsnr": logsnr, "emb": condition.emb}
-            for i, pair in enumerate(zip(condition.keys, condition.values)):
-                feeds[f"k.{i}"], feeds[f"v.{i}"] = map(heads_first, pair)
-            return request(DENOISE, len(z)).infer(feeds, share_inputs=True)["v"].copy()
+    def infer(self, name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        batch = len(next(iter(inputs.values())))
+        if (name, batch) not in self.requests:
+            model = self.core.read_model(self.bundle.folder / name)
+            model.reshape({p.any_name: list(self.bundle.shape_of(p.any_name, batch)) for p in model.inputs})
+            self.requests[name, batch] = self.core.compile_model(model, "CPU", self.settings).create_infer_request()
+        made = self.requests[name, batch].infer(inputs, share_inputs=True)
+        return {output.any_name: array.copy() for output, array in made.items()}
 
-        def run(images, noise, steps, guidance):
-            encoded = request(CONDITION, len(images)).infer({"image": images})
-            named = {output.any_name: array.copy() for output, array in encoded.items()}
-            null = condition_of(blank, (1,) * len(bundle.sizes)).fill(bundle.sizes).repeat(len(images))
-            condition = condition_of(named, bundle.sizes)
-            return sample(denoise, noise, condition, null, schedule, sampling(steps, guidance))
+    def encoder(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.infer(CONDITION, inputs)
 
-        return run, {"f32": "fp32"}.get(hint, hint)
-
-    return builder
+    def denoiser(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.infer(DENOISE, inputs)
 
 
 def sampling_of(bundle: Bundle) -> tuple[Schedule, Callable[[int, float], Sampling]]:
@@ -166,31 +163,52 @@ def sampling_of(bundle: Bundle) -> tuple[Schedule, Callable[[int, float], Sampli
     return Schedule.of(config), lambda steps, guidance: Sampling.of(config, steps=steps, guidance=guidance)
 
 
+@dataclass(frozen=True)
+class Contender:
+    """An implementation and what it needs.
+
+    Attributes:
+        build: returns the call and the name of its arithmetic.
+        bundle: the precision of the bundle that it runs; empty where it runs the run folder.
+        engine: whether `semantica build` makes an engine of its name from the bundle first.
+        packages: that may not be installed.
+        cpu_only: whether no GPU runs it here.
+        ours: whether its rows are stale when our code changes.
+        raced: unless others are asked for.
+    """
+
+    build: Callable[[Build], tuple[Call, str]]
+    bundle: str = ""
+    engine: bool = False
+    packages: tuple[str, ...] = ()
+    cpu_only: bool = False
+    ours: bool = False
+    raced: bool = True
+
+    def why_not(self, device: str) -> str:
+        """Why it cannot run here; empty where it can."""
+        if self.cpu_only and device != "cpu":
+            return "runs on the CPU only"
+        missing = [package for package in self.packages if find_spec(package) is None]
+        return f"not installed: {', '.join(missing)}" if missing else ""
+
+
 REARRANGED = "+ rearranged"
-IMPLEMENTATIONS: dict[str, Callable[[Build], tuple[Call, str]]] = {
-    "reference": reference,
-    "plain": ladder("plain"),
-    "strong": strong,
-    "torch-compile": fast("network", graphs=True),
-    "torch-blocks": fast("blocks", graphs=True),
-    "torch-eager": fast("none"),
-    "onnxruntime": through_engine("onnxruntime"),
-    "inductor": through_engine("inductor"),
-    "openvino": openvino("f32"),
-    "openvino-bf16": openvino("bf16"),
+EXPORT = ("onnx", "onnxscript")
+CONTENDERS = {
+    "reference": Contender(reference, raced=False),
+    "plain": Contender(ladder("plain")),
+    "strong": Contender(strong),
+    "torch-compile": Contender(fast("network", graphs=True), ours=True),
+    "torch-blocks": Contender(fast("blocks", graphs=True), ours=True, raced=False),
+    "torch-eager": Contender(fast("none"), ours=True, raced=False),
+    "onnxruntime": Contender(
+        through_engine("onnxruntime"), "fp32", packages=(*EXPORT, "onnxruntime"), cpu_only=True, ours=True
+    ),
+    "inductor": Contender(through_engine("inductor"), "bf16", engine=True, packages=EXPORT, cpu_only=True, ours=True),
+    "openvino": Contender(openvino("f32"), "fp32", packages=(*EXPORT, "openvino"), cpu_only=True),
+    "openvino-bf16": Contender(openvino("bf16"), "fp32", packages=(*EXPORT, "openvino"), cpu_only=True),
 }
-RACED = ("plain", "strong", "torch-compile", "onnxruntime", "inductor", "openvino", "openvino-bf16")
-# what implementations run: a bundle of this precision, and packages that may not be installed
-BUNDLED = {"onnxruntime": "fp32", "inductor": "bf16", "openvino": "fp32", "openvino-bf16": "fp32"}
-PACKAGES = {
-    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
-    "inductor": ("onnx", "onnxscript"),
-    "openvino": ("onnx", "onnxscript", "openvino"),
-    "openvino-bf16": ("onnx", "onnxscript", "openvino"),
-}
-CPU_ONLY = tuple(BUNDLED)
-# whose rows are stale when our code changes
-OURS = ("torch-compile", "torch-blocks", "torch-eager", "onnxruntime", "inductor")
 
 
 def ladder_names(device: str) -> list[str]:
@@ -205,15 +223,12 @@ def builder_of(name: str) -> Callable[[Build], tuple[Call, str]]:
     Raises:
         UserError: no such module or function.
     """
-    if name in IMPLEMENTATIONS:
-        return IMPLEMENTATIONS[name]
+    if name in CONTENDERS:
+        return CONTENDERS[name].build
     if name == REARRANGED:
         return fast("network")
     if name == "+ graph":
         return fast("network", graphs=True)
     if name.startswith("+"):
         return ladder(name)
-    # imports torch, which an engine's process must not
-    from semantica.benchmarks.kernels.compile_only import resolve
-
     return resolve(name)

@@ -7,26 +7,22 @@ contenders differ. Before that, the model itself is tested: its images must depe
 condition by more than the bound, or ignoring it would go unnoticed.
 """
 
+import functools
 import itertools
 import json
 import random
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from semantica.benchmarks.harness import race as timing
-from semantica.benchmarks.harness.process import Ceilings, Process, Wrong
+from semantica.benchmarks.harness import process
+from semantica.benchmarks.harness.process import Entrant, Process, Wrong, fair
+from semantica.benchmarks.harness.progress import phase
+from semantica.benchmarks.harness.race import Protocol
+from semantica.benchmarks.sampling import BOUND, GUIDANCE, MARGIN
 from semantica.benchmarks.sampling.models import contents
-
-# dB to the fp32 images
-BOUND = 35.0
-# by how much less the images of two conditions must agree
-MARGIN = 3.0
-GUIDANCE = 1.5
 
 
 def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -68,26 +64,25 @@ class Sampler(Process):
         return answer, np.load(self.folder / "made.npy")
 
 
-@dataclass
-class Result:
-    """What a race found of one implementation; `reason` says why it was not timed, or no longer is."""
+@dataclass(eq=False)
+class Sampled(Entrant):
+    """An implementation in a race; its images: the latest, and how near they came at the worst."""
 
-    arithmetic: str = ""
-    build_seconds: float = 0.0
-    first_seconds: float = 0.0
-    peak_bytes: int = 0
+    images: np.ndarray | None = None
     psnr: float = np.inf
-    times: timing.Times = field(default_factory=timing.Times)
-    reason: str = ""
+
+    def judge(self, images: np.ndarray, expected: np.ndarray, what: str) -> None:
+        with self.refusing():
+            self.psnr = min(self.psnr, judge(images, expected, what))
 
 
-class Field:
+class ModelRace:
     """The implementations of one model, built once and raced in several shapes."""
 
     def __init__(
         self,
         model: Path,
-        names: list[str],
+        names: tuple[str, ...],
         place: Path,
         device: str,
         quick: bool,
@@ -95,17 +90,22 @@ class Field:
         failed: dict[str, str],
         make: Callable[[str, Path], Sampler] = Sampler,
     ):
-        self.device = device
+        """
+        bundles: of those that run one, by name. failed: why others do not start.
+        """
+        self.device, self.names = device, names
         self.image_size, self.condition_size = sizes(model)
         self.seeds = itertools.count()
-        self.workers, self.built, self.failed = {}, {}, dict(failed)
-        for name in ("reference", *(name for name in names if name not in failed)):
-            worker = self.workers[name] = make(name, place)
-            try:
-                self.built[name] = worker.build(model, device, quick, bundles.get(name))
-            except Wrong as error:
-                self.failed[name] = str(error)
-        self.names = names
+        self.samplers, self.built, self.failed = {}, {}, dict(failed)
+        entered = ["reference", *(name for name in names if name not in failed)]
+        with phase(f"{model.name}: build {len(entered)} implementations", len(entered)) as done:
+            for name in entered:
+                sampler = self.samplers[name] = make(name, place)
+                try:
+                    self.built[name] = sampler.build(model, device, quick, bundles.get(name))
+                except Wrong as error:
+                    self.failed[name] = str(error)
+                done.update()
         problem = self.failed.get("reference") or self.unfit()
         if problem:
             self.failed = dict.fromkeys(names, problem)
@@ -115,7 +115,7 @@ class Field:
         return contents(next(self.seeds), batch, self.image_size, self.condition_size)
 
     def truth(self, content: tuple[np.ndarray, np.ndarray], steps: int) -> np.ndarray:
-        return self.workers["reference"].sample(content, steps)[1]
+        return self.samplers["reference"].sample(content, steps)[1]
 
     def unfit(self) -> str:
         """Why races with this model would prove nothing, if so: images of two conditions from the same noise agree."""
@@ -128,78 +128,57 @@ class Field:
             return ""
         return f"the model ignores its condition ({found:.1f} dB between two of them): its images prove nothing"
 
-    def race(self, batch: int, steps: int, protocol: timing.Protocol) -> tuple[dict[str, Result], dict[str, float]]:
-        """Results by name, and the ceilings in the same rounds."""
-        results = {name: Result(reason=self.failed.get(name, "")) for name in self.names}
-        if all(result.reason for result in results.values()):
-            return results, {}
+    def race(
+        self, batch: int, steps: int, protocol: Protocol, what: str = ""
+    ) -> tuple[dict[str, Sampled], dict[str, float]]:
+        """What was found of each by name, and the ceilings in the same rounds."""
+        entrants = {
+            name: Sampled(self.samplers.get(name), self.built.get(name, {}), reason=self.failed.get(name, ""))
+            for name in self.names
+        }
+        if not fair(entrants.values()):
+            return entrants, {}
+
+        def run(entrant: Sampled, content: tuple[np.ndarray, np.ndarray]) -> dict:
+            answer, entrant.images = entrant.process.sample(content, steps)
+            return answer
+
         content = self.draw(batch)
         expected = self.truth(content, steps)
-        for name, result in results.items():
-            if result.reason:
-                continue
-            with refusing(result):
-                result.arithmetic = self.built[name]["arithmetic"]
-                result.build_seconds = self.built[name]["seconds"]
-                answer, made = self.workers[name].sample(content, steps)
-                result.first_seconds = answer["seconds"]
-                result.psnr = judge(made, expected, "first call")
-        entered = [name for name in self.names if not results[name].reason]
+        with phase(f"{what}: first calls", len(fair(entrants.values()))) as done:
+            for entrant in fair(entrants.values()):
+                with entrant.refusing():
+                    entrant.first = run(entrant, content)
+                    entrant.judge(entrant.images, expected, "first call")
+                done.update()
         # every result is held against that of the most accurate contender
-        anchor = max(entered, key=lambda name: results[name].psnr, default=None)
-        ceilings = Ceilings(self.device)
-        rng, kept = random.Random(), {}
-        chosen, number, ends = None, 0, None
-        while entered:
-            timed = number >= protocol.warmup
-            if timed and ends is None:
-                ends = time.perf_counter() + protocol.seconds
-            content, made = self.draw(batch), {}
-            rng.shuffle(entered)
-            for name in entered:
-                # threads of the process before may still spin
-                time.sleep(0.02)
-                with refusing(results[name]):
-                    answer, made[name] = self.workers[name].sample(content, steps)
-                    results[name].peak_bytes = answer["peak_bytes"]
-                    if timed:
-                        results[name].times.device.append(answer["seconds"])
-            if any(psnr(images, made[anchor]) < BOUND for images in made.values() if anchor in made):
+        anchor = max(fair(entrants.values()), key=lambda entrant: entrant.psnr, default=None)
+        rng, chosen = random.Random(), None
+
+        def compare(ran: list[Sampled], content: tuple[np.ndarray, np.ndarray], rounds: int) -> None:
+            nonlocal chosen
+            made = [(entrant, entrant.images) for entrant in ran]
+            if anchor in ran and any(psnr(images, anchor.images) < BOUND for _, images in made):
                 # somebody is wrong: the pipeline says who
                 expected = self.truth(content, steps)
-                for name in made:
-                    with refusing(results[name]):
-                        judge(made[name], expected, "timed call" if timed else "second call")
-            entered = [name for name in entered if not results[name].reason]
-            number += 1
-            if not timed:
-                continue
-            ceilings.measure()
-            rounds = number - protocol.warmup
+                for entrant, images in made:
+                    entrant.judge(images, expected, "timed call" if rounds else "second call")
             # each round is as likely to be the one that is examined
-            if rng.randrange(rounds) == 0:
-                chosen, kept = content, made
-            if rounds >= protocol.most or (rounds >= protocol.least and time.perf_counter() > ends):
-                break
-        if kept:
-            expected = self.truth(chosen, steps)
-            for name in entered:
-                with refusing(results[name]):
-                    results[name].psnr = min(results[name].psnr, judge(kept[name], expected, "timed call"))
-        return results, ceilings.rates()
+            if rounds and rng.randrange(rounds) == 0:
+                chosen = content, made
+
+        draw = functools.partial(self.draw, batch)
+        ceilings = process.race(what, entrants.values(), protocol, self.device, draw, run, compare)
+        if chosen is not None:
+            content, made = chosen
+            expected = self.truth(content, steps)
+            for entrant, images in made:
+                entrant.judge(images, expected, "timed call")
+        return entrants, ceilings
 
     def close(self) -> None:
-        for worker in self.workers.values():
-            worker.close()
-
-
-@contextmanager
-def refusing(result: Result) -> Iterator[None]:
-    """What is wrong within is noted, the first fault only."""
-    try:
-        yield
-    except Wrong as error:
-        result.reason = result.reason or str(error)
+        for sampler in self.samplers.values():
+            sampler.close()
 
 
 def sizes(model: Path) -> tuple[int, int]:

@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semantica.benchmarks.harness.suite import cumulative
+from semantica.benchmarks.harness.ladder import cumulative
 from semantica.condition import Condition
 from semantica.kernels.group_norm.op import per_channel
 from semantica.model.attention import attend_by_products
+from semantica.model.conditioner import encode
 from semantica.model.layers import CrossAttention, CrossAttentionProcessor, GroupNormAct
 from semantica.model.uvit import UViT
 from semantica.pipelines.variations import SemanticaPipeline
-from semantica.solvers import guide
+from semantica.sampling.loop import sample
+from semantica.sampling.settings import Sampling
 
 
 @dataclass(frozen=True)
@@ -108,39 +110,37 @@ def compiled(unet: UViT, switches: Switches) -> Callable:
     return constant_weights
 
 
+class StockDenoiser:
+    """The rebuilt network in the sampling loop; a condition may be a function, which each step calls again."""
+
+    array, max_batch, refuses = "torch", None, {}
+
+    def __init__(self, unet: UViT, switches: Switches):
+        self.unet, self.switches, self.device, self.dtype = unet, switches, unet.device, unet.dtype
+        self.joins, self.network = switches.joined_branches, compiled(unet, switches)
+
+    def bind(self, condition: Condition | Callable[[], Condition]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda z, logsnr: self.network(z, logsnr, condition() if callable(condition) else condition)
+
+
 def stock_sampler(pipeline: SemanticaPipeline, switches: Switches) -> Callable:
-    """`(images, noise, steps, guidance) -> images`, numpy in and out, with guidance in every step."""
-    encoder, scheduler, device = pipeline.encoder, pipeline.scheduler, pipeline.device
+    """`(images, noise, steps, guidance) -> images`, numpy in and out."""
+    encoder, schedule, config = pipeline.encoder, pipeline.scheduler.schedule, pipeline.scheduler.config
     unet = rebuild(pipeline.unet, not switches.fused_group_norm, True, switches.attention_as_products)
     if switches.channels_last:
         unet.to(memory_format=torch.channels_last)
     if switches.bf16:
         encoder, unet = (torch.nn.Module.to(module, torch.bfloat16) for module in (encoder, unet))
-    network = compiled(unet, switches)
-
-    def conditions(tokens) -> tuple[Condition, Condition]:
-        streams = dict.fromkeys(unet.stream_names, tokens)
-        return unet.condition(streams), unet.null(tokens.tokens.shape[0])
+    denoiser = StockDenoiser(unet, switches)
 
     @torch.no_grad()
     def run(images: np.ndarray, noise: np.ndarray, steps: int, guidance: float) -> np.ndarray:
-        tokens = encoder(torch.from_numpy(images).to(device, encoder.dtype))
-        z, batch = torch.from_numpy(noise).to(device), len(noise)
-        scheduler.set_timesteps(steps, device=device)
+        images, z = (torch.from_numpy(array).to(denoiser.device) for array in (images, noise))
+        streams = encode(encoder, unet.stream_names, images.to(denoiser.dtype))
+        branches = (lambda: unet.condition(streams)), (lambda: unet.null(len(images)))
         if switches.condition_once:
-            own, null = conditions(tokens)
-        if switches.joined_branches:
-            both = own.join(null)
-        for i, timestep in enumerate(scheduler.timesteps):
-            if not switches.condition_once:
-                own, null = conditions(tokens)
-            level = scheduler.logsnrs[i]
-            if switches.joined_branches:
-                v = network(torch.cat((z, z)), level.expand(2 * batch), both)
-                v = guide(v[:batch], v[batch:], guidance)
-            else:
-                v = guide(network(z, level.expand(batch), own), network(z, level.expand(batch), null), guidance)
-            z = scheduler.step(v, timestep, z).prev_sample
-        return z.cpu().numpy()
+            branches = [branch() for branch in branches]
+        settings = Sampling.of(config, steps=steps, guidance=guidance)
+        return sample(denoiser, z, *branches, schedule, settings).cpu().numpy()
 
     return run

@@ -31,7 +31,7 @@ class Server:
         images, noise = (np.load(self.folder / f"{name}.npy") for name in ("images", "noise"))
         began = time.perf_counter()
         made = self.call(images, noise, steps, guidance)
-        answer = {"seconds": time.perf_counter() - began, "peak_bytes": peak_memory()}
+        answer = {"seconds": [time.perf_counter() - began], "peak_bytes": peak_memory()}
         np.save(self.folder / "made.npy", np.asarray(made))
         return answer
 

@@ -7,28 +7,16 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
+from semantica.benchmarks.harness.progress import phase
+from semantica.benchmarks.harness.sources import source_hash
+from semantica.benchmarks.harness.store import environment
+from semantica.benchmarks.training import ROUNDS
 from semantica.errors import ArtifactError, UserError
 
-# of each number of processes in turn, so that a slow spell hits all alike
-ROUNDS = 3
 # steps of a row in the log; the first row, with compiling, is not counted
 EVERY = 4
-COLUMNS = ("processes", "threads each", "batch", "images/s", "lowest - highest", "speed-up", "efficiency", "data wait")
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """One number of processes: images per second of all together, and the share of time spent waiting for data, each
-    the median of a run, by round. threads: of each process; 0 where a GPU computes."""
-
-    processes: int
-    threads: int
-    batch: int
-    images_per_s: tuple[float, ...]
-    data_wait: tuple[float, ...]
 
 
 def launch(processes: int, threads: int) -> tuple[list[str], dict[str, str]]:
@@ -52,7 +40,10 @@ def run(processes: int, threads: int, arguments: list[str], out: Path) -> list[d
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("semantica: ")]
         if said:
-            raise UserError(f"training in {processes} processes failed: {said[0].removeprefix('semantica: ')}")
+            # torchrun's own code is 1 whatever happened; its report has those of the processes
+            mistake = re.search(r"exitcode\s*: 2\b", done.stderr)
+            kind = UserError if mistake else ArtifactError
+            raise kind(f"training in {processes} processes failed: {said[0].removeprefix('semantica: ')}")
         broken = re.findall(r"^(?:\[rank\d+\]: )?([\w.]+(?:Error|Exception)\b.*)", done.stderr, re.MULTILINE)
         reason = broken[0] if broken else f"exit code {done.returncode}"
         raise ArtifactError(f"training in {processes} processes broke: {reason}")
@@ -70,10 +61,14 @@ def measure(
     workers: int,
     place: Path,
     rounds: int = ROUNDS,
-) -> list[Scaled]:
+) -> list[dict]:
     """Train with each number of processes, `batch` pictures a step in each of them; at least `steps` count.
 
     On a CPU all processes have as many threads as the largest number of them leaves for one.
+
+    Returns:
+        For each number `processes`; `threads` of each, 0 where a GPU computes; `batch` of all together; `images_per_s`
+        and `data_wait`, the share of time spent waiting for data, the median of each run; and what the code was.
 
     Raises:
         UserError: more processes than GPUs, or a run was refused.
@@ -88,8 +83,9 @@ def measure(
     threads = max(1, torch.get_num_threads() // max(counts)) if device == "cpu" else 0
     draw_web(place / "web", groups=16, images_per_group=16)
     found: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
-    for turn in range(rounds):
-        for count in counts:
+    turns = [(turn, count) for turn in range(rounds) for count in counts]
+    with phase(f"scaling: {rounds} rounds of {', '.join(map(str, counts))} processes", len(turns)) as done:
+        for turn, count in turns:
             arguments = [
                 f"--data={place / 'web' / 'train'}", f"--preset={preset}", f"--batch={batch * count}",
                 f"--steps={EVERY * (1 + -(-steps // EVERY))}", f"--device={device}", "--compile", "--held-out=0",
@@ -99,29 +95,12 @@ def measure(
             speeds, waits = ([row[name] for row in rows] for name in ("images_per_s", "data_wait"))
             found[count].append((statistics.median(speeds), statistics.median(waits)))
             print(f"timed  {count} processes, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+            done.update()
+    arch = environment(device)["arch"]
+    code = {"op": "scaling", "arch": arch, "kernel_hash": source_hash("scaling", arch)}
     return [
-        Scaled(count, threads, batch * count, *(tuple(column) for column in zip(*rounds)))
-        for count, rounds in found.items()
+        {"processes": n, "threads": threads, "batch": batch * n}
+        | dict(zip(("images_per_s", "data_wait"), map(list, zip(*measured))))
+        | code
+        for n, measured in found.items()
     ]
-
-
-def cells(scaled: list[Scaled]) -> list[tuple[str, ...]]:
-    """Rows of `COLUMNS`; speed-up and efficiency are against the first row, by median."""
-    body = []
-    one = scaled[0]
-    for row in scaled:
-        speed = statistics.median(row.images_per_s)
-        gain = speed / statistics.median(one.images_per_s)
-        body.append(
-            (
-                str(row.processes),
-                str(row.threads or ""),
-                str(row.batch),
-                f"{speed:.1f}",
-                f"{min(row.images_per_s):.1f} - {max(row.images_per_s):.1f}",
-                f"{gain:.2f}x",
-                f"{gain * one.processes / row.processes:.0%}",
-                f"{statistics.median(row.data_wait):.1%}",
-            )
-        )
-    return body

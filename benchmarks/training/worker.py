@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from semantica.benchmarks.harness.ladder import cumulative
 from semantica.benchmarks.harness.process import peak_memory, serve
-from semantica.benchmarks.harness.suite import cumulative
 from semantica.benchmarks.sampling.stock import rebuild
 from semantica.diffusion import noise_levels
 from semantica.memory import keep_freed_memory

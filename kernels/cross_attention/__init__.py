@@ -12,5 +12,5 @@ OPERATOR = Operator(
     timed=timed,
     flop_formulas=FLOP_FORMULAS,
     specimens="semantica.kernels.cross_attention.specimens:specimens",
-    plans="semantica.kernels.cross_attention.specimens:plans",
+    planners="semantica.kernels.cross_attention.specimens:planners",
 )

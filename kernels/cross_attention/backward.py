@@ -70,18 +70,8 @@ def sums_kernel(
 
 
 def plan_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor | None,
-    lse: Tensor,
-    dlse: Tensor | None,
-    sizes: list[int],
-    lengths: Tensor | None,
-    gates: Tensor | None,
-    q_weight: Tensor | None,
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    do, q, k, v, o, lse, dlse, sizes, lengths, gates, q_weight
+) -> tuple[list[Launch], tuple[Tensor, ...]]:
     """Launches, and what they write: dq, dk, dv, dgates, dweight (empty where there is none). Works on meta tensors."""
     sizes = list(sizes)
     batch, queries, heads, dim = q.shape

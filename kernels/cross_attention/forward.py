@@ -147,15 +147,7 @@ def forward_kernel(
     store_rows(o_ptr, heads * (D0 + D1), out0, out1, count, BLOCK_N, D0, D1)
 
 
-def plan_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sizes: list[int],
-    lengths: Tensor | None,
-    gates: Tensor | None,
-    q_weight: Tensor | None,
-) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+def plan_forward(q, k, v, sizes, lengths, gates, q_weight) -> tuple[list[Launch], tuple[Tensor, ...]]:
     """Launches, and what they write: `o [B, N, H, D]` and `lse [B, H, S, N]`. Works on meta tensors."""
     batch, queries, heads, dim = q.shape
     if max(batch, heads) > GRID_LIMIT:

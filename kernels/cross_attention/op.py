@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semantica.kernels import dispatch, launch
+from semantica.kernels.checks import check_dtype, check_tensors
 
 HEAD_DIMS = (32, 48, 64, 80, 96, 128)
 RMS_EPS = 1e-6
@@ -250,8 +251,7 @@ def check(q, k, v, sizes, lengths, gates, q_weight):
     batch, _, heads, dim = q.shape
     if dim not in HEAD_DIMS:
         raise ValueError(f"q {tuple(q.shape)} has head dim {dim}: expected one of {', '.join(map(str, HEAD_DIMS))}")
-    if q.dtype not in dispatch.DTYPES:
-        raise ValueError(f"q has dtype {q.dtype}: expected {dispatch.DTYPES_NAMED}")
+    check_dtype("q", q)
     if not isinstance(sizes, Sequence) or not all(isinstance(size, int | torch.SymInt) for size in sizes):
         raise ValueError(f"sizes={sizes!r}: expected a whole number for each stream")
     if not sizes or any(size < 1 for size in sizes) or k.ndim != 4 or sum(sizes) != k.shape[1]:
@@ -265,12 +265,4 @@ def check(q, k, v, sizes, lengths, gates, q_weight):
         "gates": (gates, (batch, streams, heads), (q.dtype, torch.float32)),
         "q_weight": (q_weight, (dim,), (q.dtype, torch.float32)),
     }
-    for name, (tensor, shape, dtypes) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {list(shape)} for q {tuple(q.shape)}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}: expected {q.device}, where q is")
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{name} has dtype {tensor.dtype}: expected {' or '.join(map(str, dtypes))}")
+    check_tensors("q", q, expected)

@@ -1,6 +1,6 @@
 """Launches of the Triton kernels of `cross_attention`: all to be compiled; those of one call to be tuned."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,16 +38,8 @@ def specimens() -> Iterator[tuple[str, list[Launch]]]:
         yield label, launches
 
 
-def plans(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sizes: Sequence[int],
-    lengths: Tensor | None,
-    gates: Tensor | None,
-    q_weight: Tensor | None,
-) -> list[Callable[[], list[Launch]]]:
-    """Forward and backward of one call."""
+def planners(q, k, v, sizes, lengths, gates, q_weight) -> list[Callable[[], list[Launch]]]:
+    """What plans the forward, and what the backward, of one call."""
     rest = list(sizes), lengths, gates, q_weight
     o, lse = forward(q, k, v, *rest)
     do = torch.randn_like(o)

@@ -11,5 +11,5 @@ OPERATOR = Operator(
     cases=CASES,
     timed=timed,
     specimens="semantica.kernels.group_norm.specimens:specimens",
-    plans="semantica.kernels.group_norm.specimens:plans",
+    planners="semantica.kernels.group_norm.specimens:planners",
 )

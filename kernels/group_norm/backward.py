@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from semantica.kernels.group_norm.tiles import (
-    Problem,
+    Sizes,
     affine,
     arranged,
     arranged_like,
@@ -204,97 +204,46 @@ def apply_backward_kernel(
 
 
 def plan_backward(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: str,
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    dy, x, mean, rstd, groups, weight, bias, scale, shift, activation
+) -> tuple[list[Launch], tuple[Tensor, ...]]:
     """Launches, and what they fill: dx in the memory order of `arranged(x)`, dweight, dbias, dscale, dshift."""
     assert x.dtype in (torch.float32, torch.float16, torch.bfloat16), x.dtype
     x = arranged(x)
     empty = torch.zeros_like if x.numel() == 0 else torch.empty_like
     gradients = {"dweight": empty(weight), "dbias": empty(bias)}
-    film = {name: None if a is None else empty(a) for name, a in (("dscale", scale), ("dshift", shift))}
+    dscale, dshift = (None if a is None else empty(a) for a in (scale, shift))
     dx = torch.empty_like(x)
-    outputs = dx, *gradients.values(), *(x.new_empty(0) if a is None else a for a in film.values())
+    outputs = dx, *gradients.values(), *(x.new_empty(0) if a is None else a for a in (dscale, dshift))
     if x.numel() == 0:
         return [], outputs
-    dy, problem = arranged_like(dy, x), Problem.of(x, groups)
+    dy, sizes, silu = arranged_like(dy, x), Sizes.of(x, groups), activation == "silu"
     weights = {"weight": weight.contiguous(), "bias": bias.contiguous()}
     arguments = {"dy": dy, "x": x, "mean": mean, "rstd": rstd, **weights, **film_arguments(scale, shift)}
-    silu = {"SILU": activation == "silu"}
 
-    if whole := resident(problem, "resident_backward", x.device):
-        tiling, row = whole
-        kernel, constants, outs = resident_backward_kernel, tiling.constants, {"dx": dx}
+    if whole := resident(sizes, "resident_backward", x.device):
+        (tiling, row), kernel, outs = whole, resident_backward_kernel, {"dx": dx}
     else:
-        tiling, row = split(problem, "partial_backward", x.device)
-        kernel, constants, outs = partial_backward_kernel, {**tiling.constants, "STAGES": tiling.stages(row)}, {}
-    rows = problem.batch * tiling.splits
-    sums = x.new_empty((2, rows, problem.channels), dtype=torch.float32)
-    launches = [
-        Launch(
-            kernel,
-            (tiling.programs,),
-            {**arguments, **outs, "sums": sums, "rows": rows, **tiling.arguments},
-            {**constants, **silu},
-            row["warps"],
-        )
-    ]
+        (tiling, row), kernel, outs = split(sizes, "partial_backward", x.device), partial_backward_kernel, {}
+    rows = sizes.batch * tiling.splits
+    outs["sums"] = sums = x.new_empty((2, rows, sizes.channels), dtype=torch.float32)
+    launches = [tiling.launch(kernel, row, arguments | outs | {"rows": rows}, SILU=silu)]
 
     merge = settings("group_norm", "merge_backward", rows, x.device)
-    lanes = min(triton.next_power_of_2(problem.group), merge["lanes"])
-    samples = min(triton.next_power_of_2(problem.batch), merge["block"] // lanes)
+    lanes = min(triton.next_power_of_2(sizes.group), merge["lanes"])
+    samples = min(triton.next_power_of_2(sizes.batch), merge["block"] // lanes)
     pieces = min(triton.next_power_of_2(tiling.splits), merge["block"] // lanes // samples)
-    parts = triton.cdiv(problem.group, lanes)
-    totals = None if whole else x.new_empty((2, problem.batch * groups, parts), dtype=torch.float32)
-    launches.append(
-        Launch(
-            merge_backward_kernel,
-            (parts, groups),
-            {
-                **{name: arguments[name] for name in ("weight", "bias", "scale", "scale_b", "scale_c")},
-                **gradients,
-                **{f"d{name}": a for name, a in film_arguments(**{k[1:]: v for k, v in film.items()}).items()},
-                "sums": sums,
-                "totals": totals,
-                "batch": problem.batch,
-                "splits": tiling.splits,
-            },
-            {
-                "CHANNELS": problem.channels,
-                "GROUP": problem.group,
-                "LANES": lanes,
-                "SAMPLES": samples,
-                "SPLITS": pieces,
-            },
-            merge["warps"],
-        )
-    )
+    parts = triton.cdiv(sizes.group, lanes)
+    totals = None if whole else x.new_empty((2, sizes.batch * groups, parts), dtype=torch.float32)
+    merged = {name: arguments[name] for name in ("weight", "bias", "scale", "scale_b", "scale_c")}
+    merged |= gradients | {f"d{name}": a for name, a in film_arguments(dscale, dshift).items()}
+    merged |= {"sums": sums, "totals": totals, "batch": sizes.batch, "splits": tiling.splits}
+    constants = {"CHANNELS": sizes.channels, "GROUP": sizes.group}
+    constants |= {"LANES": lanes, "SAMPLES": samples, "SPLITS": pieces}
+    launches.append(Launch(merge_backward_kernel, (parts, groups), merged, constants, merge["warps"]))
     if not whole:
-        tiling, row = split(problem, "apply_backward", x.device)
-        launches.append(
-            Launch(
-                apply_backward_kernel,
-                (tiling.programs,),
-                {
-                    **arguments,
-                    "dx": dx,
-                    "totals": totals,
-                    "rows": problem.batch * groups,
-                    "parts": parts,
-                    **tiling.arguments,
-                },
-                {**tiling.constants, "STAGES": tiling.stages(row), **silu},
-                row["warps"],
-            )
-        )
+        tiling, row = split(sizes, "apply_backward", x.device)
+        arguments |= {"dx": dx, "totals": totals, "rows": sizes.batch * groups, "parts": parts}
+        launches.append(tiling.launch(apply_backward_kernel, row, arguments, SILU=silu))
     return launches, outputs
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from semantica.kernels.group_norm.tiles import (
-    Problem,
+    Sizes,
     affine,
     arranged,
     film_arguments,
@@ -172,16 +172,7 @@ def apply_kernel(
         results += step
 
 
-def plan_forward(
-    x: Tensor,
-    groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: str,
-    eps: float,
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+def plan_forward(x, groups, weight, bias, scale, shift, activation, eps) -> tuple[list[Launch], tuple[Tensor, ...]]:
     """Launches, and what they fill: y in the memory order of `arranged(x)`, mean and rstd `[B, groups]` in fp32."""
     assert x.dtype in (torch.float32, torch.float16, torch.bfloat16), x.dtype
     x = arranged(x)
@@ -189,50 +180,26 @@ def plan_forward(
     mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
         return [], (y, mean.zero_(), rstd.zero_())
-    problem = Problem.of(x, groups)
+    sizes, silu = Sizes.of(x, groups), activation == "silu"
     tensors = {"x": x, "y": y, "mean": mean, "rstd": rstd, "weight": weight.contiguous(), "bias": bias.contiguous()}
     arguments = {**tensors, **film_arguments(scale, shift), "eps": eps}
-    silu = {"SILU": activation == "silu"}
-    if whole := resident(problem, "resident", x.device):
+    if whole := resident(sizes, "resident", x.device):
         tiling, row = whole
-        constants = {**tiling.constants, **silu}
-        launch = Launch(
-            resident_kernel, (tiling.programs,), {**arguments, **tiling.arguments}, constants, row["warps"]
-        )
-        return [launch], (y, mean, rstd)
+        return [tiling.launch(resident_kernel, row, arguments, SILU=silu)], (y, mean, rstd)
 
-    (tiling, row), rows = split(problem, "partial", x.device), problem.batch * groups
+    (tiling, row), rows = split(sizes, "partial", x.device), sizes.batch * groups
     pieces = tiling.parts * tiling.splits
     partials = x.new_empty((3, rows, pieces), dtype=torch.float32)
-    launches = [
-        Launch(
-            partial_kernel,
-            (tiling.programs,),
-            {"x": x, "partials": partials, "rows": rows, **tiling.arguments},
-            {**tiling.constants, "STAGES": tiling.stages(row)},
-            row["warps"],
-        )
-    ]
-    tiling, row = split(problem, "apply", x.device)
+    launches = [tiling.launch(partial_kernel, row, {"x": x, "partials": partials, "rows": rows})]
+    tiling, row = split(sizes, "apply", x.device)
     many = pieces > row["pieces"]
     if many:
         merge = settings("group_norm", "merge", pieces, x.device)
         counts = {"partials": partials, "mean": mean, "rstd": rstd, "eps": eps, "pieces": pieces}
         launches.append(Launch(merge_kernel, (rows,), counts, {"BLOCK": merge["block"]}, merge["warps"]))
-    launches.append(
-        Launch(
-            apply_kernel,
-            (tiling.programs,),
-            {**arguments, "partials": partials, "rows": rows, "pieces": pieces, **tiling.arguments},
-            {
-                **tiling.constants,
-                **silu,
-                "STAGES": tiling.stages(row),
-                "PIECES": 0 if many else triton.next_power_of_2(pieces),
-            },
-            row["warps"],
-        )
-    )
+    arguments |= {"partials": partials, "rows": rows, "pieces": pieces}
+    inline = 0 if many else triton.next_power_of_2(pieces)
+    launches.append(tiling.launch(apply_kernel, row, arguments, SILU=silu, PIECES=inline))
     return launches, (y, mean, rstd)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semantica.kernels import dispatch, launch
+from semantica.kernels.checks import check_dtype, check_tensors
 
 ACTIVATIONS = ("silu", "none")
 
@@ -203,24 +204,16 @@ def group_norm(
 def check(x, groups, weight, bias, scale, shift, activation):
     if not 3 <= x.ndim <= 5:
         raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, C, *spatial] with 1 to 3 spatial dimensions")
-    if x.dtype not in dispatch.DTYPES:
-        raise ValueError(f"x has dtype {x.dtype}: expected {dispatch.DTYPES_NAMED}")
+    check_dtype("x", x)
     if not isinstance(groups, int):
         raise ValueError(f"groups={groups!r}: expected a whole number")
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups={groups} does not divide the {x.shape[1]} channels of x {tuple(x.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-    channels, film = (x.shape[1],), (x.shape[0], x.shape[1])
-    expected = {"weight": (weight, channels), "bias": (bias, channels), "scale": (scale, film), "shift": (shift, film)}
-    for name, (tensor, shape) in expected.items():
-        if tensor is None and name in ("scale", "shift"):
-            continue
+    channels, film, dtypes = (x.shape[1],), (x.shape[0], x.shape[1]), (x.dtype, torch.float32)
+    for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
-            raise ValueError(f"{name} is None: expected {list(shape)} for x {tuple(x.shape)}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {list(shape)} for x {tuple(x.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}: expected {x.device}, where x is")
-        if tensor.dtype not in (x.dtype, torch.float32):
-            raise ValueError(f"{name} has dtype {tensor.dtype}: expected {x.dtype} or torch.float32")
+            raise ValueError(f"{name} is None: expected {list(channels)} for x {tuple(x.shape)}")
+    affine = {"weight": (weight, channels, dtypes), "bias": (bias, channels, dtypes)}
+    check_tensors("x", x, affine | {"scale": (scale, film, dtypes), "shift": (shift, film, dtypes)})

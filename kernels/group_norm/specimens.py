@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from semantica.kernels.group_norm.backward import plan_backward
 from semantica.kernels.group_norm.forward import forward, plan_forward
@@ -40,10 +39,8 @@ def specimens() -> Iterator[tuple[str, list[Launch]]]:
                 yield f"backward {label}", plan_backward(y, x, mean, rstd, *rest)[0]
 
 
-def plans(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str
-) -> list[Callable[[], list[Launch]]]:
-    """Forward and backward of one call."""
+def planners(x, groups, weight, bias, scale, shift, activation) -> list[Callable[[], list[Launch]]]:
+    """What plans the forward, and what the backward, of one call."""
     rest = groups, weight, bias, scale, shift, activation
     y, mean, rstd = forward(x, *rest, 1e-5)
     dy = torch.randn_like(y)

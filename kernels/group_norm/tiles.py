@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semantica.kernels.launch import planned, settings
+from semantica.kernels.launch import Launch, planned, settings
 
 
 @dataclass(frozen=True)
-class Problem:
+class Sizes:
     """Sizes of one group_norm; `vector`: values in 16 bytes."""
 
     batch: int
@@ -34,7 +34,7 @@ class Problem:
     vector: int
 
     @classmethod
-    def of(cls, x: Tensor, groups: int) -> "Problem":
+    def of(cls, x: Tensor, groups: int) -> "Sizes":
         # the cut depends on every size: a tracer with symbolic ones specialises here, once
         batch, channels, pixels = int(x.shape[0]), int(x.shape[1]), int(x[0, 0].numel())
         return cls(batch, channels, pixels, groups, order(x)[1] != 1, 16 // x.element_size())
@@ -88,7 +88,7 @@ class Tiling:
         splits: chunks that make up all pixels.
     """
 
-    problem: Problem
+    sizes: Sizes
     unit: int
     width: int
     lanes: int
@@ -105,58 +105,62 @@ class Tiling:
     @functools.cached_property
     def blocks(self) -> int:
         """Blocks per sample."""
-        return triton.cdiv(self.problem.channels, self.unit) * self.parts
+        return triton.cdiv(self.sizes.channels, self.unit) * self.parts
 
     @functools.cached_property
     def programs(self) -> int:
-        return self.problem.batch * self.blocks * self.splits
+        return self.sizes.batch * self.blocks * self.splits
 
     @functools.cached_property
     def constants(self) -> dict:
         """What kernels are specialised for. The number of pixels is not among them, nor the batch."""
-        problem, kinds = self.problem, self.unit // self.problem.group
+        sizes, kinds = self.sizes, self.unit // self.sizes.group
         return {
-            "CHANNELS": problem.channels,
-            "GROUP": problem.group,
+            "CHANNELS": sizes.channels,
+            "GROUP": sizes.group,
             "UNIT": self.unit,
             "WIDTH": self.width,
-            "LAST": problem.last,
-            "STEP": problem.step,
+            "LAST": sizes.last,
+            "STEP": sizes.step,
             "LANES": self.lanes,
             "KINDS": triton.next_power_of_2(kinds),
             "SPAN": self.span,
         }
 
-    def stages(self, row: dict) -> int:
-        """Tiles in flight in the loop over a chunk; 0 where a chunk is one tile."""
-        return row["stages"] if self.chunk > self.span else 0
-
     @functools.cached_property
     def arguments(self) -> dict:
-        return {"steps": self.problem.pixels // self.problem.step, "chunk": self.chunk, "splits": self.splits}
+        return {"steps": self.sizes.pixels // self.sizes.step, "chunk": self.chunk, "splits": self.splits}
+
+    def launch(self, kernel, row: dict, arguments: dict, **constants) -> Launch:
+        """A kernel with all its programs; where it walks through chunks (row has `stages`), tiles in flight."""
+        if "stages" in row:
+            # a chunk of one tile is no loop
+            constants["STAGES"] = row["stages"] if self.chunk > self.span else 0
+        arguments, constants = arguments | self.arguments, self.constants | constants
+        return Launch(kernel, (self.programs,), arguments, constants, row["warps"])
 
 
-def channel_block(problem: Problem, most: int, span: int) -> tuple[int, int, float]:
+def channel_block(sizes: Sizes, most: int, span: int) -> tuple[int, int, float]:
     """Unit and width of the cheapest block of at most `most` channels, and its cost: 1 is perfect.
 
     The cost counts lanes that idle, loads that are not 16 bytes wide, and runs so short that memory sectors (32 bytes)
     or warps are only partly used.
     """
-    group, channels = problem.group, problem.channels
+    group, channels = sizes.group, sizes.channels
     if group <= most:
-        cuts = [(k * group, k * group) for k in range(1, min(problem.groups, most // group) + 1)]
+        cuts = [(k * group, k * group) for k in range(1, min(sizes.groups, most // group) + 1)]
     else:
-        round_to = problem.vector if problem.last and group % problem.vector == 0 else 1
+        round_to = sizes.vector if sizes.last and group % sizes.vector == 0 else 1
         fewest = triton.cdiv(group, most)
         widths = [triton.cdiv(triton.cdiv(group, n), round_to) * round_to for n in range(fewest, 2 * fewest + 1)]
         cuts = [(group, width) for width in widths if width <= most]
-    grain = 2 * problem.vector if problem.last else triton.cdiv(256, span)
+    grain = 2 * sizes.vector if sizes.last else triton.cdiv(256, span)
 
     def cost(cut: tuple[int, int]) -> float:
         unit, width = cut
         blocks = triton.cdiv(channels, unit) * triton.cdiv(unit, width)
         lanes = blocks * triton.next_power_of_2(width) / channels
-        vector = problem.vector if problem.last and blocks > 1 and channels % problem.vector == 0 else 1
+        vector = sizes.vector if sizes.last and blocks > 1 and channels % sizes.vector == 0 else 1
         aligned = unit % vector == 0 and width % vector == 0
         # a block of all channels is as wide as it can be
         return lanes * (1 if aligned else vector / 2) * (1 if blocks == 1 else 1 + grain / width)
@@ -166,38 +170,38 @@ def channel_block(problem: Problem, most: int, span: int) -> tuple[int, int, flo
 
 
 @planned
-def split(problem: Problem, kernel: str, device: torch.device) -> tuple[Tiling, dict]:
+def split(sizes: Sizes, kernel: str, device: torch.device) -> tuple[Tiling, dict]:
     """The cut for a kernel that walks through chunks, and its launch settings.
 
     Chunks have the row's `tiles`, but fewer where the programs would be fewer than the first of its `programs`, which
     occupies every multiprocessor, and more where they would be more than the second.
     """
-    row = settings("group_norm", kernel, problem.channels if problem.last else problem.pixels, device)
-    whole = triton.next_power_of_2(problem.pixels)
-    span = min(whole, row["block"] // row["lanes"]) if problem.last else min(whole, row["block"])
-    unit, width, _ = channel_block(problem, row["block"] // span, span)
+    row = settings("group_norm", kernel, sizes.channels if sizes.last else sizes.pixels, device)
+    whole = triton.next_power_of_2(sizes.pixels)
+    span = min(whole, row["block"] // row["lanes"]) if sizes.last else min(whole, row["block"])
+    unit, width, _ = channel_block(sizes, row["block"] // span, span)
     lanes = triton.next_power_of_2(width)
-    blocks = triton.cdiv(problem.channels, unit) * triton.cdiv(unit, width)
-    tiles, (least, most) = triton.cdiv(problem.pixels, span), row["programs"]
-    programs = min(max(problem.batch * blocks * tiles // row["tiles"], least), most)
-    splits = min(triton.cdiv(programs, problem.batch * blocks), tiles)
+    blocks = triton.cdiv(sizes.channels, unit) * triton.cdiv(unit, width)
+    tiles, (least, most) = triton.cdiv(sizes.pixels, span), row["programs"]
+    programs = min(max(sizes.batch * blocks * tiles // row["tiles"], least), most)
+    splits = min(triton.cdiv(programs, sizes.batch * blocks), tiles)
     chunk = triton.cdiv(tiles, splits) * span
-    return Tiling(problem, unit, width, lanes, span, chunk, triton.cdiv(problem.pixels, chunk)), row
+    return Tiling(sizes, unit, width, lanes, span, chunk, triton.cdiv(sizes.pixels, chunk)), row
 
 
 @planned
-def resident(problem: Problem, kernel: str, device: torch.device) -> tuple[Tiling, dict] | None:
+def resident(sizes: Sizes, kernel: str, device: torch.device) -> tuple[Tiling, dict] | None:
     """The cut whose tiles hold whole groups, and its launch settings; None where no tile can.
 
     The smallest tile that wastes little, so that small tensors spread over many multiprocessors; else the best of all,
     unless it wastes more than reading twice would.
     """
-    span, best = triton.next_power_of_2(problem.pixels), None
-    size = span * triton.next_power_of_2(problem.group)
+    span, best = triton.next_power_of_2(sizes.pixels), None
+    size = span * triton.next_power_of_2(sizes.group)
     while size <= (row := settings("group_norm", kernel, size, device))["width"]:
-        unit, width, cost = channel_block(problem, size // span, span)
+        unit, width, cost = channel_block(sizes, size // span, span)
         if best is None or cost < best[0]:
-            best = cost, Tiling(problem, unit, width, triton.next_power_of_2(width), span, span, 1), row
+            best = cost, Tiling(sizes, unit, width, triton.next_power_of_2(width), span, span, 1), row
         if cost <= 2.5:
             break
         size *= 2

@@ -1,7 +1,7 @@
 """What every engine has in common: a denoiser whose inputs are checked before anything is launched."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -112,16 +112,31 @@ class Engine(ABC):
     @abstractmethod
     def encode(self, inputs: Mapping[str, Array]) -> Condition: ...
 
+    def inputs(self, condition: Condition) -> Any:
+        """A condition in the layout that every step reads."""
+        return condition
+
     @abstractmethod
     def predict(self, z: Array, logsnr: Array, inputs: Any) -> Array:
         """v; inputs: what `inputs` made of the condition."""
 
-    def inputs(self, condition: Condition) -> Any:
-        """A condition in the layout that every step reads: here the inputs of `denoise.onnx` by name."""
-        named = {"emb": condition.emb}
-        for i, pair in enumerate(zip(condition.keys, condition.values)):
-            named[f"k.{i}"], named[f"v.{i}"] = map(heads_first, pair)
-        return named
+
+class GraphEngine(Engine):
+    """An engine over the bundle's two graphs.
+
+    encoder, denoiser: `{input: array} -> {output: array}`, each. null_arrays: what null.safetensors holds.
+    """
+
+    encoder: Callable[[Mapping[str, Array]], dict[str, Array]]
+    denoiser: Callable[[Mapping[str, Array]], dict[str, Array]]
+    null_arrays: dict[str, Array]
+
+    def null(self, batch: int) -> Condition:
+        sizes = self.bundle.sizes
+        return self.as_condition(self.null_arrays, (1,) * len(sizes)).fill(sizes).repeat(batch)
+
+    def encode(self, inputs: Mapping[str, Array]) -> Condition:
+        return self.as_condition(self.encoder(inputs), self.bundle.sizes)
 
     def as_condition(self, outputs: dict[str, Array], sizes: tuple[int, ...]) -> Condition:
         """Named arrays k.i, v.i `[B, H, M, D]` and emb as a `Condition`, without a copy."""
@@ -129,7 +144,11 @@ class Engine(ABC):
         keys, values = (tuple(outputs[f"{kind}.{i}"].swapaxes(1, 2) for i in blocks) for kind in "kv")
         return Condition(keys, values, outputs["emb"], None, sizes)
 
-    def null_from(self, arrays: dict[str, Array], batch: int) -> Condition:
-        """`null.safetensors`, one token per stream and batch 1, at the bundle's sizes and another batch."""
-        sizes = self.bundle.sizes
-        return self.as_condition(arrays, (1,) * len(sizes)).fill(sizes).repeat(batch)
+    def inputs(self, condition: Condition) -> dict[str, Array]:
+        named = {"emb": condition.emb}
+        for i, pair in enumerate(zip(condition.keys, condition.values)):
+            named[f"k.{i}"], named[f"v.{i}"] = map(heads_first, pair)
+        return named
+
+    def predict(self, z: Array, logsnr: Array, inputs: dict[str, Array]) -> Array:
+        return self.denoiser({"z": z, "logsnr": logsnr, **inputs})["v"]

@@ -3,15 +3,14 @@
 numpy, JSON and hashes only: no torch, so that an exported model can be sampled where torch is not installed.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from semantica.errors import UserError
+from semantica.files import sha256
 
 FORMAT, VERSION = "semantica-bundle", 1
 MANIFEST = "manifest.json"
@@ -160,16 +159,5 @@ def check_files(folder: Path, files: dict[str, Any]) -> None:
                 raise UserError(f"{path} is a symbolic link: copy the file in its place")
         if not path.is_file():
             raise UserError(f"{path} is missing: the folder is incomplete, copy or make it again")
-        if path.stat().st_size != entry.get("bytes") or digest(path) != entry["sha256"]:
+        if path.stat().st_size != entry.get("bytes") or sha256(path) != entry["sha256"]:
             raise UserError(f"{path} is not the file that was written (size or SHA-256 differs): make the folder again")
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def entries(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What a manifest says about files: `{name: {"sha256": ..., "bytes": ...}}`."""
-    return {name: {"sha256": digest(folder / name), "bytes": (folder / name).stat().st_size} for name in names}

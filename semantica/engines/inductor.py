@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semantica.condition import Condition
-from semantica.engines.base import Engine, heads_first
+from semantica.engines.base import GraphEngine
 from semantica.engines.built import open_built
 from semantica.engines.bundle import NULL, Bundle
 from semantica.errors import UserError
@@ -30,7 +29,7 @@ def load(bundle: Bundle, backend: str, device: str) -> "InductorEngine":
     return InductorEngine(bundle, *open_built(bundle, backend, architecture(), torch.__version__))
 
 
-class InductorEngine(Engine):
+class InductorEngine(GraphEngine):
     """Two packages: native code, so load only what you built or trust."""
 
     backend, array = "inductor", "torch"
@@ -40,21 +39,14 @@ class InductorEngine(Engine):
         self.arithmetic = bundle.precision
         self.max_batch = manifest["profile"]["max"]
         self.packages = {name: torch._inductor.aoti_load_package(str(folder / file)) for name, file in PACKAGES.items()}
-        self.blank = load_file(bundle.folder / NULL)
+        self.null_arrays = load_file(bundle.folder / NULL)
 
     @torch.inference_mode()
-    def encode(self, inputs: Mapping[str, Tensor]) -> Condition:
+    def encoder(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         pairs, emb = self.packages["encode"](*(inputs[name] for name in self.bundle.inputs))
-        keys, values = (tuple(pair[i].transpose(1, 2) for pair in pairs) for i in (0, 1))
-        return Condition(keys, values, emb, None, self.bundle.sizes)
-
-    def null(self, batch: int) -> Condition:
-        return self.null_from(self.blank, batch)
-
-    def inputs(self, condition: Condition) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        pairs = zip(condition.keys, condition.values)
-        return [(heads_first(key), heads_first(value)) for key, value in pairs], condition.emb
+        return {"emb": emb, **{f"{kind}.{i}": a for i, pair in enumerate(pairs) for kind, a in zip("kv", pair)}}
 
     @torch.inference_mode()
-    def predict(self, z: Tensor, logsnr: Tensor, inputs: tuple[list[tuple[Tensor, Tensor]], Tensor]) -> Tensor:
-        return self.packages["denoise"](z, logsnr, *inputs)
+    def denoiser(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        pairs = [(inputs[f"k.{i}"], inputs[f"v.{i}"]) for i in range(self.bundle.shapes["blocks"])]
+        return {"v": self.packages["denoise"](inputs["z"], inputs["logsnr"], pairs, inputs["emb"])}

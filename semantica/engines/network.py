@@ -70,9 +70,6 @@ class TorchEngine(Engine):
         """What guiders may change."""
         return self.unet
 
-    def inputs(self, condition: Condition) -> Condition:
-        return condition
-
     @torch.inference_mode()
     def predict(self, z: Tensor, logsnr: Tensor, inputs: Condition) -> Tensor:
         return self.unet(z, logsnr, inputs)

@@ -1,6 +1,6 @@
 """ONNX Runtime: on the CPU numpy arrays in and out, and no torch; for CUDA see `ort_bound`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from safetensors.numpy import load_file
 
 from semantica.condition import Condition
-from semantica.engines.base import Engine
+from semantica.engines.base import Engine, GraphEngine
 from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
 from semantica.errors import UserError
 
@@ -38,7 +38,7 @@ def load(bundle: Bundle, backend: str, device: str) -> Engine:
     return OnnxRuntimeEngine(bundle)
 
 
-class OnnxRuntimeEngine(Engine):
+class OnnxRuntimeEngine(GraphEngine):
     """Two sessions over a checked bundle."""
 
     backend, array = "onnxruntime", "numpy"
@@ -46,20 +46,18 @@ class OnnxRuntimeEngine(Engine):
     def __init__(self, bundle: Bundle):
         super().__init__(bundle)
         self.arithmetic = ARITHMETIC[bundle.precision]
-        self.denoiser, self.encoder = (session(bundle, name) for name in (DENOISE, CONDITION))
-        self.outputs = [output.name for output in self.encoder.get_outputs()]
-        self.blank = load_file(bundle.folder / NULL)
+        self.denoiser, self.encoder = (runner(session(bundle, name)) for name in (DENOISE, CONDITION))
+        self.null_arrays = load_file(bundle.folder / NULL)
 
     def encode(self, inputs: Mapping[str, np.ndarray]) -> Condition:
-        inputs = {name: a.astype(np.float32, copy=False) if a.dtype.kind == "f" else a for name, a in inputs.items()}
-        made = self.encoder.run(self.outputs, inputs)
-        return self.as_condition(dict(zip(self.outputs, made, strict=True)), self.bundle.sizes)
+        whole = {n: a.astype(np.float32, copy=False) if a.dtype.kind == "f" else a for n, a in inputs.items()}
+        return super().encode(whole)
 
-    def null(self, batch: int) -> Condition:
-        return self.null_from(self.blank, batch)
 
-    def predict(self, z: np.ndarray, logsnr: np.ndarray, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        return self.denoiser.run(["v"], {"z": z, "logsnr": logsnr, **inputs})[0]
+def runner(session: onnxruntime.InferenceSession) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """A session as a function of named arrays."""
+    names = [output.name for output in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
 
 def session(

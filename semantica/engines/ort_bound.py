@@ -3,7 +3,6 @@
 The binding is tested on a CPU; on CUDA, with the graphs that replay a whole step, it has not run yet.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnxruntime
@@ -11,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semantica.condition import Condition
-from semantica.engines.base import Engine
+from semantica.engines.base import GraphEngine
 from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
 from semantica.engines.ort import session
 from semantica.errors import UserError
@@ -37,7 +35,7 @@ def load(bundle: Bundle, device: str) -> "BoundEngine":
     return BoundEngine(bundle, torch.device(device))
 
 
-class BoundEngine(Engine):
+class BoundEngine(GraphEngine):
     """Two sessions that read and write tensors of their own, one set for each batch size, on one stream."""
 
     backend, array = "onnxruntime", "torch"
@@ -46,16 +44,7 @@ class BoundEngine(Engine):
         super().__init__(bundle)
         self.device, self.arithmetic = str(device), f"{bundle.precision}, as typed in the graph"
         self.denoiser, self.encoder = (BoundSession(bundle, name, device) for name in (DENOISE, CONDITION))
-        self.blank = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
-
-    def encode(self, inputs: Mapping[str, Tensor]) -> Condition:
-        return self.as_condition(self.encoder(inputs), self.bundle.sizes)
-
-    def null(self, batch: int) -> Condition:
-        return self.null_from(self.blank, batch)
-
-    def predict(self, z: Tensor, logsnr: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        return self.denoiser({"z": z, "logsnr": logsnr, **inputs})["v"]
+        self.null_arrays = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
 
 
 @dataclass(frozen=True)

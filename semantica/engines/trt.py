@@ -1,7 +1,6 @@
 """TensorRT and TensorRT-RTX: one API in two packages. Not yet run on a GPU."""
 
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semantica.condition import Condition
 from semantica.engines import BACKENDS
-from semantica.engines.base import Engine
+from semantica.engines.base import GraphEngine
 from semantica.engines.built import open_built
 from semantica.engines.bundle import NULL, Bundle
 from semantica.errors import UserError
@@ -30,7 +28,7 @@ def load(bundle: Bundle, backend: str, device: str) -> "TensorRTEngine":
     return TensorRTEngine(bundle, *open_built(bundle, backend, architecture(place), version), place)
 
 
-class TensorRTEngine(Engine):
+class TensorRTEngine(GraphEngine):
     """Two deserialised engines with one execution context each; everything stays on the device."""
 
     array = "torch"
@@ -43,17 +41,9 @@ class TensorRTEngine(Engine):
         self.max_batch = manifest["profile"]["max"]
         self.logger = trt.Logger(trt.Logger.WARNING)
         self.runtime = trt.Runtime(self.logger)
-        self.parts = {name: ExecutionContext(trt, self.runtime, folder / file, device) for name, file in FILES.items()}
-        self.blank = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
-
-    def encode(self, inputs: Mapping[str, Tensor]) -> Condition:
-        return self.as_condition(self.parts["encode"](inputs), self.bundle.sizes)
-
-    def null(self, batch: int) -> Condition:
-        return self.null_from(self.blank, batch)
-
-    def predict(self, z: Tensor, logsnr: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        return self.parts["denoise"]({"z": z, "logsnr": logsnr, **inputs})["v"]
+        paths = (folder / FILES[name] for name in ("encode", "denoise"))
+        self.encoder, self.denoiser = (ExecutionContext(trt, self.runtime, path, device) for path in paths)
+        self.null_arrays = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
 
 
 class ExecutionContext:

@@ -15,7 +15,7 @@ from semantica.condition import Condition, concatenate
 from semantica.errors import UserError
 from semantica.images import to_uint8
 from semantica.inputs import Prepared, part_of, samples_in
-from semantica.sampling.loop import Array, Denoiser, sample
+from semantica.sampling.loop import Array, Denoiser, Guidance, sample
 from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule
 
@@ -97,7 +97,8 @@ class VariationPipeline(ABC):
             output_type: "pil", "np" (`[B, S, S, 3]` in [0, 1]) or "pt" (`[B, 3, S, S]` in [0, 1]).
             return_dict: False gives a plain tuple.
             callback_on_step_end: `(pipeline, step, timestep, {"latents": z}) -> dict`, may replace the latents.
-            guider: any guider of diffusers (autoguidance, ...) instead of `guidance_scale` and `interval`.
+            guider: any guider of diffusers (autoguidance, ...), or a `semantica.sampling.loop.Guidance`, instead of
+                `guidance_scale` and `interval`.
             seed: of the noise; that of variation j of sample i at a step depends on (seed, i, j, step) alone, on no
                 solver, device or batch. Without it and `generator`, 0 for a bundle, and for a run folder torch's
                 global generator.
@@ -127,7 +128,7 @@ class VariationPipeline(ABC):
             latents = noise(range(total))
         elif tuple(latents.shape) != (total, *shape):
             raise UserError(f"latents have shape {tuple(latents.shape)}: expected {[total, *shape]}")
-        guidance, made = None if guider is None else as_guidance(guider), []
+        guidance, made = as_guidance(guider), []
         for rows, condition in self.batches(samples, n, self.limit(guidance_scale != 1 and guider is None)):
             z = self.array(latents[rows.start : rows.stop])
             fresh = partial(self.fresh, noise, rows)
@@ -195,7 +196,10 @@ def drawn(generator: Any, shape: tuple[int, ...], device: Any) -> Callable[..., 
     return draw
 
 
-def as_guidance(guider: Any) -> Any:
+def as_guidance(guider: Any) -> Guidance | None:
+    """A guider of diffusers as what the loop takes; others are that already."""
+    if guider is None or hasattr(guider, "predictor"):
+        return guider
     from semantica.sampling.guidance import Guided
 
     return Guided(guider)

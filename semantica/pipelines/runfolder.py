@@ -63,10 +63,8 @@ def readable(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} cannot be loaded: {reason}") from error
 
 
-def check_run(folder: Path) -> list[str]:
+def check_run(folder: Path) -> None:
     """Make sure that a folder is a complete pipeline of this package that needs neither pickles nor remote code.
-
-    Returns the modules of this package that it names.
 
     Raises:
         UserError: it is missing, half written, of another kind, or holds a file that could execute code.
@@ -101,4 +99,3 @@ def check_run(folder: Path) -> list[str]:
                 read_class(folder / name / part)
         elif name != "scheduler" and not any((folder / name).glob("*.safetensors")):
             raise UserError(f"{folder}/{name} has no safetensors weights: the folder is half written, remake it")
-    return [module for module, _ in named.values()]

@@ -13,6 +13,7 @@ from tyro.extras import literal_type_from_choices
 from semantica.engines import BACKENDS, load_engine
 from semantica.errors import UserError
 from semantica.files import write_text, written
+from semantica.sampling.settings import Sampling
 from semantica.solvers import SOLVERS
 
 CHUNK = 64
@@ -73,7 +74,8 @@ def make_variations(config: SampleConfig, pictures: list) -> np.ndarray:
         pipeline = load_pipeline(config.model, config.device)
         if config.engine == "torch-compile":
             pipeline.accelerate()
-    return variations(pipeline, pictures, config.n, config.steps, config.guidance, config.seed, config.solver)
+    settings = Sampling(config.steps, config.solver, config.guidance, seed=config.seed)
+    return variations(pipeline, pictures, config.n, settings)
 
 
 def load_pipeline(model: Path, device_name: str):
@@ -93,34 +95,36 @@ def load_pipeline(model: Path, device_name: str):
     return pipeline
 
 
-def variations(
-    pipeline, pictures: list, n: int, steps: int, guidance: float, seed: int, solver: str = "dpmpp_2m"
-) -> np.ndarray:
-    """`n` variations of each picture: uint8 `[len(pictures), n, S, S, 3]`, a function of the seed.
+def variations(pipeline, pictures: list, n: int, settings: Sampling) -> np.ndarray:
+    """`n` variations of each picture: uint8 `[len(pictures), n, S, S, 3]`.
 
-    The noise of variation j of picture i depends on (seed, i, j) alone, on no device or batch.
+    The noise of variation j of picture i depends on (seed, i, j) alone, on no device or batch. What is done about
+    pixels out of range is the model's own.
     """
-    made = pipeline(pictures, n, steps, guidance, seed=seed, solver=solver).images
+    made = pipeline(
+        pictures, n, settings.steps, settings.guidance,
+        seed=settings.seed, solver=settings.solver, interval=settings.interval,
+    ).images  # fmt: skip
     arrays = np.stack([np.asarray(image) for image in made])
     return arrays.reshape(len(pictures), n, *arrays.shape[1:])
 
 
-def unconditional(pipeline, count: int, steps: int, seed: int) -> np.ndarray:
+def unconditional(pipeline, count: int, settings: Sampling) -> np.ndarray:
     """`count` images that ignore any condition: uint8 `[count, S, S, 3]`, a function of the seed."""
     import torch
 
     from semantica.images import to_uint8
     from semantica.sampling.loop import sample
-    from semantica.sampling.settings import Sampling
     from semantica.solvers import noise
 
     unet, made = pipeline.unet, []
-    settings = Sampling.of(pipeline.scheduler.config, steps=steps, guidance=1.0, solver="dpmpp_2m")
+    config = {**pipeline.scheduler.config, "solver": settings.solver}
+    alone = Sampling.of(config, steps=settings.steps, guidance=1.0)
     for start in range(0, count, CHUNK):
         shape = (min(CHUNK, count - start), *pipeline.sample_shape)
-        z = torch.from_numpy(noise(seed, shape, start)).to(unet.device)
+        z = torch.from_numpy(noise(settings.seed, shape, start)).to(unet.device)
         with torch.no_grad():
-            made.append(to_uint8(sample(unet, z, unet.null(len(z)), None, pipeline.scheduler.schedule, settings)))
+            made.append(to_uint8(sample(unet, z, unet.null(len(z)), None, pipeline.scheduler.schedule, alone)))
     return np.concatenate(made)
 
 

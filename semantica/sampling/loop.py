@@ -123,7 +123,8 @@ def sample(
 
     levels = like(np.repeat(plan.logsnr.astype(np.float32)[:, None], len(z), 1), z)
     if hasattr(denoiser, "execute"):
-        key = None if plan.noise_scale.any() or on_step else (schedule, dataclasses.replace(settings, seed=0))
+        own = plan.noise_scale.any() or guidance or on_step
+        key = None if own else (schedule, dataclasses.replace(settings, seed=0))
         return denoiser.execute(run, z, levels, condition, null, key)
     return run(z, levels, condition, null)
 

@@ -14,26 +14,16 @@ from hypothesis import strategies as st
 from semantica.kernels import cross_attention
 from semantica.kernels.cross_attention.cases import CASES as CROSS_ATTENTION
 from semantica.kernels.cross_attention.cases import CrossAttentionCase
+from semantica.kernels.cross_attention.specimens import planners
 
+oracle = runpy.run_path(str(Path(__file__).parents[1] / "test_kernels.py"))
+run, widen, with_lse = (oracle[name] for name in ("run", "widen", "with_lse"))
 run_guarded = runpy.run_path(str(Path(__file__).with_name("guards.py")))["run_guarded"]
 
 
-def gradients(inputs, seed=5):
+def gradients(inputs):
     """o, lse (0 where absent) and every gradient, with cotangents that are exact in fp16."""
-    leaves = {
-        name: value.detach().requires_grad_()
-        for name, value in inputs.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    }
-    o, lse = cross_attention(**{**inputs, **leaves}, return_lse=True)
-    outs = o, lse.masked_fill(lse.isneginf(), 0)
-    g = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(out.shape, generator=g).half().to(out.dtype) for out in outs]
-    return [*outs, *torch.autograd.grad(outs, list(leaves.values()), cotangents)]
-
-
-def widen(inputs):
-    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    return list(run(with_lse(cross_attention), inputs, torch.float16).values())
 
 
 @pytest.mark.parametrize("name", ["one token", "views", "absent stream", "several tiles"])
@@ -85,6 +75,11 @@ def test_lengths_are_clamped_and_any_layout_is_taken():
     }
     for a, b in zip(gradients({**inputs, **others}), expected):
         assert torch.equal(a, b)
+
+
+def test_the_tuner_gets_the_plans_of_a_call():
+    forward, backward = planners(**CROSS_ATTENTION["absent stream"].inputs(torch.float16))
+    assert (len(forward()), len(backward())) == (1, 3)
 
 
 def test_other_types_are_left_to_plain_torch():

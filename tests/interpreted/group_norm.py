@@ -20,6 +20,7 @@ from semantica.kernels.group_norm.cases import CASES as GROUP_NORM
 from semantica.kernels.group_norm.cases import GroupNormCase
 from semantica.kernels.group_norm.forward import forward, plan_forward
 from semantica.kernels.group_norm.op import group_norm_ref
+from semantica.kernels.group_norm.specimens import planners
 from semantica.kernels.group_norm.tiles import place
 
 oracle = runpy.run_path(str(Path(__file__).parents[1] / "test_kernels.py"))
@@ -197,6 +198,11 @@ def test_any_shape_and_any_strides(data):
         bound = small * max(1, d.abs().max().item()) * max(1, loose)
         torch.testing.assert_close(given[name].double(), d, rtol=small, atol=bound)
     assert all(given[n].numel() == 0 for n in ("scale", "shift") if inputs[n] is None)
+
+
+def test_the_tuner_gets_the_plans_of_a_call():
+    forward, backward = planners(**CASES["odd channels"].inputs(torch.float32))
+    assert (len(forward()), len(backward())) == (1, 2)
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)])

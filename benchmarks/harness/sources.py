@@ -1,0 +1,132 @@
+"""Which code a stored row has timed: hashes of sources, the same wherever a file lies and however it is laid out.
+
+Of a Python file the syntax tree counts, without docstrings and imports; comments, quotes and line breaks are not in it.
+"""
+
+import ast
+import functools
+import hashlib
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+# modules and packages, these with all below them, that every whole run is made of
+NETWORK = ("semantica.model", "semantica.condition", "semantica.kernels")
+SAMPLING = (
+    *NETWORK, "semantica.solvers", "semantica.sampling", "semantica.engines", "semantica.pipelines", "semantica.export",
+)  # fmt: skip
+TRAINING = (*NETWORK, "semantica.diffusion", "semantica.memory", "semantica.train")
+SOURCES = {
+    "sample": SAMPLING,
+    "sample_ladder": (*SAMPLING, "semantica.benchmarks.sampling.stock"),
+    "train": TRAINING,
+    "scaling": TRAINING,
+}
+# files and folders in them that no measured run goes through: what is proved, timed or compiled, and mining
+LEFT_OUT = {"cases", "specimens", "pages"}
+# fields of syntax trees that say nothing, or that not every version of Python has
+SILENT = {"ctx", "kind", "type_comment"}
+
+
+def kernel_hash(op: str, arch: str) -> str:
+    """Of the sources that an operator's fused implementation on an architecture is made of, and its launch settings.
+
+    arch: such as "sm_90"; anything else is a processor, where the compiled loops say themselves what they are made of.
+    """
+    from semantica.kernels import OPERATORS
+
+    gpu = arch.startswith("sm_")
+    files = OPERATORS[op].sources(gpu)
+    native = not gpu and any(path.stem == "cpu" for path in files)
+    return combined(files, ladders(op, arch) if gpu else built_from() if native else "")
+
+
+@functools.cache
+def source_hash(op: str, arch: str) -> str:
+    """Of the sources that a whole run on an architecture is made of, one of `SOURCES`."""
+    from semantica.kernels import OPERATORS
+
+    files = [path for name in SOURCES[op] for path in files_of(name)]
+    return combined(files, built_from(), *(ladders(name, arch) for name in sorted(OPERATORS)))
+
+
+def stale(row: dict) -> bool:
+    """Whether the code that a row timed has changed since."""
+    # rows of what others wrote have no hash, nor have those of processes that were stored before there was one
+    if row.get("kernel_hash") is None:
+        return False
+    now = source_hash if row["op"] in SOURCES else kernel_hash
+    return row["kernel_hash"] != now(row["op"], row["arch"])
+
+
+def combined(files: list[Path], *more: str) -> str:
+    # ordered by content: a file that is moved or renamed is the same code
+    parts = sorted(fingerprint(path) for path in files)
+    return hashlib.sha256(json.dumps([parts, more]).encode()).hexdigest()[:16]
+
+
+def files_of(name: str) -> list[Path]:
+    """The Python files of a module, or of a package and all below it.
+
+    Raises:
+        ModuleNotFoundError: there are none: what has a hash of nothing would never be stale.
+    """
+    spec = find_spec(name)
+    found = []
+    if spec is not None and spec.submodule_search_locations is None:
+        found = [Path(spec.origin)]
+    elif spec is not None:
+        folder = Path(spec.submodule_search_locations[0])
+        every = ((path, path.relative_to(folder).with_suffix("")) for path in sorted(folder.rglob("*.py")))
+        found = [path for path, place in every if not LEFT_OUT & {*place.parts}]
+    if not found:
+        raise ModuleNotFoundError(f"{name} has no sources: mend the tables of {__name__}", name=name)
+    return found
+
+
+def ladders(op: str, arch: str) -> str:
+    """An operator's launch settings for an architecture, if it has any: tuning one leaves the rows of others fresh."""
+    from semantica.kernels.launch import LADDERS
+
+    table = json.loads(LADDERS[op].read_text()) if op in LADDERS else {}
+    own = {kernel: found.get(arch, found["default"]) for kernel, found in table.items()}
+    return json.dumps(own, sort_keys=True)
+
+
+def built_from() -> str:
+    """What identifies the sources of `semantica._C`; empty where it is not built."""
+    try:
+        from semantica import _C
+    except ImportError:
+        return ""
+    return _C.build_info()["sources"]
+
+
+def fingerprint(path: Path) -> str:
+    """The SHA-256 of a Python file's syntax tree, the same in every version of Python that we support."""
+    return hashlib.sha256(described(ast.parse(path.read_bytes())).encode()).hexdigest()
+
+
+def described(value) -> str:
+    """A syntax tree as text, or a part of it."""
+    if isinstance(value, list):
+        return f"[{','.join(described(item) for item in value if not speechless(item))}]"
+    if not isinstance(value, ast.AST):
+        # not repr: which characters it escapes depends on the version
+        return ascii(value)
+    if isinstance(value, ast.JoinedStr):
+        # 3.12 ends some with an empty text
+        value = ast.JoinedStr([part for part in value.values if getattr(part, "value", None) != ""])
+    fields = ((name, getattr(value, name)) for name in value._fields if name not in SILENT)
+    # what is absent or empty is left out, since later versions have more such fields
+    told = ",".join(f"{name}={described(field)}" for name, field in fields if field not in (None, []))
+    return f"{type(value).__name__}({told})"
+
+
+def speechless(node) -> bool:
+    """Whether a statement is an import, a docstring, or a condition around imports."""
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    if isinstance(node, ast.If):
+        return all(map(speechless, [*node.body, *node.orelse]))
+    return isinstance(node, (ast.Import, ast.ImportFrom))
