@@ -13,7 +13,7 @@ from tyro.extras import literal_type_from_choices
 from semantica.engines import BACKENDS, load_engine
 from semantica.engines.bundle import is_bundle
 from semantica.errors import UserError
-from semantica.files import written
+from semantica.files import write_text, written
 from semantica.images import fit, grid, load_image, save_png, to_uint8
 from semantica.pipelines.base import VariationPipeline
 from semantica.pipelines.bundle import BundlePipeline
@@ -84,14 +84,13 @@ def load_pipeline(model: Path, device: str = "auto", engine: str = "auto") -> Va
     import torch
 
     from semantica.device import pick_device
-    from semantica.pipelines.variations import SemanticaPipeline
+    from semantica.pipelines.networks import NetworkPipeline
 
     place = pick_device(device)
     if place.type == "cpu":
         keep_freed_memory()
-    pipeline = SemanticaPipeline.from_pretrained(model).to(place)
+    pipeline = NetworkPipeline.load(model).to(place)
     pipeline.unet.requires_grad_(False).to(memory_format=torch.channels_last)
-    pipeline.set_progress_bar_config(disable=True)
     pipeline.max_samples = CHUNK
     return pipeline.accelerate() if engine == "torch-compile" else pipeline
 
@@ -102,10 +101,8 @@ def variations(pipeline: VariationPipeline, pictures: list, n: int, settings: Sa
     The noise of variation j of picture i depends on (seed, i, j) alone, on no device or batch. What is done about
     pixels out of range is the model's own.
     """
-    made = pipeline(
-        pictures, n, settings.steps, settings.guidance,
-        seed=settings.seed, solver=settings.solver, interval=settings.interval,
-    ).images  # fmt: skip
+    options = {"seed": settings.seed, "solver": settings.solver, "interval": settings.interval}
+    made = pipeline(pictures, n, settings.steps, settings.guidance, **options).images
     arrays = np.stack([np.asarray(image) for image in made])
     return arrays.reshape(len(pictures), n, *arrays.shape[1:])
 
@@ -134,18 +131,17 @@ def sample(config: SampleConfig) -> Path:
     made = variations(load_pipeline(config.model, config.device, config.engine), pictures, config.n, settings)
     record = json.dumps(dataclasses.asdict(config), indent=1, default=str)
     size = made.shape[2]
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     if config.out.suffix == ".png":
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         rows = [[fit(picture, size), *row] for picture, row in zip(pictures, made, strict=True)]
         save_png(grid(rows, apart=4), config.out)
-        config.out.with_suffix(".json").write_text(record)
+        write_text(config.out.with_suffix(".json"), record)
     else:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        with written(config.out, existing="refuse") as folder:
-            folder.mkdir()
+        with written(config.out, "refuse") as aside:
+            aside.mkdir()
             for i, (path, row) in enumerate(zip(config.image, made, strict=True)):
                 for j, picture in enumerate(row):
-                    save_png(picture, folder / f"{i:03d}-{path.stem}-{j}.png")
-            (folder / "config.json").write_text(record)
+                    save_png(picture, aside / f"{i:03d}-{path.stem}-{j}.png")
+            (aside / "config.json").write_text(record)
     print(f"{made.shape[0] * made.shape[1]} variations in {config.out}")
     return config.out
