@@ -55,11 +55,13 @@ def demo(config: DemoConfig) -> dict:
     """
     from semantica.benchmarks.quality.evaluate import EvaluateConfig, evaluate
     from semantica.benchmarks.quality.web import draw_web
+    from semantica.memory import keep_freed_memory
     from semantica.train.config import TrainConfig
     from semantica.train.loop import train
 
     if config.steps < 1 or config.groups < 1 or config.seed < 0:
         raise UserError("--steps and --groups must be at least 1, --seed at least 0")
+    keep_freed_memory()
     seconds = {}
 
     def timed(name: str, function, *arguments):

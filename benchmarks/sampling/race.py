@@ -184,4 +184,6 @@ class ModelRace:
 def sizes(model: Path) -> tuple[int, int]:
     """Sides of the images that a run folder makes, and of those that condition it."""
     unet, encoder = (json.loads((model / part / "config.json").read_text()) for part in ("unet", "encoder"))
+    if "image_size" not in encoder:
+        raise UserError(f"{model} has several encoders: models that pictures alone condition are raced")
     return unet["image_size"], encoder["image_size"]

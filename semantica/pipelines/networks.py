@@ -121,7 +121,9 @@ class NetworkPipeline(VariationPipeline):
     def encodings(self, prepared: dict[str, Prepared]) -> dict[str, Stream]:
         """Prepared inputs to streams in the type that the network reads, also where the encoder is a faster copy."""
         encoder, device = self.encoder if self._fast is None else self._fast[1], self._execution_device
-        made = encodings(encoder, placed(prepared, device, encoder.dtype))
+        # what was encoded before is not rounded to the type of a faster copy
+        before = {name: value for name, value in prepared.items() if isinstance(value, Stream)}
+        made = encodings(encoder, placed(prepared, device, encoder.dtype) | before)
         return placed(made, device, self.unet.dtype)
 
     def prepare(self, inputs: Any) -> dict[str, Prepared]:
