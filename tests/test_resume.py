@@ -296,6 +296,32 @@ def test_a_hung_process_ends_the_job_within_the_timeout(photos, tmp_path, torchr
 
 
 @pytest.mark.slow
+def test_a_signal_while_another_process_hangs_ends_this_one_long_before_the_timeout(photos, tmp_path, side_by_side):
+    """It waits in C++ for gradients of the other, where no handler of Python's runs."""
+    given = options(photos, tmp_path / "run", steps=1000, timeout=300.0)
+    both = side_by_side(*[[str(HERE / "processes" / "struck.py"), "hang", "5", *given]] * 2)
+    wait_for(lambda: logged(tmp_path / "run") >= 4, 100)
+    wait_for(lambda: psutil.Process(both[1].pid).status() == psutil.STATUS_STOPPED, 30)
+    time.sleep(1)
+    both[0].send_signal(signal.SIGTERM)
+    _, lines = said_by(both[0])
+    assert both[0].returncode == 1
+    assert len(lines) == 1 and lines[0].startswith("semantica: asked to stop, and another of the processes did not")
+    assert newest_whole(tmp_path / "run") in (2, 4)
+
+
+@pytest.mark.slow
+def test_an_error_that_nobody_foresaw_is_a_traceback_and_exit_code_1(photos, tmp_path, side_by_side):
+    """Not the abort of a thread that serves the group; the other process says what it lost."""
+    given = options(photos, tmp_path / "run", timeout=60.0)
+    both = side_by_side(*[[str(HERE / "processes" / "struck.py"), "error", "3", *given]] * 2)
+    (_, lines), (_, others) = map(said_by, both)
+    assert [p.returncode for p in both] == [1, 1]
+    assert len(lines) == 1 and lines[0].startswith("semantica: another of the 2 processes ended")
+    assert others == ["Traceback (most recent call last):"]
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_stops_both_at_the_same_step(photos, tmp_path, torchrun):
     process = start(torchrun, options(photos, tmp_path / "run", steps=1000, save_every=1000, parallel="fsdp"))
     wait_for(lambda: logged(tmp_path / "run") >= 2, 100)

@@ -4,6 +4,8 @@ Usage: struck.py FAULT STEP ARGUMENTS... (a `semantica` command). FAULT is
   save  SIGKILL while it writes its part of the checkpoint of that step, but not again when torchrun starts it again
   step  SIGKILL between the forward and the backward pass
   loss  its loss, and so every gradient, is not a number
+  error an error that nobody foresaw
+  hang  SIGSTOP between the forward and the backward pass
 """
 
 import math
@@ -34,6 +36,10 @@ def stepping(module, inputs, outputs):
         return None
     if fault == "step":
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "hang":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault == "error":
+        raise LookupError("by the fault")
     return (outputs[0] * math.nan, *outputs[1:])
 
 

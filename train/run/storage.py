@@ -2,7 +2,8 @@
 
 A key `NAME/KEY` is the tensor KEY of `NAME.safetensors`; where several processes hold parts of NAME, each writes
 `NAME.00001-of-00002.safetensors` with the places of its parts in the header, in the form that PyTorch's own
-`HuggingFaceStorageReader` knows.
+`HuggingFaceStorageReader` knows. That one cannot read a whole checkpoint, since it takes equal keys of two files for
+one tensor; and headers of PyTorch's writer are not the same bytes twice, so equal checkpoints would differ in hashes.
 """
 
 import dataclasses
