@@ -1,0 +1,1 @@
+"""Every figure that this project claims, and how it is measured."""

@@ -192,6 +192,9 @@ class ArrayData(Source):
     def refs(self) -> list[int]:
         return [ref for group in self.groups for ref in self.of(group)]
 
+    def parts(self) -> dict[str, range]:
+        return {"array": range(len(self.pictures) * self.pictures.shape[1])}
+
     def picture_bytes(self) -> int:
         return self.pictures.nbytes
 
@@ -213,7 +216,7 @@ class Averaged(ClassifierFreeGuidance):
     """The mean of both predictions: classifier-free guidance of scale 1/2, by another way."""
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
-        return GuiderOutput((pred_cond + pred_uncond) / 2, pred_cond, pred_uncond)
+        return GuiderOutput(pred=(pred_cond + pred_uncond) / 2, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
 
 # a verb

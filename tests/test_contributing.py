@@ -65,11 +65,9 @@ def test_an_engine_and_a_solver_sample(extended, tmp_path):
     assert made["run"].shape == (2, 32, 32, 3)
     # euler's method in these coordinates is ddim; pixels that lie at a border between levels may round either way
     assert abs(made["run"] - made["ddim"]).max() <= 1 and abs(made["bundle"] - made["run"]).max() <= 1
-    doctor = extended("doctor")
-    assert re.search(r"traced +", doctor)
-    assert "'--engine nothing' is invalid" in extended(
-        "sample", "--model", STORED / "run", "--engine", "nothing", *SAMPLE, code=2
-    ).replace("argument --engine: invalid choice 'nothing'", "'--engine nothing' is invalid")
+    assert re.search(r"^ .* traced +", extended("doctor"), re.M)
+    refused = extended("sample", "--model", STORED / "run", "--engine", "nothing", *SAMPLE, code=2)
+    assert "'nothing' for argument '--engine'" in refused and "'traced'" in refused
 
 
 def test_a_source_a_preset_and_a_verb(extended, tmp_path):

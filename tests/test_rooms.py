@@ -1,6 +1,7 @@
 """Rooms: which way imports point between folders, no circles, and files short enough to read."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,52 @@ def test_no_file_is_too_long_to_read():
     assert len(files) > 200
     lengths = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in files}
     assert {path: count for path, count in lengths.items() if count > LONGEST} == {}
+
+
+def listing() -> str:
+    """Every file with the first line of its docstring, as docs/architecture.md shows them."""
+    lines = []
+    for house in ("kernels", "semantica", "train", "export", "benchmarks"):
+        for folder in sorted({path.parent for path in (ROOT / house).rglob("*.py")}):
+            lines += ["", f"### `{folder.relative_to(ROOT).as_posix()}/`", "", "| file | what |", "|---|---|"]
+            for path in sorted(folder.glob("*.py")):
+                what = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+                if what:
+                    lines.append(f"| `{path.name}` | {what} |")
+    return "\n".join(lines[1:]) + "\n"
+
+
+GUIDE = ROOT / "docs" / "architecture.md"
+
+
+def parts() -> tuple[str, str, str]:
+    """What stands before the list of files, the list, and what follows."""
+    before, rest = GUIDE.read_text().split("<!-- files -->\n")
+    files, after = rest.split("<!-- end -->\n")
+    return before, files, after
+
+
+def test_the_guide_lists_every_file():
+    # python tests/test_rooms.py writes the list
+    assert parts()[1] == listing()
+
+
+def test_every_file_says_what_it_is():
+    empty = [str(path) for path in MODULES.values() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert empty == []
+
+
+def test_the_guide_names_what_there_is():
+    named = re.findall(r"`([a-z_/]+\.py):(\w+)`", parts()[0])
+    assert len(named) > 30
+    missing = []
+    for path, name in named:
+        tree = ast.parse((ROOT / path).read_text())
+        if name not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}:
+            missing.append(f"{path}:{name}")
+    assert missing == []
+
+
+if __name__ == "__main__":
+    start, _, end = parts()
+    GUIDE.write_text(f"{start}<!-- files -->\n{listing()}<!-- end -->\n{end}")

@@ -1,0 +1,1 @@
+"""Crawls to training data: the pictures that share a web page, as shards."""
