@@ -99,15 +99,11 @@ def plan_backward(
     tiled = stream_tiles(sizes, row["block_m"])
     o = o if streams == 1 and gates is None and not tiled[0][4] else None
     shared = {"do_ptr": do, "k_ptr": k, "v_ptr": v, "lse_ptr": lse, "lengths_ptr": lengths, "gates_ptr": gates}
-    arguments = {
-        **shared, "q_ptr": q, "o_ptr": o, "dlse_ptr": dlse,
-        "weight_ptr": q_weight, "dq_ptr": dq, "normal_ptr": normal, "row_ptr": rows, "dgates_ptr": dgates_part,
-        "dweight_ptr": dweight_part, "queries": queries, **strides(do=do, q=q, k=k, v=v),
-    }  # fmt: skip
-    constants = {
-        "TILES": tiled, "STREAMS": streams, "EPS": RMS_EPS,
-        "BLOCK_N": block_n, "BLOCK_M": row["block_m"], **blocks,
-    }  # fmt: skip
+    arguments = {**shared, "q_ptr": q, "o_ptr": o, "dlse_ptr": dlse, "weight_ptr": q_weight, "dq_ptr": dq}
+    arguments |= {"normal_ptr": normal, "row_ptr": rows, "dgates_ptr": dgates_part, "dweight_ptr": dweight_part}
+    arguments |= {"queries": queries, **strides(do=do, q=q, k=k, v=v)}
+    constants = {"TILES": tiled, "STREAMS": streams, "EPS": RMS_EPS, "BLOCK_N": block_n, "BLOCK_M": row["block_m"]}
+    constants |= blocks
     plan = [Launch(dq_kernel, (tiles, heads, batch), arguments, constants, warps, row["stages"])]
 
     row, q = settings("dkv", q), q if normal is None else normal
@@ -116,25 +112,19 @@ def plan_backward(
     splits = max(1, min(PROCESSORS // (groups[-1][2] * heads * batch), triton.cdiv(queries, block_n)))
     span = triton.cdiv(triton.cdiv(queries, block_n), splits) * block_n
     parts = (dk, dv) if splits == 1 else (new(splits, *k.shape), new(splits, *k.shape))
-    arguments = {
-        **shared, "q_ptr": q, "row_ptr": rows, "dk_ptr": parts[0], "dv_ptr": parts[1],
-        "queries": queries, "span": span, **strides(do=do, q=q, k=k, v=v),
-    }  # fmt: skip
-    constants = {
-        "GROUPS": groups, "RUNS": runs, "COUNT": len(groups), "SPLITS": splits, "KEYS": keys, "STREAMS": streams,
-        "BLOCK_N": block_n, **blocks,
-    }  # fmt: skip
+    arguments = {**shared, "q_ptr": q, "row_ptr": rows, "dk_ptr": parts[0], "dv_ptr": parts[1]}
+    arguments |= {"queries": queries, "span": span, **strides(do=do, q=q, k=k, v=v)}
+    constants = {"GROUPS": groups, "RUNS": runs, "COUNT": len(groups), "SPLITS": splits, "KEYS": keys}
+    constants |= {"STREAMS": streams, "BLOCK_N": block_n, **blocks}
     grid = (groups[-1][2] * splits, heads, batch)
     plan.append(Launch(dkv_kernel, grid, arguments, constants, row["warps"], row["stages"]))
 
     values = triton.cdiv(k.numel(), 1024) if splits > 1 else 0
     counts = values, 0 if gates is None else triton.cdiv(gates.numel(), 1024), 0 if q_weight is None else dim // 16
     if any(counts):
-        pairs = {
-            "dk": (parts[0], dk) if values else (None, None), "dv": (parts[1], dv) if values else (None, None),
-            "dgates": (dgates_part, None if gates is None else dgates),
-            "dweight": (dweight_part, None if q_weight is None else dweight),
-        }  # fmt: skip
+        pairs = {"dk": (parts[0], dk), "dv": (parts[1], dv)} if values else dict.fromkeys(("dk", "dv"), (None, None))
+        pairs["dgates"] = dgates_part, None if gates is None else dgates
+        pairs["dweight"] = dweight_part, None if q_weight is None else dweight
         arguments = {f"{name}_part": part for name, (part, _) in pairs.items()}
         arguments |= {f"{name}_ptr": target for name, (_, target) in pairs.items()}
         arguments |= {"splits": splits, "values": k.numel(), "tiles": tiles}

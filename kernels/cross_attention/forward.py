@@ -160,15 +160,10 @@ def plan_forward(q, k, v, sizes, lengths, gates, q_weight) -> tuple[list[Launch]
         return [], (o, lse)
     row = settings("forward", q)
     block_n, warps = query_tile(row, q)
-    arguments = {
-        "q_ptr": q, "k_ptr": k, "v_ptr": v, "o_ptr": o, "lse_ptr": lse,
-        "lengths_ptr": lengths, "gates_ptr": gates, "weight_ptr": q_weight,
-        "queries": queries, **strides(q=q, k=k, v=v),
-    }  # fmt: skip
-    constants = {
-        "TILES": stream_tiles(list(sizes), row["block_m"]), "STREAMS": len(sizes), "EPS": RMS_EPS,
-        "BLOCK_N": block_n, "BLOCK_M": row["block_m"], **split_dim(dim),
-    }  # fmt: skip
+    arguments = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "o_ptr": o, "lse_ptr": lse, "lengths_ptr": lengths}
+    arguments |= {"gates_ptr": gates, "weight_ptr": q_weight, "queries": queries, **strides(q=q, k=k, v=v)}
+    constants = {"TILES": stream_tiles(list(sizes), row["block_m"]), "STREAMS": len(sizes), "EPS": RMS_EPS}
+    constants |= {"BLOCK_N": block_n, "BLOCK_M": row["block_m"], **split_dim(dim)}
     grid = (triton.cdiv(queries, block_n), heads, batch)
     return [Launch(forward_kernel, grid, arguments, constants, warps, row["stages"])], (o, lse)
 

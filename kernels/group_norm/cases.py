@@ -45,9 +45,8 @@ class GroupNormCase(Case):
             name: normal((batch, channels), g, dtype, device) / 2 if self.film else None for name in ("scale", "shift")
         }
         weight, bias = 1 + normal((channels,), g, dtype, device) / 4, normal((channels,), g, dtype, device) / 4
-        return {
-            "x": x, "groups": self.groups, "weight": weight, "bias": bias, **film, "activation": self.activation,
-        }  # fmt: skip
+        affine = {"weight": weight, "bias": bias}
+        return {"x": x, "groups": self.groups, **affine, **film, "activation": self.activation}
 
     def flops(self, direction: str) -> int:
         return OPERATIONS[direction] * math.prod(self.shape)
