@@ -65,12 +65,13 @@ def by_name(inputs: Any, names: Iterable[str]) -> Mapping[str, Any]:
 
 
 def prepare_one(make: Callable[[list], Array], values: Any, name: str) -> Prepared:
-    if isinstance(values, Stream | Several) or hasattr(values, "ndim"):
-        return values
-    samples = [[s] if alone(s) else list(s) for s in ([values] if alone(values) else values)]
-    if not samples or not all(samples):
+    ready = isinstance(values, Stream | Several) or hasattr(values, "ndim")
+    samples = [] if ready else [[s] if alone(s) else list(s) for s in ([values] if alone(values) else values)]
+    if not (samples_in(values) if ready else samples and all(samples)):
         what = "picture" if name == SINGLE else name
         raise UserError(f"{name} is empty: give a {what}, or a list of them, one for each sample")
+    if ready:
+        return values
     flat = make([value for sample in samples for value in sample])
     counts = tuple(map(len, samples))
     return flat if max(counts) == 1 else Several(flat, counts)

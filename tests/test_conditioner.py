@@ -28,7 +28,8 @@ from semantica.export.write import export
 from semantica.inputs import part_of, samples_in
 from semantica.model.conditioner import encode, prepare
 from semantica.model.encoders import ENCODERS
-from semantica.train.objective import Objective, PairHead
+from semantica.train.heads import PairHead
+from semantica.train.objective import Objective
 
 
 @register_encoder
@@ -207,6 +208,7 @@ def test_a_class_that_is_not_registered_is_never_built(saved, monkeypatch):
         ({"image": picture(0)}, r"condition holds \['image'\]: expected"),
         ({"image": [picture(0), picture(1)], "text": "a cat"}, "has 2 of image, 1 of text: give as many samples"),
         ({"image": picture(0), "text": []}, "text is empty: give a text"),
+        ({"image": torch.zeros(0, 3, 16, 16), "text": "a cat"}, "image is empty: give a picture"),
     ],
 )
 def test_wrong_inputs_are_one_line(pipe, inputs, message):
