@@ -14,6 +14,8 @@ from semantica.kernels import launch
 from semantica.kernels.dispatch import PLAIN, REGISTERED, load
 
 DIRECTIONS = ("forward", "backward", "both")
+# files of an operator's folder that no implementation is made of
+DESCRIPTIVE = ("__init__", "cases", "specimens")
 
 
 class Case(ABC):
@@ -46,7 +48,7 @@ class Operator:
 
     Attributes:
         name: of its public function; rows of results and options of the command line use it.
-        function: the public function, in `op.py` of the operator's folder, or in the one file that is all of it.
+        function: the public function; in an operator's folder `op.py` holds it.
         reference: plain torch; takes what `Case.inputs` draws, and returns one tensor.
         cases: what tests prove, by name.
         timed: what benchmarks time, from the kind of device ("cpu", "cuda") and whether few and small ones will do; by
@@ -72,14 +74,23 @@ class Operator:
         return {"cpu": PLAIN, "cuda": PLAIN, **REGISTERED.get(self.name, {})}
 
     @property
-    def ladder(self) -> Path:
-        """File of its launch settings; see `launch.table`."""
-        return Path(inspect.getfile(self.function)).with_name("ladder.json")
+    def file(self) -> Path:
+        """Where its cases are: `cases.py` of the operator's folder, or the one file that is all of it."""
+        return Path(inspect.getfile(type(next(iter(self.cases.values())))))
 
     @property
-    def package(self) -> str:
-        """The package, or the one module, that its sources lie in."""
-        return self.function.__module__.removesuffix(".op")
+    def ladder(self) -> Path:
+        """File of its launch settings; see `launch.table`."""
+        return self.file.with_name("ladder.json")
+
+    def sources(self, gpu: bool) -> list[Path]:
+        """Files that its implementations on GPUs, or on processors, are made of; `csrc` and launch settings apart."""
+        if self.file.stem != "cases":
+            return [self.file]
+        files = {path.stem: path for path in sorted(self.file.parent.glob("*.py")) if path.stem not in DESCRIPTIVE}
+        if not gpu:
+            return [files[stem] for stem in ("op", "cpu") if stem in files]
+        return [Path(launch.__file__), *(path for stem, path in files.items() if stem != "cpu")]
 
     def output(self, case: Case, dtype: torch.dtype) -> Tensor:
         """What the operator returns for a case, on the meta device."""

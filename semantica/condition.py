@@ -72,7 +72,7 @@ class Condition:
 
     def repeat(self, times: int) -> "Condition":
         """Each sample `times` times in a row: `[B, ...]` becomes `[B * times, ...]`."""
-        return self.map(lambda array: repeat_each(array, times))
+        return self if times == 1 else self.map(lambda array: repeat_each(array, times))
 
     def fill(self, sizes: tuple[int, ...]) -> "Condition":
         """A null condition, one token per stream, at other stream sizes: copies of one token have the same softmax.

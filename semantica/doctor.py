@@ -39,6 +39,7 @@ def collect() -> list[Fact]:
         "compiled part": compiled,
         "operators": operators,
         "self-attention": attention,
+        "encoders": encoders,
         "engines": engines,
         "optional packages": optional,
         "environment": environment,
@@ -135,6 +136,13 @@ def attention() -> Iterator[tuple[str, str, Status]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend, reason = choose(device)
     yield device.type, f"{backend} ({reason})", "ok"
+
+
+def encoders() -> Iterator[tuple[str, str, Status]]:
+    from semantica.model.encoders import ENCODERS
+
+    for name, kind in ENCODERS.items():
+        yield name, (kind.__doc__ or "").partition("\n")[0].rstrip("."), "ok"
 
 
 def engines() -> Iterator[tuple[str, str, Status]]:

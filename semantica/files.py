@@ -64,7 +64,10 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def written(
-    path: Path, existing: Literal["replace", "refuse", "keep"] = "replace", apart: bool = False
+    path: Path,
+    existing: Literal["replace", "refuse", "keep"] = "replace",
+    apart: bool = False,
+    durable: bool = True,
 ) -> Iterator[Path]:
     """A name to write a file or folder under: what is there at the end is synced and renamed to `path`.
 
@@ -75,6 +78,7 @@ def written(
         path: its folder exists. A link is replaced, not followed.
         existing: what becomes of something that stands at `path` at the end: replaced, an error, or kept.
         apart: a name of this process' own, where several may write the same.
+        durable: wait until all is on the disk; not worth it for many small files that can be made again.
 
     Raises:
         UserError: no space is left, or the place is taken and `existing` is "refuse".
@@ -84,9 +88,10 @@ def written(
     try:
         remove(aside)
         yield aside
-        for part in (*sorted(aside.rglob("*")), aside) if aside.is_dir() else (aside,):
-            if not part.is_symlink():
-                sync(part)
+        if durable:
+            for part in (*sorted(aside.rglob("*")), aside) if aside.is_dir() else (aside,):
+                if not part.is_symlink():
+                    sync(part)
         if not os.path.lexists(path) or existing == "replace":
             move_in(aside, path)
         elif existing == "refuse":

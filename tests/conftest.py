@@ -192,3 +192,35 @@ def picture(tmp_path) -> Path:
     patches = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(patches.repeat(8, 0).repeat(8, 1)).save(tmp_path / "picture.png")
     return tmp_path / "picture.png"
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """A folder with a random DINOv2 for 28 px, `dino`, and pictures of six groups, `photos`."""
+    import torch
+    import transformers
+
+    home = tmp_path_factory.mktemp("home")
+    torch.manual_seed(0)
+    tower = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=28, patch_size=14
+    )
+    transformers.Dinov2Model(tower).save_pretrained(home / "dino")
+    rng = np.random.default_rng(0)
+    for group in range(6):
+        (home / "photos" / f"g{group}").mkdir(parents=True)
+        for i in range(7):
+            pixels = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8).repeat(9, 0).repeat(9, 1)
+            Image.fromarray(pixels).save(home / "photos" / f"g{group}" / f"{i}.png")
+    return home
+
+
+@pytest.fixture(scope="session")
+def stored(home, tmp_path_factory) -> Path:
+    """Tokens of `home`'s pictures."""
+    from semantica.cli import main
+
+    out = tmp_path_factory.mktemp("stored") / "tokens"
+    options = ["--encoder", home / "dino", "--encoder-size", 28, "--precision", "fp32", "--processes", 1]
+    assert main([str(a) for a in ("pairs", "--tokens", home / "photos", "--out", out, *options)]) == 0
+    return out

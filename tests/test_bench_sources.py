@@ -17,7 +17,7 @@ from semantica.benchmarks.harness.sources import (
     source_hash,
     stale,
 )
-from semantica.kernels import OPERATORS, launch
+from semantica.kernels import OPERATORS, Operator, launch
 
 CODE = '''"""A module."""
 import os
@@ -106,16 +106,20 @@ def test_hashes_of_whole_runs_cover_what_they_go_through():
     assert SOURCES["scaling"] == SOURCES["train"]
 
 
+class Moved(Operator):
+    """An operator whose sources lie elsewhere."""
+
+    file: Path
+
+
 @pytest.fixture
 def room(tmp_path, monkeypatch) -> Path:
     """A copy of an operator's folder in which files can be changed."""
-    real = OPERATORS["group_norm"].ladder.parent
-    room = tmp_path / "group_norm"
-    shutil.copytree(real, room, ignore=shutil.ignore_patterns("__pycache__"))
-    named: dict = {}
-    exec(compile("def function(): ...", str(room / "op.py"), "exec"), named)
-    operator = dataclasses.replace(OPERATORS["group_norm"], function=named["function"])
-    monkeypatch.setitem(OPERATORS, "group_norm", operator)
+    operator, room = OPERATORS["group_norm"], tmp_path / "group_norm"
+    shutil.copytree(operator.file.parent, room, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(Moved, "file", room / "cases.py", raising=False)
+    moved = Moved(**{field.name: getattr(operator, field.name) for field in dataclasses.fields(operator)})
+    monkeypatch.setitem(OPERATORS, "group_norm", moved)
     monkeypatch.setitem(launch.LADDERS, "group_norm", room / "ladder.json")
     return room
 

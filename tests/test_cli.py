@@ -40,6 +40,18 @@ def model(tmp_path_factory):
     return folder
 
 
+def test_sampling_a_run_folder_imports_what_its_networks_need(tmp_path, data, model):
+    code = "import sys; from semantica.cli import main; main(sys.argv[1:]); print(*sys.modules, sep='\\n')"
+    options = ["--model", model, "--image", data / "a" / "0.png", "-n", "1", "--steps", "1"]
+    options += ["--out", tmp_path / "x.png"]
+    command = [sys.executable, "-P", "-c", code, "sample", *map(str, options)]
+    loaded = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
+    assert {"torch", "semantica.model.uvit", "diffusers.models.modeling_utils"} <= loaded
+    heavy = {"diffusers.pipelines.pipeline_utils", "diffusers.models.autoencoders", "diffusers.guiders"}
+    heavy |= {"diffusers.loaders.lora_base", "scipy", "matplotlib", "onnxruntime", "semantica.train.loop"}
+    assert not loaded & heavy
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")

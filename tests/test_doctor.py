@@ -159,6 +159,22 @@ def test_a_check_that_breaks_is_a_fact(monkeypatch, capsys):
     assert doctor.run(doctor.DoctorConfig()) == 1
 
 
+def test_rows_of_the_tables_are_facts(monkeypatch):
+    from semantica.engines import BACKENDS, Backend
+    from semantica.model.encoders import ENCODERS
+
+    class Ear:
+        """Hears."""
+
+    absent = Backend("abacus", lambda *_: None, ("no_such_package",), "", {"cpu": ("fp32",)}, "a desk")
+    monkeypatch.setitem(BACKENDS, "abacus", absent)
+    monkeypatch.setitem(ENCODERS, "Ear", Ear)
+    facts = doctor.collect()
+    assert set(values(facts, "engines")) == set(BACKENDS) and set(values(facts, "encoders")) == set(ENCODERS)
+    assert "missing no_such_package" in values(facts, "engines")["abacus"]
+    assert values(facts, "encoders")["Ear"] == "Hears"
+
+
 def test_one_line_per_fact(capsys):
     assert doctor.run(doctor.DoctorConfig()) == 0
     facts = doctor.collect()

@@ -154,6 +154,10 @@ def test_all_is_on_the_disk_before_it_takes_its_place(tmp_path, folder, monkeypa
     write(path, "after", folder)
     inside = [("inner", False), ("a", False)] if folder else []
     assert calls == [*inside, (".it.incomplete", False), (tmp_path.name, True)]
+    calls.clear()
+    with written(tmp_path / "again", durable=False) as aside:
+        fill(aside, "after", folder)
+    assert len(calls) == 1 and content(tmp_path / "again") == "after"
 
 
 def test_equal_values_are_equal_bytes(tmp_path):

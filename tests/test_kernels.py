@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -359,7 +360,8 @@ def double(x):
 def test_an_operator_from_outside_is_one_row_of_the_table(request):
     register_operator(Operator("double", double, lambda x: x + x, {"tiny": DoubleCase(8)}))
     request.addfinalizer(lambda: OPERATORS.pop("double"))
-    assert implementations()["double"]["cpu"][0] == "plain torch" and OPERATORS["double"].package == double.__module__
+    assert implementations()["double"]["cpu"][0] == "plain torch"
+    assert OPERATORS["double"].sources(gpu=True) == OPERATORS["double"].sources(gpu=False) == [Path(__file__)]
     (problem,) = (p for p in problems("cpu", quick=True) if p.op == "double")
     assert problem.name == "double W8 contiguous float32" and problem.operations("both") == 64
     assert (problem.effective_bytes("forward"), problem.effective_bytes("backward")) == (2 * 128, 3 * 128)

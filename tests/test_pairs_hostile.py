@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from semantica.train.pages import engine
+from semantica.train.pages import runners
 from semantica.train.pages.body import BadBody, decode
 from semantica.train.pages.config import MAX_HTML, MineConfig
 from semantica.train.pages.links import BadPage, Link, canonical, encoding, largest, page_links
@@ -311,7 +311,7 @@ def test_a_unit_that_kills_its_process_costs_itself_alone(tmp_path, monkeypatch)
     (tmp_path / "dying.py").write_text(DIE)
     monkeypatch.syspath_prepend(tmp_path)
     ended = {}
-    runner = engine.Local(2)
+    runner = runners.Local(2)
     try:
         runner.run(importlib.import_module("dying").die, range(5), ended.__setitem__)
     finally:

@@ -155,7 +155,7 @@ def test_an_interrupted_drawing_leaves_what_was_there(tmp_path, monkeypatch, the
 def test_a_killed_drawing_leaves_no_web(tmp_path):
     out = tmp_path / "web"
     code = (
-        "import os, sys; from pathlib import Path; from semantica.benchmarks import web\n"
+        "import os, sys; from pathlib import Path; from semantica.benchmarks.quality import web\n"
         "real = web.draw_texture\n"
         "web.draw_texture = lambda name, *rest: os._exit(9) if name == 'dots' else real(name, *rest)\n"
         "web.draw_web(Path(sys.argv[1]), groups=4, images_per_group=2)"

@@ -45,9 +45,9 @@ def kernels(config: KernelsConfig) -> int:
     Raises:
         UserError: impossible options, a package that is missing, or nothing to do.
     """
-    config.check()
     from semantica.kernels import OPERATORS
 
+    config.check()
     if config.op not in ("all", *OPERATORS):
         raise UserError(f"--op {config.op!r} is unknown: expected all, {', '.join(OPERATORS)}")
     if config.workers < 1:
@@ -95,8 +95,16 @@ def known(head: str, form: str) -> Column:
 
 
 def of_products(head: str, form: str) -> Column:
-    """What says something about matrix products alone."""
-    return Column(head, lambda row, rows: form.format_map(row) if row["op"] == "cross_attention" else "")
+    """What says something about matrix products alone: of operators whose products torch counts too."""
+
+    def cell(row: dict, rows: list[dict]) -> str:
+        from semantica.kernels import OPERATORS
+
+        # a stored row may be of an operator that is not registered here
+        operator = OPERATORS.get(row["op"])
+        return form.format_map(row) if operator and operator.flop_formulas else ""
+
+    return Column(head, cell)
 
 
 def implementation(row: dict, rows: list[dict]) -> str:
@@ -156,19 +164,14 @@ KIND = Kind(
 SHOWN = 40
 
 
-def pairs(counts: dict, joint: str = ":") -> str:
-    return " ".join(f"{key}{joint}{n}" for key, n in counts.items())
-
-
-def compiled(head: str, cell: str | Callable[[dict], str], error: str = "") -> Column:
+def compiled(head: str, form: str, error: str = "") -> Column:
     """A column that is empty where a kernel was not compiled, except for what it says then."""
+    return Column(head, lambda row, rows: (error if "error" in row else form).format_map(row))
 
-    def write(row: dict, rows: list[dict]) -> str:
-        if "error" in row:
-            return error.format_map(row)
-        return cell.format_map(row) if isinstance(cell, str) else cell(row)
 
-    return Column(head, write)
+def counted(head: str, field: str, joint: str = ":") -> Column:
+    """Of a number for each key."""
+    return Column(head, lambda row, rows: " ".join(f"{key}{joint}{n}" for key, n in row.get(field, {}).items()))
 
 
 COMPILED = (
@@ -177,40 +180,41 @@ COMPILED = (
     Column("arch", "{arch}"),
     Column("warps", "{warps}"),
     Column("stages", "{stages}"),
-    Column("constants", lambda row, rows: pairs(row["constants"], "=")),
+    counted("constants", "constants", "="),
     compiled("registers", "{registers}", "{error}"),
     compiled("spilled B (st / ld)", "{spill_stores_bytes} / {spill_loads_bytes}"),
     compiled("shared B", "{shared_bytes}"),
     compiled("blocks/SM", "{blocks_per_sm}"),
     compiled("bound by", "{bound}"),
     compiled("occupancy", "{occupancy:.0%}"),
-    compiled("tensor core", lambda row: pairs(row["tensor"])),
-    compiled("loads (bits: n)", lambda row: pairs(row["loads"])),
-    compiled("stores (bits: n)", lambda row: pairs(row["stores"])),
+    counted("tensor core", "tensor"),
+    counted("loads (bits: n)", "loads"),
+    counted("stores (bits: n)", "stores"),
     compiled("atomics", "{atomics}"),
     compiled("PTX", "{ptx}"),
 )
 
 
-def narrowest(good: list[dict], what: str) -> str:
-    return str(min(({int(w) for row in good for w in row[what] if w != "TMA"}), default=""))
+def extreme(choose: Callable, *fields: str, form: str = "") -> Callable[[list[dict]], str]:
+    """The least or the most of a sum of fields over rows."""
+    return lambda good: format(choose(sum(row[field] for field in fields) for row in good), form)
 
 
-def most(good: list[dict], what: str) -> str:
-    return str(max(row[what] for row in good))
+def narrowest(field: str) -> Callable[[list[dict]], str]:
+    return lambda good: str(min((int(width) for row in good for width in row[field] if width != "TMA"), default=""))
 
 
 # of all launches of a kernel on an architecture that compiled: a head, and what stands below it
 WORST = {
-    "registers": lambda good: f"{min(r['registers'] for r in good)} - {max(r['registers'] for r in good)}",
-    "spilled B": lambda good: str(max(r["spill_stores_bytes"] + r["spill_loads_bytes"] for r in good)),
-    "shared B": lambda good: most(good, "shared_bytes"),
-    "blocks/SM": lambda good: str(min(r["blocks_per_sm"] for r in good)),
-    "occupancy": lambda good: f"{min(r['occupancy'] for r in good):.0%}",
-    "tensor core": lambda good: " ".join(sorted({name for r in good for name in r["tensor"]})),
-    "narrowest load": lambda good: narrowest(good, "loads"),
-    "narrowest store": lambda good: narrowest(good, "stores"),
-    "atomics": lambda good: most(good, "atomics"),
+    "registers": lambda good: f"{extreme(min, 'registers')(good)} - {extreme(max, 'registers')(good)}",
+    "spilled B": extreme(max, "spill_stores_bytes", "spill_loads_bytes"),
+    "shared B": extreme(max, "shared_bytes"),
+    "blocks/SM": extreme(min, "blocks_per_sm"),
+    "occupancy": extreme(min, "occupancy", form=".0%"),
+    "tensor core": lambda good: " ".join(sorted({name for row in good for name in row["tensor"]})),
+    "narrowest load": narrowest("loads"),
+    "narrowest store": narrowest("stores"),
+    "atomics": extreme(max, "atomics"),
 }
 
 

@@ -67,14 +67,15 @@ def norms(preset: str, batch: int) -> list[GroupNormCase]:
         cases.append(GroupNormCase((batch, channels, side, side), math.gcd(32, channels)))
         cases.append(GroupNormCase((batch, 2 * channels, side, side), math.gcd(32, 2 * channels), film=False))
         side //= 2
-    return cases if preset == "tiny" else [dataclasses.replace(case, channels_last=True) for case in cases]
+    # GPUs run the network channels-last
+    return cases if preset in BATCHES["cpu"] else [dataclasses.replace(case, channels_last=True) for case in cases]
 
 
 def attention(preset: str, batch: int) -> list[CrossAttentionCase]:
     """The cross-attention of a preset's U-ViT."""
     settings = PRESETS[preset]
     side = settings["image_size"] // settings["patch_size"] >> len(settings["channels"])
-    tokens, dim = 64 if preset == "tiny" else 256, settings["width"] // settings["heads"]
+    tokens, dim = settings["encoder"]["grid"] ** 2, settings["width"] // settings["heads"]
     return [CrossAttentionCase(batch, side**2, settings["heads"], dim, (tokens,))]
 
 

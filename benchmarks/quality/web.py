@@ -195,7 +195,7 @@ def draw_web(out: Path, seed: int = 0, groups: int = 240, images_per_group: int 
     if out.exists() and not (out / "web.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not a drawn web: give another folder, or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with written(out, apart=True) as web:
+    with written(out, apart=True, durable=False) as web:
         table = {}
         for number, (split, group) in enumerate(chosen):
             name = f"{number:03d}-{group.count}-{group.shape}-{group.palette}"

@@ -23,6 +23,7 @@ from semantica.benchmarks.harness.progress import phase
 from semantica.benchmarks.harness.race import Protocol
 from semantica.benchmarks.sampling import BOUND, GUIDANCE, MARGIN
 from semantica.benchmarks.sampling.models import contents
+from semantica.errors import UserError
 
 
 def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -184,4 +185,6 @@ class ModelRace:
 def sizes(model: Path) -> tuple[int, int]:
     """Sides of the images that a run folder makes, and of those that condition it."""
     unet, encoder = (json.loads((model / part / "config.json").read_text()) for part in ("unet", "encoder"))
+    if "image_size" not in encoder:
+        raise UserError(f"{model} has several encoders: models that pictures alone condition are raced")
     return unet["image_size"], encoder["image_size"]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from semantica.engines import Bundle, Engine
+from semantica.engines import BACKENDS, Bundle, Engine
 from semantica.engines.bundle import CONDITION, DENOISE
 from semantica.errors import ArtifactError, UserError
 from semantica.export.builders import Builder
@@ -18,9 +18,13 @@ TYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT"}
 
 
 class TensorRTBuilder(Builder):
-    """backend, module: the backend's name, and the package that has TensorRT's interface."""
+    """backend: its name; its first package has TensorRT's interface."""
 
-    backend, module = "tensorrt", "tensorrt"
+    backend = "tensorrt"
+
+    @property
+    def module(self) -> str:
+        return BACKENDS[self.backend].packages[0]
 
     def architecture(self, asked: str) -> str:
         here = present_gpu()

@@ -8,7 +8,7 @@ from semantica.export.builders.tensorrt import TensorRTBuilder, present_gpu
 
 
 class TensorRTRTXBuilder(TensorRTBuilder):
-    backend, module = "tensorrt-rtx", "tensorrt_rtx"
+    backend = "tensorrt-rtx"
 
     def architecture(self, asked: str) -> str:
         arch = present_gpu() if asked == "auto" else asked

@@ -190,7 +190,9 @@ def joined(stream: Stream, counts: Sequence[int]) -> Stream:
     tokens = [part.flatten(0, 1) for part in stream.tokens.split(counts)]
     lengths = torch.tensor([each * count for count in counts], device=stream.tokens.device)
     if pooled is not None:
-        pooled = torch.stack([part.mean(0) for part in pooled.split(counts)])
+        # of a narrow type, in fp32: the network may read a wider one
+        wide = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+        pooled = torch.stack([part.mean(0) for part in wide.split(counts)])
     return Stream(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), pooled, lengths)
 
 

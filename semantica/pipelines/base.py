@@ -163,10 +163,10 @@ class VariationPipeline(ABC):
         for first in range(0, count, group):
             last = min(first + group, count)
             condition = self.condition(part_of(samples, first, last))
+            # all variations of some samples, or some variations of one sample
             for start in range(first * n, last * n, limit):
                 rows = range(start, min(start + limit, last * n))
-                own = [row // n - first for row in rows]
-                yield rows, condition.map(lambda array, own=own: array[own])
+                yield rows, condition.repeat(len(rows) // (last - first))
 
     @contextmanager
     def watched(self, settings: Sampling, callback: Callable | None) -> Iterator[Callable[[int, Array], Array] | None]:

@@ -1,6 +1,10 @@
 """Is a folder a pipeline of this package, and safe to read? Everything is checked before anything is loaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 import semantica
 from semantica.errors import UserError
@@ -28,6 +32,35 @@ def components() -> dict[str, tuple[tuple[str, str], ...]]:
     """Component -> the (module, class) pairs that may stand there; an index that names any other is refused."""
     encoders = [address(kind.__module__, kind.__name__) for kind in (Conditioner, *ENCODERS.values())]
     return {"unet": UNET, "encoder": (*encoders, *OLD_ENCODERS), "scheduler": SCHEDULER}
+
+
+def located(source: str | Path, revision: str | None = None) -> Path:
+    """The folder itself, or that of a repository of the same layout, downloaded from the hub.
+
+    Raises:
+        UserError: the repository cannot be reached.
+    """
+    folder = Path(source)
+    if folder.exists() or len(folder.parts) != 2 or folder.is_absolute():
+        return folder
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{source} is neither a folder nor a repository that can be reached") from error
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """What the readers of a folder's weights and configurations raise becomes one line."""
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{folder} cannot be loaded: {reason}") from error
 
 
 def check_run(folder: Path) -> None:

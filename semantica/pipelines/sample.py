@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +11,15 @@ import tyro
 from tyro.extras import literal_type_from_choices
 
 from semantica.engines import BACKENDS, load_engine
+from semantica.engines.bundle import is_bundle
 from semantica.errors import UserError
+from semantica.files import write_text, written
+from semantica.images import fit, grid, load_image, save_png, to_uint8
+from semantica.pipelines.base import VariationPipeline
+from semantica.pipelines.bundle import BundlePipeline
+from semantica.sampling.loop import sample as run
 from semantica.sampling.settings import Sampling
-from semantica.solvers import SOLVERS
+from semantica.solvers import SOLVERS, Schedule, noise
 
 CHUNK = 64
 
@@ -58,74 +63,59 @@ class SampleConfig:
         return self
 
 
-def make_variations(config: SampleConfig, pictures: list) -> np.ndarray:
-    """Variations from a run folder or a bundle, which start from the same noise: uint8 `[pictures, n, S, S, 3]`."""
-    from semantica.engines.bundle import is_bundle
+def load_pipeline(model: Path, device: str = "auto", engine: str = "auto") -> VariationPipeline:
+    """A run folder or a bundle, ready to sample.
 
-    if is_bundle(config.model):
-        from semantica.memory import keep_freed_memory
-        from semantica.pipelines.bundle import BundlePipeline
+    Args:
+        device: see `semantica.device.pick_device`; for a bundle `semantica.engines.load_engine`.
+        engine: what runs a bundle; for a run folder "torch", which "auto" is, or "torch-compile".
 
+    Raises:
+        UserError: as `SemanticaPipeline.from_pretrained` and `load_engine`, or an engine that runs no run folder.
+    """
+    from semantica.memory import keep_freed_memory
+
+    if is_bundle(model):
         keep_freed_memory()
-        pipeline = BundlePipeline(load_engine(config.model, config.engine, config.device))
-    elif config.engine not in ("auto", "torch", "torch-compile"):
-        raise UserError(f"--engine {config.engine} runs a bundle, {config.model} is none: 'semantica export' first")
-    else:
-        pipeline = load_pipeline(config.model, config.device)
-        if config.engine == "torch-compile":
-            pipeline.accelerate()
-    settings = Sampling(config.steps, config.solver, config.guidance, seed=config.seed)
-    return variations(pipeline, pictures, config.n, settings)
+        return BundlePipeline(load_engine(model, engine, device))
+    if engine not in ("auto", "torch", "torch-compile"):
+        raise UserError(f"--engine {engine} runs a bundle, {model} is none: 'semantica export' first")
 
-
-def load_pipeline(model: Path, device_name: str):
-    """A pipeline on a device, ready to sample. Raises `UserError` as `SemanticaPipeline.from_pretrained`."""
     import torch
 
     from semantica.device import pick_device
-    from semantica.memory import keep_freed_memory
-    from semantica.pipelines.variations import SemanticaPipeline
+    from semantica.pipelines.networks import NetworkPipeline
 
-    device = pick_device(device_name)
-    if device.type == "cpu":
+    place = pick_device(device)
+    if place.type == "cpu":
         keep_freed_memory()
-    pipeline = SemanticaPipeline.from_pretrained(model).to(device)
-    pipeline.unet.to(memory_format=torch.channels_last)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = NetworkPipeline.load(model).to(place)
+    pipeline.unet.requires_grad_(False).to(memory_format=torch.channels_last)
     pipeline.max_samples = CHUNK
-    return pipeline
+    return pipeline.accelerate() if engine == "torch-compile" else pipeline
 
 
-def variations(pipeline, pictures: list, n: int, settings: Sampling) -> np.ndarray:
+def variations(pipeline: VariationPipeline, pictures: list, n: int, settings: Sampling) -> np.ndarray:
     """`n` variations of each picture: uint8 `[len(pictures), n, S, S, 3]`.
 
     The noise of variation j of picture i depends on (seed, i, j) alone, on no device or batch. What is done about
     pixels out of range is the model's own.
     """
-    made = pipeline(
-        pictures, n, settings.steps, settings.guidance,
-        seed=settings.seed, solver=settings.solver, interval=settings.interval,
-    ).images  # fmt: skip
+    options = {"seed": settings.seed, "solver": settings.solver, "interval": settings.interval}
+    made = pipeline(pictures, n, settings.steps, settings.guidance, **options).images
     arrays = np.stack([np.asarray(image) for image in made])
     return arrays.reshape(len(pictures), n, *arrays.shape[1:])
 
 
-def unconditional(pipeline, count: int, settings: Sampling) -> np.ndarray:
+def unconditional(pipeline: VariationPipeline, count: int, settings: Sampling) -> np.ndarray:
     """`count` images that ignore any condition: uint8 `[count, S, S, 3]`, a function of the seed."""
-    import torch
-
-    from semantica.images import to_uint8
-    from semantica.sampling.loop import sample
-    from semantica.solvers import noise
-
-    unet, made = pipeline.unet, []
-    config = {**pipeline.scheduler.config, "solver": settings.solver}
-    alone = Sampling.of(config, steps=settings.steps, guidance=1.0)
+    config, denoiser, made = pipeline.scheduler_config, pipeline.denoiser, []
+    schedule = Schedule.of(config)
+    alone = Sampling.of({**config, "solver": settings.solver}, steps=settings.steps, guidance=1.0)
     for start in range(0, count, CHUNK):
         shape = (min(CHUNK, count - start), *pipeline.sample_shape)
-        z = torch.from_numpy(noise(settings.seed, shape, start)).to(unet.device)
-        with torch.no_grad():
-            made.append(to_uint8(sample(unet, z, unet.null(len(z)), None, pipeline.scheduler.schedule, alone)))
+        z = pipeline.array(noise(settings.seed, shape, start))
+        made.append(to_uint8(run(denoiser, z, denoiser.null(len(z)), None, schedule, alone)))
     return np.concatenate(made)
 
 
@@ -135,26 +125,23 @@ def sample(config: SampleConfig) -> Path:
     Raises:
         UserError: a picture or the model cannot be used, or impossible numbers; nothing is written then.
     """
-    from semantica.images import fit, grid, load_image, save_png
-
     config.check()
     pictures = [load_image(path) for path in config.image]
-    made = make_variations(config, pictures)
+    settings = Sampling(config.steps, config.solver, config.guidance, seed=config.seed)
+    made = variations(load_pipeline(config.model, config.device, config.engine), pictures, config.n, settings)
     record = json.dumps(dataclasses.asdict(config), indent=1, default=str)
     size = made.shape[2]
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     if config.out.suffix == ".png":
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         rows = [[fit(picture, size), *row] for picture, row in zip(pictures, made, strict=True)]
         save_png(grid(rows, apart=4), config.out)
-        config.out.with_suffix(".json").write_text(record)
+        write_text(config.out.with_suffix(".json"), record)
     else:
-        aside = config.out.with_name(f".{config.out.name}.incomplete")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for i, (path, row) in enumerate(zip(config.image, made, strict=True)):
-            for j, picture in enumerate(row):
-                save_png(picture, aside / f"{i:03d}-{path.stem}-{j}.png")
-        (aside / "config.json").write_text(record)
-        aside.rename(config.out)
+        with written(config.out, "refuse") as aside:
+            aside.mkdir()
+            for i, (path, row) in enumerate(zip(config.image, made, strict=True)):
+                for j, picture in enumerate(row):
+                    save_png(picture, aside / f"{i:03d}-{path.stem}-{j}.png")
+            (aside / "config.json").write_text(record)
     print(f"{made.shape[0] * made.shape[1]} variations in {config.out}")
     return config.out

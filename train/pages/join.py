@@ -15,7 +15,7 @@ from semantica.train.pages.store import JOINED, connect, finish, url_number, wri
 COLUMNS = "time, unit, id, kind, target, target_time, digest, item"
 # captures of one URL that are looked at, nearest in time first; and look-ups in all for one link
 CAPTURES, LOOKUPS = 8, 64
-# what a capture can lead to: a payload or a way there, then an error, then the wrong kind of payload
+# captures are tried in this order: of the wanted kind or leading on, then errors, then payloads of another kind
 RANK = {"redirect": 0, "revisit": 0, "error": 1}
 
 
@@ -51,6 +51,7 @@ class Captures:
 
     def resolve(self, url: str, time: int, kind: str) -> Row | str:
         """The payload of a URL: of the capture nearest in time that leads to one of this kind, else the reason."""
+        # of one link: look-ups that are left, and URLs that were met; crawls can lead round in circles
         self.left, self.seen = LOOKUPS, set()
         return self._follow(url, time, kind, MAX_HOPS)
 
@@ -87,6 +88,7 @@ class Captures:
                 result = row.target if row.kind == "error" else f"not_a_{kind}"
             if isinstance(result, Row):
                 return result
+            # where none leads there, the reason is that of the best one
             first = first or result
         return first or "not_captured"
 
@@ -138,7 +140,8 @@ def page_documents(url: str, row: Row, captures: Captures, counts: Counter) -> l
         if found is None or found.kind != "html":
             return []
         document = found
-    # a page is its URL and its bytes; told by a table, its URL alone, and each capture one of its links
+    # captures of one URL with the same bytes are one page; a page that only a table tells of has no bytes (digest 0):
+    # all captures of its URL are one page then, and each brings one link
     same = [r for r in captures.of(url) if r.kind in ("html", "revisit") and r.digest == document.digest]
     first = min(same, key=lambda r: (r.kind != "html", r.unit, r.id), default=row)
     if (first.unit, first.id) != (row.unit, row.id):
@@ -163,12 +166,15 @@ def add_page(out, url: str, row: Row, links: dict, captures: Captures, units: Un
     page = out.execute("INSERT INTO pages VALUES(NULL,?,?)", (url, row.time)).lastrowid
     counts["pages"] += 1
     counts["linked"] += len(links)
+    # pages of the site are counted too, under no picture
     shown: set[bytes] = {b""}
     for address, alt in links.items():
         found = "bad_url" if address[0] == "!" else captures.resolve(address, row.time, "picture")
-        place = ("", found, None, None) if isinstance(found, str) else ("", None, found.unit, found.item)
         if isinstance(found, Row):
             shown.add(units.raw(found))
-        out.execute("INSERT INTO found VALUES(?,?,?,?,?,?)", (page, address, alt, *place[1:]))
+            place = (None, found.unit, found.item)
+        else:
+            place = (found, None, None)
+        out.execute("INSERT INTO found VALUES(?,?,?,?,?,?)", (page, address, alt, *place))
     upsert = "INSERT INTO counts VALUES(?,?,1) ON CONFLICT DO UPDATE SET n = n + 1"
     out.executemany(upsert, [(site(url), raw) for raw in sorted(shown)])

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from semantica.errors import UserError
 from semantica.files import read_json, remove
-from semantica.train.pages import engine
 from semantica.train.pages.config import FORMAT, MineConfig, Rules
 from semantica.train.pages.describe import NONE, Encoder, describe_encoder, describer
 from semantica.train.pages.join import join_unit
 from semantica.train.pages.read import read_nothing, read_unit
 from semantica.train.pages.report import summary, write_report
+from semantica.train.pages.runners import Local, Ray, Remote, Unit, ray_encoders
 from semantica.train.pages.sources import Input, digest, find_inputs
 from semantica.train.pages.stats import gather
 from semantica.train.pages.store import merge_captures, merge_counts, write_json
@@ -53,7 +53,7 @@ def read_one(job: Job, unit: int) -> None:
         return
     describe = None
     if job.encoder.name != NONE:
-        describe = engine.Remote(job.actors[unit % len(job.actors)]) if job.actors else describer(job.encoder)
+        describe = Remote(job.actors[unit % len(job.actors)]) if job.actors else describer(job.encoder)
     read_unit(job.inputs[unit], folder, job.rules, job.encoder, describe)
 
 
@@ -89,7 +89,7 @@ def mine(config: MineConfig) -> dict:
         raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
     with ExitStack() as stack:
         stack.enter_context(locked(out))
-        runner = engine.Ray() if config.on == "ray" else engine.Local(config.processes or os.cpu_count() or 1)
+        runner = Ray() if config.on == "ray" else Local(config.processes or os.cpu_count() or 1)
         stack.callback(runner.close)
         phase = functools.partial(run_phase, runner)
         sources = digested(sources, out / "work" / "digests", phase)
@@ -99,7 +99,7 @@ def mine(config: MineConfig) -> dict:
             print(f"{out} is complete: nothing to do")
         else:
             if config.on == "ray" and encoder.name != NONE:
-                actors = engine.ray_encoders(functools.partial(describer, encoder))
+                actors = ray_encoders(functools.partial(describer, encoder))
                 job = dataclasses.replace(job, actors=tuple(actors))
             phases(job, phase)
         remove(out / "work")
@@ -111,7 +111,7 @@ def mine_and_show(config: MineConfig) -> None:
     summary(config.out, mine(config))
 
 
-def run_phase(runner: engine.Local | engine.Ray, name: str, work: engine.Unit, units: list[int]) -> dict[int, str]:
+def run_phase(runner: Local | Ray, name: str, work: Unit, units: list[int]) -> dict[int, str]:
     """Run units, with a bar; what went wrong, by unit."""
     failed: dict[int, str] = {}
     if not units:
