@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,13 +21,15 @@ from semantica.benchmarks.harness.race import QUICK, CudaClock, race
 from semantica.benchmarks.harness.table import show
 from semantica.benchmarks.kernels.implementations import implementations
 from semantica.benchmarks.kernels.problems import problems
-from semantica.benchmarks.kernels.tune_command import TuneConfig
 from semantica.benchmarks.kernels.verify import Answers, Wrong, verify
 from semantica.errors import ArtifactError, UserError
 from semantica.files import write_text
 from semantica.kernels import OPERATORS, launch
 from semantica.kernels.dispatch import load
 from semantica.kernels.launch import Launch
+
+if TYPE_CHECKING:
+    from semantica.benchmarks.kernels.tune_command import TuneConfig
 
 # what a field may be: a power of two between these, or for stages any number
 BOUNDS = {"warps": (1, 16), "stages": (1, 6), "block_n": (16, 256), "block_m": (16, 256)}
@@ -181,7 +184,7 @@ def device_timer() -> Timer:
     return timer
 
 
-def tune(config: TuneConfig) -> int:
+def tune(config: "TuneConfig") -> int:
     """Search, check that the operator is still accurate with what was found, write the table, print the changes.
 
     Raises:

@@ -23,6 +23,7 @@ from semantica.benchmarks.harness.progress import phase
 from semantica.benchmarks.harness.race import Protocol
 from semantica.benchmarks.sampling import BOUND, GUIDANCE, MARGIN
 from semantica.benchmarks.sampling.models import contents
+from semantica.errors import UserError
 
 
 def psnr(actual: np.ndarray, expected: np.ndarray) -> float:

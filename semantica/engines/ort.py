@@ -1,16 +1,15 @@
 """ONNX Runtime: on the CPU numpy arrays in and out, and no torch; for CUDA see `ort_bound`."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from safetensors.numpy import load_file
 
 from semantica.condition import Condition
 from semantica.engines.base import Engine, GraphEngine
 from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
+from semantica.engines.ort_session import session
 from semantica.errors import UserError
 
 ARITHMETIC = {
@@ -18,8 +17,6 @@ ARITHMETIC = {
     # ONNX Runtime's CPU kernels for half precision convert to fp32 and back
     "fp16": "fp32 between fp16 values",
 }
-REFUSALS = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented, errors.RuntimeException,
-            errors.InvalidArgument, errors.NoSuchFile)  # fmt: skip
 
 
 def load(bundle: Bundle, backend: str, device: str) -> Engine:
@@ -58,16 +55,3 @@ def runner(session: onnxruntime.InferenceSession) -> Callable[[Mapping[str, np.n
     """A session as a function of named arrays."""
     names = [output.name for output in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
-
-
-def session(
-    bundle: Bundle, name: str, providers: Sequence[Any] = ("CPUExecutionProvider",)
-) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    # warnings about graphs that run are not for the user; what fails is raised
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(bundle.folder / name, options, providers=list(providers))
-    except REFUSALS as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"ONNX Runtime cannot load {bundle.folder / name}: {reason}") from error

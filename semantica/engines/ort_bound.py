@@ -12,7 +12,7 @@ from torch import Tensor
 
 from semantica.engines.base import GraphEngine
 from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
-from semantica.engines.ort import session
+from semantica.engines.ort_session import session
 from semantica.errors import UserError
 
 # torch's element types by the name that ONNX Runtime gives to those of a graph, with ONNX's number

@@ -1,0 +1,118 @@
+"""Rooms: which way imports point between folders, no circles, and files short enough to read."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HOUSES = {
+    "kernels": "semantica.kernels",
+    "train": "semantica.train",
+    "export": "semantica.export",
+    "benchmarks": "semantica.benchmarks",
+    "semantica": "semantica",
+}
+# rooms of each house from the ground up: one may use those below it; "" are the files that lie in the house itself
+FLOORS = {
+    "kernels": [["", "cross_attention", "group_norm"]],
+    "semantica": [[""], ["model"], ["sampling"], ["engines"], ["pipelines"]],
+    "train": [["data"], ["pages"], ["run"], [""]],
+    "export": [["builders"], [""]],
+    "benchmarks": [["harness"], ["kernels", "quality"], ["sampling"], ["training"], [""]],
+}
+# files of a house that stand above its rooms, and values that the rooms of a house share
+ABOVE = {"semantica/doctor.py", "semantica/cli.py"}
+BELOW = {"train/config.py", "train/processes.py", "train/preemption.py", "train/objective.py", "train/heads.py",
+         "train/sharding.py", "export/program.py"}  # fmt: skip
+LONGEST = 450
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the package by its name."""
+    found = {}
+    for folder, name in HOUSES.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((name, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+MODULES = sources()
+
+
+def imported(source: str) -> set[str]:
+    """The modules of ours that a source needs when it runs, now or later; not what only type checkers read."""
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                # an operator's function has the name of its package
+                function = whole in ("semantica.kernels.cross_attention", "semantica.kernels.group_norm")
+                found.add(whole if whole in MODULES and not function else node.module)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return found
+
+
+GRAPH = {name: imported(path.read_text()) - {name} for name, path in MODULES.items()}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    found, done = [], set()
+
+    def visit(name: str, way: list[str]) -> None:
+        if name in way:
+            found.append([*way[way.index(name) :], name])
+        elif name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, [*way, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+    return found
+
+
+def test_there_are_no_circles():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c", "a"]]
+    assert circles(GRAPH) == []
+
+
+def floor_of(path: Path) -> tuple[str, int]:
+    """House and floor of a file."""
+    house, *rooms, _ = path.relative_to(ROOT).parts
+    room, floors = rooms[0] if rooms else "", FLOORS[house]
+    name = path.relative_to(ROOT).as_posix()
+    if name in ABOVE:
+        return house, len(floors)
+    return house, -1 if name in BELOW else next(i for i, floor in enumerate(floors) if room in floor)
+
+
+@pytest.mark.parametrize("house", HOUSES)
+def test_imports_point_down_between_rooms(house):
+    wrong = []
+    for name, path in MODULES.items():
+        own, floor = floor_of(path)
+        if own != house or path.name == "__init__.py" and path.parent.parent == ROOT:
+            continue
+        for other in GRAPH[name]:
+            place, its_floor = floor_of(MODULES[other])
+            if place == own and its_floor > floor and MODULES[other] != ROOT / house / "__init__.py":
+                wrong.append((name, other))
+    assert wrong == []
+
+
+def test_no_file_is_too_long_to_read():
+    files = [path for path in ROOT.glob("*/**/*.py") if path.relative_to(ROOT).parts[0] in (*HOUSES, "tests")]
+    assert len(files) > 200
+    lengths = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in files}
+    assert {path: count for path, count in lengths.items() if count > LONGEST} == {}
