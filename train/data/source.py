@@ -93,7 +93,7 @@ class Source(Protocol):
 
     def parts(self) -> dict[str, range] | None:
         """The files that pictures lie in, and the numbers of their pictures, which count on from file to file; None
-        where pictures are referred to by their paths."""
+        where each lies by itself."""
         return None
 
     def picture_bytes(self) -> int:

@@ -68,7 +68,7 @@ class Tokens:
         identity: what identity.json holds.
         files: the files in use, (name, number of pictures), in the order in which their pictures are numbered.
         row, usable: of all pictures, see `Table`.
-        numbers: path -> number of a picture; None where pictures are referred to by number.
+        numbers: reference -> number of a picture; None where they are the same.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Tokens:
         files: list[tuple[str, int]],
         row: np.ndarray,
         usable: np.ndarray,
-        numbers: dict[str, int] | None,
+        numbers: dict[Ref, int] | None,
     ):
         self.root, self.identity, self.files = root, identity, files
         self.row, self.usable, self.numbers = row, usable, numbers
@@ -221,12 +221,15 @@ def attach(data: Source, root: str | Path) -> Source:
     tables = [read_table(root, entries[name]) for name in used]
     numbers = None
     if parts is None:
-        numbers = {path: i for i, path in enumerate(path for table in tables for path in table.paths())}
-        refs = data.refs()
-        missing = [path for path in refs if path not in numbers]
+        refs, count = data.refs(), sum(len(table.usable) for table in tables)
+        # without paths, pictures were stored in their order
+        named = any(table.names is not None for table in tables)
+        known = [path for table in tables for path in table.paths()] if named else refs[:count]
+        numbers = {ref: i for i, ref in enumerate(known)}
+        missing = [ref for ref in refs if ref not in numbers]
         if missing:
             raise UserError(f"picture {missing[0]!r} has no stored tokens: {hint}")
-        same = data.unchanged(refs, joined(tables), [numbers[path] for path in refs])
+        same = data.unchanged(refs, joined(tables), [numbers[ref] for ref in refs])
         if not same.all():
             raise UserError(f"picture {refs[same.argmin()]!r} changed since its tokens were stored: {hint}")
     else:
