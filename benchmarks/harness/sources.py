@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # modules and packages, these with all below them, that every whole run is made of
-NETWORK = ("semantica.model", "semantica.condition", "semantica.kernels")
+NETWORK = ("semantica.model", "semantica.condition", "semantica.inputs", "semantica.kernels")
 SAMPLING = (
     *NETWORK, "semantica.solvers", "semantica.sampling", "semantica.engines", "semantica.pipelines", "semantica.export",
 )  # fmt: skip
