@@ -113,8 +113,9 @@ OPERATORS: dict[str, Operator] = {}
 
 def register_operator(operator: Operator) -> None:
     """Add an operator to the table."""
-    assert operator.name not in OPERATORS, f"there is an operator {operator.name} already"
-    OPERATORS[operator.name] = operator
+    # the same one may come twice, where a script in the root of the checkout sees this folder as a package of its own
+    there = OPERATORS.setdefault(operator.name, operator)
+    assert there is operator, f"there is an operator {operator.name} already"
     if operator.ladder.exists():
         launch.LADDERS[operator.name] = operator.ladder
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from semantica.errors import UserError
+from semantica.errors import UserError, first_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -17,8 +17,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}): use 'cpu', 'cuda' or 'auto'") from error
+        raise UserError(f"device {name!r} cannot be used ({first_line(error)}): use 'cpu', 'cuda' or 'auto'") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device {name!r} is not supported: use 'cpu', 'cuda' or 'auto'")
     return device

@@ -13,3 +13,8 @@ class ArtifactError(RuntimeError):
 
     The command line prints the message and exits with code 1.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -248,7 +248,7 @@ def test_samples_of_inputs_are_parted(pipe):
     assert torch.equal(last["text"], prepared["text"][1:])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_bundle_takes_one_array_for_each_encoder(pipe, saved, tmp_path, precision):
     export(ExportConfig(model=saved, out=tmp_path / "bundle", precision=precision, levels=2, steps=2))
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())

@@ -64,7 +64,7 @@ class Objective(nn.Module):
         """
         if isinstance(condition, Stream):
             # stored as fp16
-            condition = Stream(condition.tokens.float(), condition.pooled.float())
+            condition = condition.map(lambda array: array.float() if array.is_floating_point() else array)
         made = encodings(self.encoder, condition)
         values = self.unet.condition(fill(self.unet.stream_names, made), drop)
         z, aligned = add_noise(target, noise, logsnr), None

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.rendezvous import rendezvous
 
 import semantica
-from semantica.errors import ArtifactError, UserError
+from semantica.errors import ArtifactError, UserError, first_line
 from semantica.train.config import TrainConfig
 
 LAUNCH = "torchrun --nproc-per-node N --no-python semantica train ..."
@@ -289,7 +289,3 @@ def lost(error: BaseException) -> bool:
     """Whether an error says that another process ended, or did not answer in time."""
     words = str(error)
     return isinstance(error, dist.DistError | LostProcess) or "gloo" in words or "NCCL" in words
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -127,9 +127,15 @@ def evaluate(config: EvaluateConfig) -> dict:
     groups = [label for label, _ in paths]
     pipeline = None
     if config.model:
+        from semantica.engines.bundle import is_bundle
+        from semantica.model.conditioner import Conditioner
         from semantica.pipelines.sample import load_pipeline
 
+        if is_bundle(config.model):
+            raise UserError(f"{config.model} is a bundle: give the run folder that it was exported from")
         pipeline = load_pipeline(config.model, config.device)
+        if isinstance(pipeline.encoder, Conditioner):
+            raise UserError(f"{config.model} has several encoders: models that pictures alone condition are judged")
     size = pipeline.unet.config.image_size if pipeline else 64
     pictures = read(data, [path for _, path in paths], size)
     describe = (

@@ -47,7 +47,7 @@ def load(build: Build):
 
 
 def reference(build: Build) -> tuple[Call, str]:
-    """The public pipeline in fp32, through diffusers' scheduler and guider: what the others are compared with."""
+    """The public pipeline in fp32: what the others are compared with."""
     return through_pipeline(load(build)), "fp32"
 
 

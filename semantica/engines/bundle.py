@@ -58,11 +58,6 @@ class Bundle:
         side = self.shapes["image"]
         return {name: tuple(shape) for name, shape in self.manifest.get("inputs", {"image": (3, side, side)}).items()}
 
-    @property
-    def key_names(self) -> list[str]:
-        """Inputs of the denoiser that hold keys and values, in order: k.0, v.0, k.1, ..."""
-        return [f"{kind}.{i}" for i in range(self.shapes["blocks"]) for kind in "kv"]
-
     def shape_of(self, name: str, batch: int) -> tuple[int, ...]:
         """Shape of a named input or output of the two graphs."""
         s = self.shapes

@@ -7,7 +7,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from semantica.engines.bundle import Bundle
-from semantica.errors import UserError
+from semantica.errors import UserError, first_line
 
 REFUSALS = (
     errors.Fail,
@@ -30,5 +30,4 @@ def session(
     try:
         return onnxruntime.InferenceSession(bundle.folder / name, options, providers=list(providers))
     except REFUSALS as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"ONNX Runtime cannot load {bundle.folder / name}: {reason}") from error
+        raise UserError(f"ONNX Runtime cannot load {bundle.folder / name}: {first_line(error)}") from error

@@ -132,6 +132,7 @@ def placed(inputs: Mapping[str, Prepared], device: torch.device, dtype: torch.dt
     def place(value: Prepared) -> Prepared:
         if isinstance(value, Several | Stream):
             return value.map(place)
+        value = torch.as_tensor(value)
         return value.to(device, dtype if value.is_floating_point() else None)
 
     return {name: place(value) for name, value in inputs.items()}
@@ -170,7 +171,7 @@ def encode_one(encoder: nn.Module, value: Prepared) -> Stream:
 
     K values of a sample are one stream of K times as many tokens, with the mean of their pooled vectors. A value that
     is there twice weighs twice, and one that is there K times alone is the same as once. Where K differs from sample
-    to sample, shorter ones are filled up and masked.
+    to sample, shorter ones are filled up and masked. Raises `UserError` for an array of another number of axes.
     """
     if isinstance(value, Stream):
         return value
@@ -178,6 +179,9 @@ def encode_one(encoder: nn.Module, value: Prepared) -> Stream:
         return joined(whole(encoder(value.values)), value.counts)
     if value.ndim == len(encoder.input_shape) + 1:
         return encoder(value)
+    if value.ndim != len(encoder.input_shape) + 2:
+        shape = ", ".join(map(str, encoder.input_shape))
+        raise UserError(f"prepared values have shape {list(value.shape)}: expected [B, {shape}] or [B, K, {shape}]")
     batch, count = value.shape[:2]
     stream = whole(encoder(value.flatten(0, 1)))
     tokens = stream.tokens.unflatten(0, (batch, count)).flatten(1, 2)

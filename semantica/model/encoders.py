@@ -19,7 +19,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from semantica.errors import UserError
+from semantica.errors import UserError, first_line
 from semantica.files import read_json, refuse_unsafe
 from semantica.model.pretrained import PretrainedEncoder
 from semantica.model.vit import ViTEncoder
@@ -91,8 +91,7 @@ def frozen_encoder(source: str, image_size: int | None = None, tokens: str = "pa
     try:
         encoder = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"encoder {source!r} cannot be loaded: {reason}") from error
+        raise UserError(f"encoder {source!r} cannot be loaded: {first_line(error)}") from error
     fixed = getattr(encoder.config, "tokens", "patches")
     if image_size not in (None, encoder.image_size) or tokens != fixed:
         raise UserError(

@@ -8,6 +8,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from torch import Tensor
 
+from semantica.errors import UserError
 from semantica.images import fit, to_tensor
 
 
@@ -27,5 +28,12 @@ class ImageEncoder(ModelMixin, ConfigMixin):
         return 3, self.image_size, self.image_size
 
     def prepare(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Pictures of any size to `[B, 3, S, S]` in [-1, 1]: the square in their middle."""
+        """Pictures of any size to `[B, 3, S, S]` in [-1, 1]: the square in their middle.
+
+        Raises:
+            UserError: something else than a picture.
+        """
+        for picture in pictures:
+            if not isinstance(picture, Image.Image):
+                raise UserError(f"a condition is a {type(picture).__name__}: give Pillow images, or one array of all")
         return to_tensor([fit(picture.convert("RGB"), self.image_size) for picture in pictures])

@@ -6,7 +6,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from semantica.condition import Stream
-from semantica.errors import UserError
+from semantica.errors import UserError, first_line
 from semantica.model.image_encoder import ImageEncoder
 
 # model type -> (configuration class, model class) of transformers; nothing outside this table is ever built
@@ -82,8 +82,7 @@ class PretrainedEncoder(ImageEncoder):
         try:
             whole = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"encoder {source!r} cannot be loaded: {reason}") from error
+            raise UserError(f"encoder {source!r} cannot be loaded: {first_line(error)}") from error
         kind = VISION_HALF.get(whole.model_type, whole.model_type)
         config_class, model_class = pretrained_classes(kind, source)
         try:
@@ -91,8 +90,7 @@ class PretrainedEncoder(ImageEncoder):
                 source, revision=revision, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
             )
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"encoder {source!r} has no loadable safetensors weights: {reason}") from error
+            raise UserError(f"encoder {source!r} has no loadable safetensors weights: {first_line(error)}") from error
         dinov2 = kind.startswith("dinov2")
         size = image_size or (224 if dinov2 else tower.config.image_size)
         if size % tower.config.patch_size or (not dinov2 and size != tower.config.image_size):

@@ -120,6 +120,8 @@ class VariationPipeline(ABC):
         settings, schedule = Sampling.of(config, **fields), Schedule.of(config)
         samples = self.prepare(image)
         total = samples_in(samples) * n
+        if isinstance(generator, list) and len(generator) != total:
+            raise UserError(f"{len(generator)} generators for {total} images: give one, or one for each")
         if generator is not None or seed is None:
             noise = drawn(generator, shape, self._execution_device)
         else:
@@ -129,7 +131,7 @@ class VariationPipeline(ABC):
         elif tuple(latents.shape) != (total, *shape):
             raise UserError(f"latents have shape {tuple(latents.shape)}: expected {[total, *shape]}")
         guidance, made = as_guidance(guider), []
-        for rows, condition in self.batches(samples, n, self.limit(guidance_scale != 1 and guider is None)):
+        for rows, condition in self.batches(samples, n, self.limit(guider is None and any(settings.guided()))):
             z = self.array(latents[rows.start : rows.stop])
             fresh = partial(self.fresh, noise, rows)
             with self.watched(settings, callback_on_step_end) as on_step:

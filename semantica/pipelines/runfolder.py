@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 import semantica
-from semantica.errors import UserError
+from semantica.errors import UserError, first_line
 from semantica.files import read_json, refuse_unsafe
 from semantica.model.conditioner import Conditioner, read_streams
 from semantica.model.encoders import ENCODERS, read_class, refuse_code
@@ -59,8 +59,7 @@ def readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder} cannot be loaded: {reason}") from error
+        raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error
 
 
 def check_run(folder: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 from tyro.extras import literal_type_from_choices
 
+from semantica.condition import Array
 from semantica.engines import BACKENDS, load_engine
 from semantica.engines.bundle import is_bundle
 from semantica.errors import UserError
@@ -17,7 +18,7 @@ from semantica.files import write_text, written
 from semantica.images import fit, grid, load_image, save_png, to_uint8
 from semantica.pipelines.base import VariationPipeline
 from semantica.pipelines.bundle import BundlePipeline
-from semantica.sampling.loop import sample as run
+from semantica.sampling.loop import sample as denoise
 from semantica.sampling.settings import Sampling
 from semantica.solvers import SOLVERS, Schedule, noise
 
@@ -114,8 +115,12 @@ def unconditional(pipeline: VariationPipeline, count: int, settings: Sampling) -
     alone = Sampling.of({**config, "solver": settings.solver}, steps=settings.steps, guidance=1.0)
     for start in range(0, count, CHUNK):
         shape = (min(CHUNK, count - start), *pipeline.sample_shape)
-        z = pipeline.array(noise(settings.seed, shape, start))
-        made.append(to_uint8(run(denoiser, z, denoiser.null(len(z)), None, schedule, alone)))
+        z, null = pipeline.array(noise(settings.seed, shape, start)), denoiser.null(shape[0])
+
+        def fresh(step: int, shape: tuple[int, ...] = shape, start: int = start) -> Array:
+            return pipeline.array(noise(settings.seed, shape, start, step + 1))
+
+        made.append(to_uint8(denoise(denoiser, z, null, None, schedule, alone, fresh)))
     return np.concatenate(made)
 
 

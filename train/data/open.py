@@ -50,7 +50,11 @@ def open_data(
         UserError: as `scan`, `open_shards` and `semantica.train.data.tokens.attach`; thresholds for folders.
     """
     root = os.fspath(root)
-    kind = next(kind for kind in reversed(KINDS.values()) if kind.holds(root) or kind.mode == mode)
+    *others, fallback = reversed(KINDS.values())
+    holding = (kind for kind in others if kind.holds(root))
+    # pages are asked of shards, which say what is missing
+    named = (kind for kind in others if kind.mode == mode != fallback.mode)
+    kind = next(holding, None) or next(named, fallback)
     data = kind.open(root, kind.mode if mode == "auto" else mode, low, high)
     return data if tokens is None else attach(data, tokens)
 

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from semantica.errors import UserError
+from semantica.errors import UserError, first_line
 from semantica.images import BadImage, load_image
 from semantica.train.data.draws import CYCLE, PAIR, Pair, View, generator, order
 from semantica.train.data.source import MARK, Source, Stamp, around, parted
@@ -374,7 +374,7 @@ class Store:
             try:
                 self.system, self.path = fsspec.core.url_to_fs(self.root)
             except (ImportError, ValueError) as error:
-                raise UserError(f"--data {self.root} cannot be opened: {str(error).splitlines()[0]}") from error
+                raise UserError(f"--data {self.root} cannot be opened: {first_line(error)}") from error
 
     def __getstate__(self) -> dict:
         return {"root": self.root, "remote": self.remote}
