@@ -86,6 +86,7 @@ class UpBlock(ResBlock):
     """A residual block that convolves its skip apart from what comes from below: one branch's is both's."""
 
     def __init__(self, block: ResBlock):
+        # the same parts and parameters under another class; the block itself is not used any more
         vars(self).update(vars(block))
         width = block.conv1.out_channels
         mine, skip = slice(0, width), slice(width, 2 * width)
