@@ -1,6 +1,5 @@
 """The trainer: one function, top to bottom. The same command continues a run, bit-exactly."""
 
-import functools
 from contextlib import closing
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from semantica.diffusion import noise_levels
-from semantica.pipelines.variations import SemanticaPipeline
+from semantica.pipelines.networks import NetworkPipeline
 from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import examples
 from semantica.train.objective import held_out_loss
@@ -126,7 +125,7 @@ def sample(t: Training) -> None:
             shown = examples(t.pairs, SAMPLE_CONDITIONS)
     # in the precision of the training: the attention backend may know no other
     with t.autocast():
-        t.run.sample(SemanticaPipeline(t.averaged.unet, t.averaged.encoder, t.scheduler), shown, t.state.step)
+        t.run.sample(NetworkPipeline(t.averaged.unet, t.averaged.encoder, t.scheduler), shown, t.state.step)
 
 
 def finish(t: Training) -> None:
@@ -138,5 +137,5 @@ def finish(t: Training) -> None:
         t.run.say(f"stopped: {out} is saved at step {step} of {t.config.steps}; the same command continues it")
         return
     unet, encoder = gathered(t.averaged.unet, t.world), gathered(t.averaged.encoder, t.world)
-    t.run.publish(functools.partial(SemanticaPipeline, unet, encoder, t.scheduler))
+    t.run.publish(unet, encoder, t.scheduler)
     t.run.say(f"done: {out} after {step} steps")

@@ -19,7 +19,7 @@ from semantica.model.attention import attend_by_products
 from semantica.model.conditioner import encode
 from semantica.model.layers import CrossAttention, CrossAttentionProcessor, GroupNormAct
 from semantica.model.uvit import UViT
-from semantica.pipelines.variations import SemanticaPipeline
+from semantica.pipelines.networks import NetworkPipeline
 from semantica.sampling.loop import sample
 from semantica.sampling.settings import Sampling
 
@@ -123,7 +123,7 @@ class StockDenoiser:
         return lambda z, logsnr: self.network(z, logsnr, condition() if callable(condition) else condition)
 
 
-def stock_sampler(pipeline: SemanticaPipeline, switches: Switches) -> Callable:
+def stock_sampler(pipeline: NetworkPipeline, switches: Switches) -> Callable:
     """`(images, noise, steps, guidance) -> images`, numpy in and out."""
     encoder, schedule, config = pipeline.encoder, pipeline.scheduler.schedule, pipeline.scheduler.config
     unet = rebuild(pipeline.unet, not switches.fused_group_norm, True, switches.attention_as_products)

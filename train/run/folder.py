@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import semantica
 from semantica.errors import UserError
 from semantica.files import remove, write_json, write_text, written
 from semantica.images import grid, save_png, to_uint8
-from semantica.pipelines.variations import SemanticaPipeline
+from semantica.model.uvit import UViT
+from semantica.pipelines.networks import NetworkPipeline
+from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.config import FORMAT, FREE, TrainConfig
 from semantica.train.data.pairs import bad_record
 from semantica.train.objective import take
@@ -154,13 +156,12 @@ class Run:
                 if name != "step" and isinstance(value, int | float):
                     self.board.add_scalar(name, value, row["step"])
 
-    def sample(self, pipeline: SemanticaPipeline, batch: dict, step: int) -> None:
+    def sample(self, pipeline: NetworkPipeline, batch: dict, step: int) -> None:
         """A grid: each condition (or several), its target, its variations. All processes make it: a sharded network
         needs them all."""
         few = torch.arange(min(SAMPLE_CONDITIONS, len(batch["target"])))
         conditions, targets = take(batch["condition"], few), batch["target"][few]
         pictures = batch.get("shown", batch["condition"])[few]
-        pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.config.seed)
         # several conditions [B, K, 3, C, C] are shown one after the other
         columns = pictures.reshape(len(pictures), -1, *pictures.shape[-3:])
@@ -183,13 +184,16 @@ class Run:
         (self.out / "samples").mkdir(exist_ok=True)
         save_png(grid(rows, apart=1), self.out / "samples" / f"step-{step:08d}.png")
 
-    def publish(self, make: Callable[[], SemanticaPipeline]) -> None:
-        """Write the pipeline that the first process makes; its index, which makes the folder usable, comes last. All
-        processes call this."""
-        self._write(lambda: self._publish(make()))
+    def publish(self, unet: UViT | None, encoder: nn.Module | None, scheduler: SemanticaScheduler) -> None:
+        """Write the pipeline, on the first process, which has the whole networks; its index, which makes the folder
+        usable, comes last. All processes call this."""
+        self._write(self._publish, unet, encoder, scheduler)
 
-    def _publish(self, pipeline: SemanticaPipeline) -> None:
-        index = self.out / "model_index.json"
+    def _publish(self, unet: UViT, encoder: nn.Module, scheduler: SemanticaScheduler) -> None:
+        # what it imports of diffusers takes as long as PyTorch, and only this needs it
+        from semantica.pipelines.variations import SemanticaPipeline
+
+        pipeline, index = SemanticaPipeline(unet, encoder, scheduler), self.out / "model_index.json"
         index.unlink(missing_ok=True)
         aside = self.out / "pipeline"
         with written(aside) as folder:
