@@ -193,3 +193,19 @@ def test_settings_of_a_scheduler():
     config = SemanticaScheduler(image_size=16, solver="ddim", thresholding="dynamic", clip_range=2.0).config
     assert Sampling.of(config, steps=7) == Sampling(7, "ddim", thresholding="dynamic", clip_range=2.0)
     assert Sampling.of(config, solver="ddpm").solver == "ddpm" and Schedule.of(config) == SCHEDULE
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_branches_apart_see_one_noise_level_for_all_samples(joins):
+    seen = []
+
+    def denoiser(z, logsnr, condition):
+        seen.append((logsnr.shape[0], logsnr.stride(0), len(set(logsnr.tolist()))))
+        return torch.zeros_like(z)
+
+    denoiser.joins = joins
+    condition = Condition((), (), torch.zeros(3, 4), None, ())
+    settings = Sampling(steps=2, solver="ddim", guidance=2.0)
+    sample(denoiser, torch.zeros(3, 1, 2, 2), condition, condition, Schedule(2), settings)
+    # how kernels round may depend on the number of values: one value is rounded alike in every batch
+    assert seen == ([(6, 1, 1)] * 2 if joins else [(3, 0, 1)] * 4)

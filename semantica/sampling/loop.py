@@ -121,7 +121,12 @@ def sample(
                 z = on_step(i, z)
         return z
 
-    levels = like(np.repeat(plan.logsnr.astype(np.float32)[:, None], len(z), 1), z)
+    levels = like(plan.logsnr.astype(np.float32)[:, None], z)
+    if getattr(denoiser, "joins", True) or isinstance(levels, np.ndarray):
+        levels = repeat_each(levels, len(z), 1)
+    else:
+        # one number for all samples: kernels that round by how many there are have only one
+        levels = levels.expand(-1, len(z))
     if hasattr(denoiser, "execute"):
         own = plan.noise_scale.any() or guidance or on_step
         key = None if own else (schedule, dataclasses.replace(settings, seed=0))
