@@ -2,9 +2,9 @@
 
 Run as `python -m semantica.benchmarks.same_bits OLD_PYTHON NEW_PYTHON [--demo]`, each the interpreter of an environment
 that holds one version. Only the command line and what it writes are looked at, so that any two versions can be
-compared: ten training steps (losses, weights, checkpoints), images of every solver and engine, the outputs of exported
-graphs and, with `--demo`, every figure of the demo. One thread, so that sums have one order. Prints a line for each
-comparison; the exit code is 1 where any differs.
+compared: ten training steps (losses, weights, checkpoints), images of every solver in a run folder, in ONNX Runtime and
+in torch, and of torch-compile, the outputs of exported graphs and, with `--demo`, every figure of the demo. One thread,
+so that sums have one order. Prints a line for each comparison; the exit code is 1 where any differs.
 """
 
 import argparse
