@@ -44,8 +44,8 @@ def register_triton(name: str, supports: Callable[[Tensor], bool], kernels: dict
     if launch.INTERPRETED:
         status = ("Triton, interpreted", "TRITON_INTERPRET=1; what does not fit is computed in plain torch")
     else:
-        reason = "compiled at first use; fp64, and cards below 8.0, in plain torch; these kernels have not yet run on a GPU"
-        status = ("Triton", reason)
+        elsewhere = "fp64, and cards below 8.0, in plain torch"
+        status = ("Triton", f"compiled at first use; {elsewhere}; these kernels have not yet run on a GPU")
     if launch.DEVICE is not None:
         register_kernels(name, launch.DEVICE, supports, kernels, status)
 

@@ -28,8 +28,8 @@ TOO_OLD = "update the driver, or install a torch that was built for an older CUD
 MEMORY = "ask for less at a time, or end what else uses the card: nvidia-smi lists it"
 NO_CODE = "nothing here was built for this card: install a torch that knows its compute capability"
 ADVICE = {
-    2: MEMORY, 35: TOO_OLD, 46: LOST, 100: LOST, 101: LOST, 201: LOST, 209: NO_CODE, 214: LOST, 220: LOST, 719: LOST,
-    720: LOST, 721: LOST, 802: LOST, 803: TOO_OLD, 804: TOO_OLD, 999: LOST,
+    2: MEMORY, 35: TOO_OLD, 46: LOST, 100: LOST, 101: LOST, 201: LOST, 209: NO_CODE, 214: LOST, 220: LOST, 222: TOO_OLD,
+    719: LOST, 720: LOST, 721: LOST, 802: LOST, 803: TOO_OLD, 804: TOO_OLD, 999: LOST,
 }  # fmt: skip
 # the same where an error brings no number: what CUDA, NVML and torch say
 SAID = {

@@ -17,6 +17,8 @@ from pathlib import Path
 
 # what there are kernels for; a is for instructions of that very architecture, which no other runs
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+# where toolkits are installed
+USUAL = Path("/usr/local/cuda/bin/nvcc")
 # the first that knows sm_100a and sm_120a
 NEEDED = (12, 8)
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
@@ -46,9 +48,9 @@ def find() -> Path | None:
     """Of a toolkit (CUDA_HOME or CUDA_PATH, as every tool of CUDA reads them, then PATH), of the packages of the index,
     or in the place where toolkits are installed."""
     homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    found = shutil.which("nvcc")
-    places = [home / "bin" / "nvcc" for home in homes] + [Path(found)] * (found is not None)
-    places += [*packaged(), Path("/usr/local/cuda/bin/nvcc")]
+    on_path = shutil.which("nvcc")
+    places = [home / "bin" / "nvcc" for home in homes] + ([Path(on_path)] if on_path else [])
+    places += [*packaged(), USUAL]
     return next((path for path in places if os.access(path, os.X_OK) and path.is_file()), None)
 
 
@@ -100,7 +102,8 @@ def compiler(path: Path | None = None) -> Compiler:
     if done.returncode:
         what = complaint(done)
         # pip lets a newer compiler stand beside the runtime that a build of torch pins
-        hint = "; install all nvidia-cuda packages of one release" * ("headers are incompatible" in what)
+        mixed = "headers are incompatible" in what
+        hint = "; pip install 'cuda-toolkit[nvcc,cccl]' brings parts of one release" if mixed else ""
         raise Unusable(f"{found} compiles nothing here: {what}{hint}")
     return found
 
