@@ -11,8 +11,8 @@ namespace py = pybind11;
 
 namespace {
 
-// what setup.py looks for in the file, to know whether it is of these sources
-const char built[] = SEMANTICA_BUILT;
+// what setup.py looks for in the file, to know whether it is of these sources: whole, though only parts of it are used
+[[gnu::used]] const char built[] = SEMANTICA_BUILT;
 
 // a CudaError in Python, with CUDA's own words; the GIL is held
 [[noreturn]] void raise(cudaError_t code, const char* what) {
