@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from semantica import nvcc
+
 sys.path.insert(0, str(Path(__file__).parent / "cuda_host"))
 import building as cuda_host
 
@@ -121,6 +123,18 @@ def test_the_same_seed_is_the_same_run():
     runs = [run("plain", "broken", "wrong_parity", seed=seed, seeds=1) for seed in (*range(8), *range(8))]
     # in some orders threads wait for ever, in others they read too early; in which ones never changes
     assert runs[:8] == runs[8:] and len({said for _, said in runs}) > 1
+
+
+def test_the_same_text_compiles_for_a_gpu(tmp_path):
+    if not nvcc.find():
+        pytest.skip("needs nvcc")
+    source, made = tmp_path / "faults.cu", tmp_path / "faults.cubin"
+    files = sorted(path.name for path in cuda_host.HERE.glob("faults_*.cuh"))
+    source.write_text("".join(f'#include "{name}"\n' for name in files))
+    target = ["-std=c++17", "-cubin", "-gencode=arch=compute_90a,code=sm_90a"]
+    subprocess.run([nvcc.find(), *target, f"-I{cuda_host.CUDA}", f"-I{cuda_host.HERE}", source, "-o", made], check=True)
+    kernels = set(re.findall(r"__global__ void (\w+)", "".join((cuda_host.HERE / name).read_text() for name in files)))
+    assert len(kernels) > 30 and all(name.encode() in made.read_bytes() for name in kernels)
 
 
 def test_16_bit_floats_round_as_torch_does():

@@ -6,6 +6,7 @@ On a GPU the same cases run through the operator: see test_kernels.
 import dataclasses
 import itertools
 import math
+import re
 import runpy
 import struct
 import subprocess
@@ -113,12 +114,14 @@ def unpacked(data: memoryview, case: GroupNormCase, dtype: torch.dtype, inputs: 
     return found, data
 
 
+def start(program: Path, problems: list[tuple], seeds: int, *arguments: str) -> subprocess.CompletedProcess:
+    given = b"".join(packed(*problem, seeds) for problem in problems)
+    return cuda_host.run(program, *arguments, input=given, limit=600, text=False)
+
+
 def on_the_bench(program: Path, problems: list[tuple], seeds: int) -> list[dict]:
     """Results of `(case, dtype, inputs, card)`, each the same under all seeds."""
-    given = b"".join(packed(*problem, seeds) for problem in problems)
-    done = subprocess.run(
-        [program], input=given, capture_output=True, timeout=600, env={"PATH": "/usr/bin:/bin"} | cuda_host.ENVIRONMENT
-    )
+    done = start(program, problems, seeds)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     data, results = memoryview(done.stdout), []
     for case, dtype, inputs, _ in problems:
@@ -166,16 +169,38 @@ FEW = [
 ]
 
 
+TIGHT = {"clusters": Limits(16, 8 << 10, 8), "grid": Limits(4, 8 << 10, 1)}
+
+
+def few() -> list[tuple]:
+    return [(case, torch.bfloat16, problem(case, torch.bfloat16, True), TIGHT[card]) for case, card in FEW]
+
+
 @needs_compiler
 @pytest.mark.parametrize("flavour, seeds", [("plain", 20), ("asan", 2), ("tsan", 2)])
 def test_the_same_bits_in_every_order_and_no_race_or_overrun(programs, flavour, seeds):
-    tight = {"clusters": Limits(16, 8 << 10, 8), "grid": Limits(4, 8 << 10, 1)}
-    problems = [(case, torch.bfloat16, problem(case, torch.bfloat16, True), tight[card]) for case, card in FEW]
+    problems = few()
     plans = [planned(*given[:2], operands, given[3]) for given in problems for operands in (1, 2)]
     assert {made.grid for made in plans if made.chunks > 1} == {True, False}
     assert any(made.reread(*given[0].shape[:2], sizes(given[0])[3]) for made, given in zip(plans[::2], problems))
     for given, actual in zip(problems, on_the_bench(programs[flavour], problems, seeds)):
         check(*given[:3], actual)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "flavour, seeds, codes", [("plain", 8, {5, cuda_host.FAULT}), ("tsan", 1, {66, cuda_host.FAULT})]
+)
+def test_no_barrier_or_wait_can_be_left_out(programs, flavour, seeds, codes):
+    problems = few()
+    places = start(programs["plain"], problems, 1, "list").stdout.decode().split()
+    texts = [path.read_text() for path in cuda_host.CUDA.glob("*.cu*") if path.name != "device.cuh"]
+    calls = r"__syncthreads\(|grid_sync\(|cp_async_wait<|\.sync\(|\.barrier_arrive\(|\.barrier_wait\("
+    # all that the kernels have are reached by these problems
+    assert len(places) == sum(len(re.findall(calls, text)) for text in texts)
+    for place in places:
+        done = start(programs[flavour], problems, seeds, *place.split(":"))
+        assert done.returncode in codes, f"nobody notices that {place} is left out"
 
 
 SHAPES = {

@@ -58,7 +58,8 @@ inline float off_by(float exact, unsigned units, unsigned argument) {
   return __uint_as_float(bits + (argument * 2654435761u >> 16) % (2 * units + 1) - units);
 }
 inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float rsqrtf(float x) { return off_by(float(1.0 / std::sqrt(double(x))), 2, __float_as_uint(x)); }
+// some C libraries declare it, with this specifier
+inline float rsqrtf(float x) noexcept { return off_by(float(1.0 / std::sqrt(double(x))), 2, __float_as_uint(x)); }
 // 2^(x * log2 e): the rounding of the product is the larger part of the error
 inline float __expf(float x) { return off_by(std::exp2(x * 1.44269504f), 2, __float_as_uint(x)); }
 inline float __fdividef(float a, float b) {
