@@ -17,6 +17,8 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { uint16_t bits; };
+struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct alignas(4) __half2 { __half x, y; };
 
 inline float __uint_as_float(unsigned bits) {
   float value;
@@ -56,3 +58,6 @@ inline __half __float2half_rn(float value) {
   unsigned odd = size >> 13 & 1;
   return {uint16_t(sign | (size - 0x38000000 + 0xfff + odd) >> 13)};
 }
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }

@@ -1,0 +1,201 @@
+"""The CUDA kernels of group_norm, from their own text, on the bench of tests/cuda_host; and how they are planned.
+
+On a GPU the same cases run through the operator: see test_kernels.
+"""
+
+import dataclasses
+import math
+import runpy
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from semantica.kernels.group_norm.cases import CASES, GroupNormCase
+from semantica.kernels.group_norm.cuda_plan import GRID, PLAIN, RESIDENT, Card, Plan, Problem, plan
+from semantica.kernels.group_norm.op import group_norm_ref, per_channel
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda_host"))
+import building as cuda_host
+
+needs_compiler = pytest.mark.skipif(cuda_host.COMPILER is None, reason="needs g++")
+oracle = runpy.run_path(str(Path(__file__).with_name("test_kernels.py")))
+run, widen, assert_accurate, exact = (oracle[k] for k in ("run", "widen", "assert_accurate", "group_norm_exact"))
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+NAMES = ("out", "mean", "rstd", "x", "weight", "bias", "scale", "shift", "addend")
+# blocks small enough for many of them to meet, and for what they read not to fit
+SMALL = Card((9, 0), 5, 20 << 10, 21 << 10, 0, threads=64)
+SEEDS = 20
+MORE = {
+    "wide": GroupNormCase((2, 320, 12, 11), 32, channels_last=True),
+    "a group in parts": GroupNormCase((1, 1100, 4, 2), 2, channels_last=True),
+    "pixels side by side": GroupNormCase((2, 18, 8, 12), 6, channels_last=True),
+    "single channels": GroupNormCase((1, 16, 61, 43), 16, channels_last=True),
+    "long channels": GroupNormCase((1, 6, 64, 40), 2),
+    "many channels": GroupNormCase((2, 96, 4, 6), 2),
+    "odd": GroupNormCase((2, 14, 5, 7), 2),
+    "an outlier": GroupNormCase((1, 16, 24, 16), 2, channels_last=True, mean=3.0),
+}
+PROVEN = CASES | MORE
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One problem, and the plans that are to solve it."""
+
+    case: GroupNormCase
+    dtype: torch.dtype
+    plans: tuple[Plan, Plan]
+    addend: bool = False
+    fp32: bool = False
+    offset: int = 0
+
+    @property
+    def inputs(self) -> dict:
+        inputs = self.case.inputs(self.dtype)
+        if "outlier" in self.name:
+            inputs["x"][0, 3, 0, 0] = 2000.0
+        g = torch.Generator().manual_seed(1)
+        if self.addend:
+            inputs["addend"] = torch.randn(self.case.shape[:2], generator=g, dtype=torch.float64).to(self.dtype)
+        if self.fp32:
+            names = ("weight", "bias", "scale", "shift", "addend")
+            inputs |= {name: inputs[name].float() for name in names if inputs.get(name) is not None}
+        return inputs
+
+    @property
+    def name(self) -> str:
+        return next(name for name, case in PROVEN.items() if dataclasses.replace(case, channels_last=False)
+                    == dataclasses.replace(self.case, channels_last=False))  # fmt: skip
+
+
+def sizes(case: GroupNormCase, dtype: torch.dtype, aligned: bool = True) -> Problem:
+    batch, channels, *spatial = case.shape
+    return Problem(batch, channels, case.groups, math.prod(spatial), dtype.itemsize, case.channels_last, aligned)
+
+
+def planned(case, dtype, path, card=SMALL, aligned=True) -> tuple[Plan, Plan] | None:
+    found = [plan(sizes(case, dtype, aligned), operands, card, path) for operands in (1, 2)]
+    return None if None in found else tuple(found)
+
+
+def in_memory(tensor: torch.Tensor | None, case: GroupNormCase) -> bytes:
+    if tensor is None:
+        return b""
+    if tensor.ndim > 2:
+        tensor = tensor.flatten(2).transpose(1, 2) if case.channels_last else tensor
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def request(trial: Trial, seeds: int) -> bytes:
+    case, inputs = trial.case, trial.inputs
+    problem = sizes(case, trial.dtype)
+    # rows of FiLM further apart than they are long, as views of one tensor have them
+    gap = case.shape[1] + 3
+    film = {name: inputs.get(name) for name in ("scale", "shift", "addend")}
+    strides = [0 if value is None else gap for value in film.values()]
+    resident = max(made.blocks if made.path == GRID else 8 for made in trial.plans)
+    flags = [trial.fp32, trial.fp32, case.channels_last, case.activation == "silu"]
+    head = [*dataclasses.astuple(problem)[:4], DTYPES[trial.dtype], *flags, *strides, seeds, resident, trial.offset]
+    for operands, made in enumerate(trial.plans, 1):
+        head += [*dataclasses.astuple(made)[:-1], made.workspace(problem, operands)]
+    g = torch.Generator().manual_seed(7)
+    cotangent = torch.randn(inputs["x"].shape, generator=g, dtype=torch.float64).to(trial.dtype)
+    skipped = b"\xff" * (trial.offset * trial.dtype.itemsize)
+    body = [skipped + in_memory(a, case) for a in (inputs["x"], cotangent)]
+    body += [in_memory(inputs[name], case) for name in ("weight", "bias")]
+    padded = (None if a is None else torch.cat([a, torch.full_like(a[:, :3], math.nan)], 1) for a in film.values())
+    body += [in_memory(a, case) for a in padded]
+    return struct.pack(f"{len(head)}q", *map(int, head)) + b"".join(body)
+
+
+def answers(data: memoryview, trial: Trial) -> tuple[dict, memoryview]:
+    case, inputs = trial.case, trial.inputs
+    batch, channels, *_ = case.shape
+    pixels = math.prod(case.shape[2:])
+    like_x = (batch, pixels, channels) if case.channels_last else (batch, channels, pixels)
+    shapes = {"out": like_x, "mean": (batch, case.groups), "rstd": (batch, case.groups), "x": like_x}
+    shapes |= {name: tuple(inputs[name].shape) for name in NAMES[4:] if inputs.get(name) is not None}
+    found = {}
+    for name, shape in shapes.items():
+        dtype = torch.float32 if name in ("mean", "rstd") or (trial.fp32 and name in NAMES[4:]) else trial.dtype
+        count = math.prod(shape) * dtype.itemsize
+        value = torch.from_numpy(np.frombuffer(data[:count], np.uint8).copy()).view(dtype).reshape(shape)
+        if name in ("out", "x"):
+            value = (value.transpose(1, 2) if case.channels_last else value).reshape(case.shape)
+        found[name], data = value, data[count:]
+    return found, data
+
+
+def on_the_bench(program: Path, trials: list[Trial], seeds: int) -> list[dict]:
+    """Results of each, the same under all seeds."""
+    given = b"".join(request(trial, seeds) for trial in trials)
+    environment = {"PATH": "/usr/bin:/bin"} | cuda_host.ENVIRONMENT
+    done = subprocess.run([program], input=given, capture_output=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    data, results = memoryview(done.stdout), []
+    for trial in trials:
+        found, data = answers(data, trial)
+        results.append(found)
+    assert not len(data)
+    return results
+
+
+def with_addend(function):
+    def added(x, addend=None, **inputs):
+        return function(x if addend is None else x + per_channel(addend, x), **inputs)
+
+    return added
+
+
+def prove(trial: Trial, actual: dict):
+    """At most twice the error of eager torch on contiguous input plus one ulp; and the statistics by themselves."""
+    inputs, dtype = trial.inputs, trial.dtype
+    contiguous = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    eager = run(with_addend(group_norm_ref), contiguous, dtype)
+    truth = run(with_addend(exact), widen(inputs), dtype)
+    assert_accurate(actual, eager, truth, dtype)
+    x = widen(inputs)["x"]
+    if trial.addend:
+        x = x + inputs["addend"].double().reshape(*x.shape[:2], *[1] * (x.ndim - 2))
+    variance, mean = torch.var_mean(x.reshape(x.shape[0], trial.case.groups, -1), -1, correction=0)
+    # of what x's own size in fp32 allows
+    size = x.abs().max().item() * 2**-23
+    assert (actual["mean"].double() - mean).abs().max() <= size + 1e-6
+    torch.testing.assert_close(actual["rstd"].double(), (variance + 1e-5).rsqrt(), rtol=3e-6, atol=0)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    return cuda_host.build("run_group_norm.cu", *cuda_host.FLAVOURS)
+
+
+def trials(dtype: torch.dtype) -> list[Trial]:
+    """Every case in both layouts by every path that serves it; FiLM's types, addends and offsets by turns."""
+    found = []
+    for case in PROVEN.values():
+        for last in (False, True) if len(case.shape) > 3 else (False,):
+            for path in (RESIDENT, GRID, PLAIN):
+                turn = len(found)
+                one, aligned = dataclasses.replace(case, channels_last=last), turn % 7 != 3
+                if plans := planned(one, dtype, path, aligned=aligned):
+                    mixed = dtype != torch.float32 and turn % 5 == 2
+                    found.append(Trial(one, dtype, plans, turn % 2 == 0 and not case.mean, mixed, int(not aligned)))
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients_are_accurate_and_the_same_in_every_order(programs, dtype):
+    given = trials(dtype)
+    for trial, actual in zip(given, on_the_bench(programs["plain"], given, SEEDS), strict=True):
+        try:
+            prove(trial, actual)
+        except AssertionError as error:
+            raise AssertionError(f"{trial}: {error}") from error
