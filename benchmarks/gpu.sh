@@ -17,8 +17,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 
-# command, slice, seconds that it may take, what for; the seconds to install are reckoned for each command
+# command, slice, seconds that it may take, what for; those to install are reckoned for each command, and the loan's for
+# a machine to start as well
 INSTALL=75
+START=120
+LOAN=1800
 TABLE='
 first  doctor      30 what the machine has, and what will run on it
 first  tests      150 the tests that need a GPU, both kinds of kernels among them
@@ -40,21 +43,21 @@ more   tune-norm-2 590 as tune-norm-1
 more   tune-norm-3 590 as tune-norm-1
 more   tune-attention 590 as tune-norm-1
 '
-LOAN=1800
-
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 complain() { echo "gpu.sh: $1" >&2; exit 2; }
 slices_of() { awk -v want="$1" '$1 == want { print $2 }' <<< "$TABLE"; }
 seconds_of() { awk -v want="$1" '$2 == want { print $3 }' <<< "$TABLE"; }
 
 list() {
-  local command
+  local command sum=$START
   for command in first second third more; do
-    awk -v want="$command" -v install=$INSTALL '
-      $1 == want { line = $2; total += $3; cost = $3; $1 = $2 = $3 = ""; rows = rows sprintf("  %-15s %4d s  %s\n", line, cost, substr($0, 4)) }
-      END { if (want == "more") print want; else printf "%s: %d s, %d of them to install\n", want, total + install, install; printf "%s", rows }
-    ' <<< "$TABLE"
+    local total=$INSTALL slice
+    while read -r slice; do total=$((total + $(seconds_of "$slice"))); done < <(slices_of "$command")
+    if [[ $command == more ]]; then echo more; else echo "$command: $total s, $INSTALL of them to install"; sum=$((sum + total)); fi
+    awk -v want="$command" '$1 == want { line = $2; cost = $3; $1 = $2 = $3 = ""; printf "  %-15s %4d s %s\n", line, cost, substr($0, 3) }' \
+      <<< "$TABLE"
   done
+  echo "first to third with $START s for a machine to start: $sum of $LOAN s"
 }
 
 again=""; rehearsal=0; WHEELS=""; ARCHIVE=""; one=""
