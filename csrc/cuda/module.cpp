@@ -1,6 +1,8 @@
 // semantica._cuda: the CUDA operators, how they were built, and CUDA's errors as exceptions
 #include <pybind11/pybind11.h>
 
+#include "code.h"
+
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -65,6 +67,31 @@ py::object trouble() {
     return py::str(std::string(cudaGetErrorString(code)) + " (" + cudaGetErrorName(code) + ")");
 }
 
+// makes a device current for as long as it lives: kernels run on the device of their tensors, whichever is current
+class OnDevice {
+public:
+    OnDevice(int device, const char* what) {
+        check(cudaGetDevice(&before), what);
+        if (device != before) check(cudaSetDevice(device), what);
+        other = device != before;
+    }
+    ~OnDevice() {
+        if (other) cudaSetDevice(before);
+    }
+    OnDevice(const OnDevice&) = delete;
+
+private:
+    int before = 0;
+    bool other = false;
+};
+
+int code(int device) {
+    OnDevice on(device, "code");
+    int version = 0;
+    check(static_cast<cudaError_t>(semantica::code_architecture(&version)), "code");
+    return version;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -76,5 +103,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("build_info", &build_info,
           "Architectures that there is code for, compiler, CUDA's release that is inside, and a hash of the sources.");
     m.def("driver", &driver, "The newest release of CUDA that this machine's driver knows, or None without a driver.");
+    m.def("code", &code, py::arg("device"),
+          "The architecture of the code that a device runs, such as 90; CudaError where it runs none of it.");
     m.def("trouble", &trouble, "Why CUDA does not run here, in its own words; None where it does.");
 }
