@@ -57,7 +57,8 @@ def test_figures_are_those_of_the_kernels(sources):
     rows = {row["kernel"]: row for row in inspect(sources / "kernels.cu", "sm_90", nvcc.compiler())}
     copy, spilling = rows["copy_kernel"], rows["spilling_kernel"]
     assert copy["constants"] == {"0": "__nv_bfloat16", "1": "8"} and copy["threads"] == 256 and copy["warps"] == 8
-    assert copy["shared_bytes"] == 256 and copy["blocks_per_sm"] == 8 and copy["occupancy"] == 1
+    assert copy["shared_bytes"] == 256 and copy["dynamic_bytes"] == 0
+    assert copy["blocks_per_sm"] == 8 and copy["occupancy"] == 1
     assert copy["loads"] == {"128": 1} and copy["stores"] == {"128": 1, "16": 1} and copy["atomics"] == 0
     assert copy["spill_loads_bytes"] == copy["spill_stores_bytes"] == copy["stack_bytes"] == 0
     kept = 4 * (200 - 64)
@@ -92,3 +93,23 @@ def test_the_verb_lists_them_beside_tritons(sources, tmp_path, monkeypatch, caps
     assert main(["bench", "kernels", *options, "--filter", words]) == 0
     out, error = capsys.readouterr()
     assert "resident_kernel" in out and "CUDA kernels are not compiled: no CUDA compiler is here" in error
+
+
+@pytest.mark.slow
+def test_the_shipped_kernels_compile_for_every_architecture():
+    rows = sum(compile_cuda.run(["sm_80", "sm_90", "sm_100", "sm_120"], ["group_norm.cu"], 2), [])
+    assert [row["error"] for row in rows if "error" in row] == []
+    norms = [row for row in rows if row["kernel"] in ("forward", "backward")]
+    # three types, vectors or single channels, on each architecture
+    assert len(norms) == 2 * 3 * 2 * 4 and {row["ptx"] for row in rows} == {norms[0]["ptx"]}
+    for row in norms:
+        what, wide = (row["kernel"], row["arch"], row["constants"]), row["constants"]["1"] != "1"
+        # the two backward kernels of 16-bit types keep eight values of consumer cards outside registers
+        most = 32 if (row["arch"], row["kernel"], wide) == ("sm_120", "backward", True) else 0
+        assert row["spill_stores_bytes"] <= most and row["spill_loads_bytes"] <= most, what
+        # 16-byte accesses, and copies to shared memory that pass registers by
+        assert not wide or row["loads"]["128"] >= 11 and row["stores"]["128"] == 1, what
+        # a plan that asks for most fits, and its block alone fills the multiprocessor's shared memory
+        assert row["blocks_per_sm"] >= 1 and row["shared_bytes"] <= LIMITS[row["arch"]].shared_block, what
+        assert not wide or row["dynamic_bytes"] > LIMITS[row["arch"]].shared_block // 2, what
+    assert {row["spill_stores_bytes"] for row in rows if row["kernel"] == "over_samples"} == {0}
