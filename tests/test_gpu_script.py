@@ -88,7 +88,7 @@ def test_slices_run_in_order_once_and_a_failure_costs_only_itself(machine):
     done, calls = machine("first", "second", FAILS="--op group_norm", HANGS="bench sample")
     every = [*table()["first"], *table()["second"]]
     assert slices_run(done) == every and done.returncode == 1
-    assert "== norm: 0 of 210 s, exit code 3" in done.stdout and "out of time" in done.stdout
+    assert re.search(r"== norm: \d of 140 s, exit code 3", done.stdout) and "out of time" in done.stdout
     assert done.stderr.strip().endswith("gpu.sh: not done: norm sample")
     words = ("pip install", "-m pytest", "compute-sanitizer", "cli bench")
     what = [line for line in calls if any(word in line for word in words)]
