@@ -123,7 +123,7 @@ class SamplingBench(Bench):
                     if not bundle.exists():
                         options = ("--precision", precision, "--levels", 4, "--steps", 4)
                         semantica("export", "--model", self.folder, "--out", bundle, *options)
-                    if CONTENDERS[name].engine:
+                    if CONTENDERS[name].built:
                         semantica("build", bundle, "--backend", name)
                     found[name] = bundle
                 except Wrong as error:
