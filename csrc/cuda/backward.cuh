@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(512, 1)
                                                slot_bytes(plan, items_of(p, plan), sizeof(Pack<T, V>), 2,
                                                           Walk<T, V, 2>::AHEAD)),
                       p, plan, true);
-  const unsigned block = phase == Phase::second ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const int block = int(phase == Phase::second ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
   constexpr int W = LAST ? V : 1;
   const float inverse_count = 1.0f / (float(p.channels / p.groups) * float(p.pixels));
 
@@ -128,18 +128,22 @@ __global__ void __launch_bounds__(512, 1)
 #pragma unroll
       for (int v = 0; v < W; v++) {
         const int c = channel_of<LAST, V>(plan, spot, at, v), g = LAST ? c / extent.depth : 0;
-        offset[v] = __ldg(mean + spot.group + g) - tables.addend[c], inverse[v] = __ldg(rstd + spot.group + g);
+        offset[v] = __ldg(mean + spot.group_at(p, g)) - tables.addend[c];
+        inverse[v] = __ldg(rstd + spot.group_at(p, g));
         factor[v] = tables.a[c], term[v] = tables.b[c];
       }
     };
     // x becomes x_hat, dy becomes g
     auto normalise = [&](const Pack<T, V>* slot, float (&x)[V], float (&g)[V]) {
       unpack<T>(slot[0], x);
-      unpack<T>(slot[blockDim.x], g);
+      unpack<T>(slot[plan.threads], g);
 #pragma unroll
       for (int v = 0; v < V; v++) {
         x[v] = (x[v] - offset[v % W]) * inverse[v % W];
-        if (p.silu) g[v] = before_silu<T>(g[v], fmaf(x[v], factor[v % W], term[v % W]));
+      }
+      if (p.silu) {
+#pragma unroll
+        for (int v = 0; v < V; v++) g[v] = before_silu<T>(g[v], fmaf(x[v], factor[v % W], term[v % W]));
       }
     };
     if (LAST) constants({});
@@ -164,7 +168,7 @@ __global__ void __launch_bounds__(512, 1)
         over_pieces(tables, plan);
       }
       const int64_t plane = p.samples * plan.chunks * p.channels;
-      const int64_t at = (spot.sample * plan.chunks + spot.chunk) * p.channels + spot.channel;
+      const int64_t at = (int64_t(spot.sample) * plan.chunks + spot.chunk) * p.channels + spot.channel;
       for (int i = int(threadIdx.x); i < SUMS * plan.width && spot.items; i += int(blockDim.x)) {
         partial[i / plan.width * plane + at + i % plan.width] = tables.sums[i];
       }
@@ -184,8 +188,8 @@ __global__ void __launch_bounds__(512, 1)
     }
 
     for (int g = int(threadIdx.x); g < extent.groups && spot.items && spot.rank == 0; g += int(blockDim.x)) {
-      means[2 * (spot.group + g)] = tables.total[g].first * inverse_count;
-      means[2 * (spot.group + g) + 1] = tables.total[g].second * inverse_count;
+      means[2 * spot.group_at(p, g)] = tables.total[g].first * inverse_count;
+      means[2 * spot.group_at(p, g) + 1] = tables.total[g].second * inverse_count;
     }
     float along[W], across[W];
 #pragma unroll

@@ -42,12 +42,11 @@ struct Welford {
 // the average of 32 values from all over each group: the same in all blocks of a team
 template <typename T>
 __device__ __forceinline__ void find_pivots(const Problem& p, const Tables& tables, const Spot& spot, int groups) {
-  const int64_t depth = p.channels / p.groups, lane = threadIdx.x % WARP;
+  const int depth = int(p.channels) / int(p.groups), lane = int(threadIdx.x) % WARP;
   for (int g = int(threadIdx.x) / WARP; g < groups; g += int(blockDim.x) / WARP) {
-    const int64_t first = (spot.group + g) * depth, i = lane * depth * p.pixels / WARP;
-    // channels are counted over samples
-    const int64_t sample = first / p.channels, channel = first % p.channels + i % depth;
-    const int64_t at = p.channels_last ? (sample * p.pixels + i / depth) * p.channels + channel : first * p.pixels + i;
+    const int64_t channel = (spot.group + g) * depth + lane % depth, pixel = lane * p.pixels / WARP;
+    const int64_t at = p.channels_last ? (spot.sample * p.pixels + pixel) * p.channels + channel
+                                       : (spot.sample * p.channels + channel) * p.pixels + pixel;
     const float sum = sum_over(widen(static_cast<const T*>(p.x)[at]) * (1.0f / WARP), WARP);
     if (lane == 0) tables.pivot[g] = sum;
   }
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(512, 1)
                                                           Walk<T, V, 1>::AHEAD)),
                       p, plan, false);
   // what was read last is read again first, by the second launch too
-  const unsigned block = phase == Phase::second ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const int block = int(phase == Phase::second ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
   // constants of a thread's channels: one for each element of its vector, or one for all
   constexpr int W = LAST ? V : 1;
 
@@ -144,7 +143,10 @@ __global__ void __launch_bounds__(512, 1)
       const Pair& found = tables.total[g];
       const float inverse = 1.0f / sqrtf(found.second / found.n + eps);
       tables.stage[g].first = inverse;
-      if (spot.rank == 0) mean[spot.group + g] = tables.pivot[g] + found.first, rstd[spot.group + g] = inverse;
+      if (spot.rank == 0) {
+        mean[spot.group_at(p, g)] = tables.pivot[g] + found.first;
+        rstd[spot.group_at(p, g)] = inverse;
+      }
     }
     __syncthreads();
     float offset[W], factor[W], term[W];
@@ -165,8 +167,11 @@ __global__ void __launch_bounds__(512, 1)
 #pragma unroll
       for (int v = 0; v < V; v++) {
         // the mean goes first: exact where |mean| >> std, unlike x * factor + (term - mean * factor)
-        float z = fmaf(x[v] - offset[v % W], factor[v % W], term[v % W]);
-        x[v] = p.silu ? z * sigmoid<T>(z) : z;
+        x[v] = fmaf(x[v] - offset[v % W], factor[v % W], term[v % W]);
+      }
+      if (p.silu) {
+#pragma unroll
+        for (int v = 0; v < V; v++) x[v] *= sigmoid<T>(x[v]);
       }
       store<T>(out + walk.offset(at), x);
     });

@@ -21,7 +21,7 @@ int group_norm_backward(const Problem& problem, const Plan& plan, const void* dy
     });
     if (error) return error;
     LaunchShape shape{};
-    shape.grid = unsigned(ceil_div(problem.channels, WARP));
+    shape.grid = unsigned(ceil_div(int(problem.channels), WARP));
     shape.block = 512;
     return launch(finish_kernel<T>, shape, stream, problem, gradients, statistics.rstd, partial, means, plan.chunks);
   });

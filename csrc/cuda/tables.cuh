@@ -66,15 +66,7 @@ struct Tables {
 __host__ __device__ __forceinline__ int64_t slot_bytes(const Plan& plan, int items, int item_bytes, int operands, int ahead) {
   int slots = plan.kept < items ? plan.kept + ahead : plan.kept;
   // what follows is fp32
-  return ceil_div(int64_t(slots) * operands * item_bytes * plan.threads, 16) * 16;
-}
-
-// items of each thread, as Spot has it
-__host__ __device__ __forceinline__ int items_of(const Problem& p, const Plan& plan) {
-  const int64_t unit = p.channels_last ? plan.repeat : plan.vector;
-  const int64_t share = ceil_div(p.pixels / unit, plan.chunks) * unit;
-  if (p.channels_last) return int(ceil_div(share / plan.repeat, plan.rows));
-  return int(ceil_div(plan.width, plan.rows) * ceil_div(share, int64_t(plan.columns) * plan.vector));
+  return (int64_t(slots) * operands * item_bytes * plan.threads + 15) / 16 * 16;
 }
 
 // element v of a thread's vector is of this channel of the block: the line's, or one of those side by side

@@ -11,7 +11,8 @@ namespace semantica {
 constexpr int WARP = 32;
 constexpr unsigned ALL = 0xffffffffu;
 
-__host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// divisions of 64 bits are subroutines on a GPU
+__host__ __device__ __forceinline__ int ceil_div(int a, int b) { return (a - 1) / b + 1; }
 __host__ __device__ __forceinline__ int larger(int a, int b) { return a > b ? a : b; }
 
 // of a block: groups, or the one of which it has a part, and their channels
@@ -24,52 +25,65 @@ struct Extent {
   }
 };
 
+// pixels of a chunk, of which the last have fewer; pixels are fewer than 2^31
+__host__ __device__ __forceinline__ int share_of(const Problem& p, const Plan& plan) {
+  const int unit = p.channels_last ? plan.repeat : plan.vector;
+  return ceil_div(int(p.pixels) / unit, plan.chunks) * unit;
+}
+// items of each thread
+__host__ __device__ __forceinline__ int items_of(const Problem& p, const Plan& plan) {
+  const int share = share_of(p, plan);
+  if (p.channels_last) return ceil_div(share / plan.repeat, plan.rows);
+  return ceil_div(plan.width, plan.rows) * ceil_div(share, plan.columns * plan.vector);
+}
+
 // Where a block and a thread are. A line is a pixel's channels (or those of `repeat` pixels), or a channel's pixels.
 struct Spot {
-  int64_t team, sample, channel, group;  // the first channel and group of the block
-  int slot, rank, chunk;                 // of the team among those of the round; of the block in its team
-  int64_t origin, stride;                // of the block's first element, and from line to line
-  int count, inner, steps, items;        // lines of `inner` elements in `steps` steps; items of each thread
-  int lines;                             // that the thread may touch: all or none
+  int sample, channel, group, part;   // the first channel and group of the block, and which part of that it has
+  int slot, rank, chunk;              // of the team among those of the round; of the block in its team
+  int64_t origin, stride;             // of the block's first element, and from line to line
+  int count, inner, steps, items;     // lines of `inner` elements in `steps` steps; items of each thread
+  int lines;                          // that the thread may touch: all or none
   int row, column;
 
-  __device__ __forceinline__ Spot(const Problem& p, const Plan& plan, unsigned block, int round) {
-    const int size = plan.parts * plan.chunks;
-    const int64_t spans = p.channels / (int64_t(plan.width) * plan.parts);
-    slot = int(block) / size;
-    rank = int(block) % size;
-    chunk = rank % plan.chunks;
-    team = int64_t(round) * (plan.blocks / size) + slot;
-    const bool there = team < p.samples * spans;
-    sample = there ? team / spans : 0;
-    channel = there ? team % spans * plan.width * plan.parts + int64_t(rank / plan.chunks) * plan.width : 0;
-    group = sample * p.groups + channel / (p.channels / p.groups);
-    column = int(threadIdx.x) % plan.columns;
+  __device__ __forceinline__ Spot(const Problem& p, const Plan& plan, int block, int round) {
+    const int size = plan.parts * plan.chunks, spans = int(p.channels) / (plan.width * plan.parts);
+    slot = block / size;
+    rank = block - slot * size;
+    part = rank / plan.chunks;
+    chunk = rank - part * plan.chunks;
+    const int team = round * (plan.blocks / size) + slot;
+    sample = team / spans;
+    channel = (team - sample * spans) * plan.width * plan.parts + part * plan.width;
+    const bool there = sample < p.samples;
+    if (!there) sample = channel = 0;
+    group = channel / (int(p.channels) / int(p.groups));
     row = int(threadIdx.x) / plan.columns;
+    column = int(threadIdx.x) - row * plan.columns;
 
-    const int64_t unit = p.channels_last ? plan.repeat : plan.vector;
-    const int64_t share = ceil_div(p.pixels / unit, plan.chunks) * unit;
-    const int64_t begin = chunk * share < p.pixels ? chunk * share : p.pixels;
-    const int64_t pixels = begin + share < p.pixels ? share : p.pixels - begin;
+    const int share = share_of(p, plan), all = int(p.pixels);
+    const int begin = int64_t(chunk) * share < all ? chunk * share : all;
+    const int pixels = all - begin < share ? all - begin : share;
+    items = items_of(p, plan);
     if (p.channels_last) {
       origin = (sample * p.pixels + begin) * p.channels + channel;
       stride = p.channels * plan.repeat;
-      count = int(pixels / plan.repeat);
+      count = pixels / plan.repeat;
       inner = plan.width * plan.repeat;
       steps = 1;
-      items = int(ceil_div(share / plan.repeat, plan.rows));
     } else {
       origin = (sample * p.channels + channel) * p.pixels + begin;
       stride = p.pixels;
       count = plan.width;
-      inner = int(pixels);
-      steps = int(ceil_div(share, plan.columns * plan.vector));
-      items = int(ceil_div(plan.width, plan.rows)) * steps;
+      inner = pixels;
+      steps = ceil_div(share, plan.columns * plan.vector);
     }
     // what has no team, and threads beyond the last row, walk along and touch nothing
     if (!there) items = count = 0;
     lines = row < plan.rows ? count : 0;
   }
+  // of the block's group g, among all samples'
+  __device__ __forceinline__ int64_t group_at(const Problem& p, int g) const { return sample * p.groups + group + g; }
 };
 
 struct Cursor {
@@ -101,7 +115,7 @@ struct Walk {
   }
   __device__ __forceinline__ Item* slot(int item, int operand) const {
     int which = item < plan.kept ? item : plan.kept + (item - plan.kept) % AHEAD;
-    return slots + (which * OPERANDS + operand) * int(blockDim.x) + int(threadIdx.x);
+    return slots + (which * OPERANDS + operand) * plan.threads + int(threadIdx.x);
   }
   __device__ __forceinline__ void start(int item, const Cursor& at) const {
     if (!valid(at)) return;
@@ -129,6 +143,7 @@ struct Walk {
   template <typename Visit>
   __device__ __forceinline__ void forth(Cursor ahead, Visit visit) const {
     Cursor here{spot.row, 0};
+#pragma unroll 1
     for (int i = 0; i < spot.items; i++) {
       cp_async_wait<AHEAD - 1>();
       visit(here, valid(here), slot(i, 0));
@@ -150,6 +165,8 @@ struct Walk {
       }
       cp_async_commit();
     }
+    // registers are dear, and there are warps enough to wait for shared memory
+#pragma unroll 1
     for (int i = spot.items - 1; i >= 0; i--) {
       cp_async_wait<AHEAD - 1>();
       if (valid(here)) visit(here, slot(i, 0));
