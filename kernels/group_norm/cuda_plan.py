@@ -21,8 +21,8 @@ ACCESS, BURST = 16, 64
 AHEAD = {1: 8, 2: 4}
 # fp32 numbers of each channel and pixel chunk that the backward leaves in the workspace
 SUMS = 3
-# channels of a block: their constants are in shared memory
-MOST_WIDTH = 2048
+# channels of a block, whose constants and sums are in shared memory; a contiguous one has the sums of each warp there
+MOST_WIDTH, MOST_LINES = 512, 128
 # thought to take (s): a meeting of a cluster and of a grid, and the latency of memory; bytes/s of memory, and of one
 # multiprocessor
 CLUSTER, MEETING, LATENCY = 1e-6, 4e-6, 1.5e-6
@@ -173,7 +173,11 @@ def candidates(problem: Problem, operands: int, card: Card) -> Iterator[Plan]:
         teams = problem.samples * (problem.channels // (width * parts))
         sizes = (problem, operands, card, vector, width, repeat, parts)
         chunks = 1
-        while parts * chunks <= card.cluster and (chunks == 1 or problem.pixels // chunks >= 2 * WARP // vector):
+        # clusters are powers of 2
+        even = parts & (parts - 1) == 0
+        while (
+            even and parts * chunks <= card.cluster and (chunks == 1 or problem.pixels // chunks >= 2 * WARP // vector)
+        ):
             yield from filled(RESIDENT, *sizes, chunks, 1, teams * parts * chunks)
             chunks *= 2
         # about four blocks to a multiprocessor
@@ -192,7 +196,7 @@ def cuts(problem: Problem, card: Card) -> Iterator[tuple[int, int, int, int]]:
     vector = ACCESS // problem.itemsize
     if not problem.channels_last:
         vector = vector if problem.aligned and problem.pixels % vector == 0 else 1
-        width = next(w for w in range(min(depth, MOST_WIDTH), 0, -1) if depth % w == 0)
+        width = next(w for w in range(min(depth, MOST_LINES), 0, -1) if depth % w == 0)
         yield vector, width, 1, depth // width
         return
     if not problem.aligned:
