@@ -58,8 +58,8 @@ def pip(*arguments: str, **env: str) -> str:
 
 
 def modules(folder: Path, package: str) -> set[str]:
-    """The paths that the Python files and launch tables of a source folder have in a wheel."""
-    tables = folder.glob("*/ladder.json") if folder.name == "kernels" else ()
+    """The paths that the Python files and tables of a source folder have in a wheel."""
+    tables = folder.glob("*/*.json") if folder.name == "kernels" else ()
     files = (path.relative_to(folder) for path in (*folder.rglob("*.py"), *tables))
     return {f"{package.replace('.', '/')}/{path.as_posix()}" for path in files}
 

@@ -4,6 +4,7 @@
 
 #ifdef SEMANTICA_CUDA_HOST
 #include "cuda_host.h"
+#define CLUSTERS
 #else
 
 #include <cooperative_groups.h>
@@ -12,6 +13,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+// older cards have none, nor has cooperative_groups the names for them
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define CLUSTERS
+#endif
 
 #define SHARED(type, name, size) __shared__ type name[size]
 

@@ -135,6 +135,7 @@ __device__ __forceinline__ void over_chunks(const float* mine, float* total, flo
     grid_sync();
     for (int i = threadIdx.x; i < size; i += blockDim.x) total[i] = sums[spot.unit * size + i];
   } else {
+#ifdef CLUSTERS
     auto cluster = cg::this_cluster();
     cluster.sync();
     for (int i = threadIdx.x; i < size; i += blockDim.x) {
@@ -145,13 +146,16 @@ __device__ __forceinline__ void over_chunks(const float* mine, float* total, flo
       total[i] = float(sum);
     }
     cluster.barrier_arrive();
+#endif
   }
   __syncthreads();
 }
 
 // no block of a cluster may leave while another reads its sums
 __device__ __forceinline__ void release(const Plan& plan) {
+#ifdef CLUSTERS
   if (plan.chunks > 1 && !plan.grid) cg::this_cluster().barrier_wait();
+#endif
 }
 
 // sum over a warp, the same in every lane
