@@ -179,4 +179,6 @@ def like(array: np.ndarray, z: Array) -> Array:
         return array
     import torch
 
-    return torch.from_numpy(array).to(z.device)
+    from semantica.device import sent
+
+    return sent(torch.from_numpy(array), z.device)
