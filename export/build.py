@@ -33,6 +33,9 @@ def build(config: BuildConfig) -> Path:
     builder = builders.find(backend)
     arch = builder.architecture(config.arch)
     builder.check(bundle)
+    if config.refittable and not builder.refits:
+        raise UserError(f"--refittable: {backend} builds no engines that take other weights; tensorrt does")
+    more = {"refittable": True} if config.refittable else {}
     out = engine_folder(bundle, backend, arch)
     if out.exists():
         raise UserError(f"{out} exists: remove it to build again")
@@ -43,7 +46,7 @@ def build(config: BuildConfig) -> Path:
             "version": VERSION,
             "backend": backend,
             "arch": arch,
-            **builder.build(bundle, arch, config.batches, folder),
+            **builder.build(bundle, arch, config.batches, folder, **more),
             "onnx": {name: bundle.manifest["files"][name]["sha256"] for name in SOURCES},
             "seconds": round(time.perf_counter() - began, 1),
         }

@@ -1,5 +1,6 @@
 """TensorRT engines from a bundle's graphs, for the GPU of this machine."""
 
+import importlib
 import json
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from semantica import cache
 from semantica.engines import BACKENDS, Bundle, Engine
 from semantica.engines.bundle import CONDITION, DENOISE
 from semantica.errors import ArtifactError, UserError
@@ -20,7 +22,7 @@ TYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT"}
 class TensorRTBuilder(Builder):
     """backend: its name; its first package has TensorRT's interface."""
 
-    backend = "tensorrt"
+    backend, refits = "tensorrt", True
 
     @property
     def module(self) -> str:
@@ -38,10 +40,12 @@ class TensorRTBuilder(Builder):
         if bundle.precision == "fp32" and attention:
             raise UserError(f"{bundle.folder} is fp32, for which {self.backend} has no attention: export fp16 or bf16")
 
-    def build(self, bundle: Bundle, arch: str, batches: tuple[int, int, int], folder: Path) -> dict[str, Any]:
+    def build(
+        self, bundle: Bundle, arch: str, batches: tuple[int, int, int], folder: Path, refittable: bool = False
+    ) -> dict[str, Any]:
         """Both engines, each in a process of its own; the record holds the layers of the parsed networks."""
         profile = dict(zip(("min", "opt", "max"), batches))
-        record: dict[str, Any] = {"profile": profile, "layers": {}}
+        record: dict[str, Any] = {"profile": profile, "refittable": refittable, "layers": {}}
         here = present_gpu() == arch
         for name in (CONDITION, DENOISE):
             request = {
@@ -50,6 +54,7 @@ class TensorRTBuilder(Builder):
                 "profile": profile,
                 "engine": str(folder / name.replace(".onnx", ".engine")),
                 "layers": str(folder / name.replace(".onnx", ".layers.json")) if here else None,
+                "refittable": refittable,
                 **self.options(arch),
             }
             made = run_worker(request, folder / "request.json", self.backend, name)
@@ -59,19 +64,20 @@ class TensorRTBuilder(Builder):
 
     def options(self, arch: str) -> dict[str, Any]:
         """What the worker is told besides: the GPU that is here, and where the times of its kernels are kept."""
+        import torch
+
+        version = importlib.import_module(self.module).__version__
+        key = {**cache.card(torch.device("cuda")), "library": f"{self.backend} {version}", "arch": arch}
         # not in the bundle, which may come from others: the builder would read what they wrote
-        timings = Path.home() / ".cache" / "semantica" / f"{self.backend}-{arch}.timings"
-        timings.parent.mkdir(parents=True, exist_ok=True)
-        return {"arch": None, "timings": str(timings)}
+        return {"arch": None, "timings": str(cache.path("timings", key))}
 
     def load(self, bundle: Bundle, folder: Path, manifest: dict[str, Any]) -> Engine | None:
         if present_gpu() != manifest["arch"]:
             return None
-        import torch
-
+        from semantica.device import pick_device
         from semantica.engines.trt import TensorRTEngine
 
-        return TensorRTEngine(bundle, folder, manifest, torch.device("cuda"))
+        return TensorRTEngine(bundle, folder, manifest, pick_device("cuda"))
 
 
 def present_gpu() -> str | None:

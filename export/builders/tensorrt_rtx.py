@@ -8,7 +8,8 @@ from semantica.export.builders.tensorrt import TensorRTBuilder, present_gpu
 
 
 class TensorRTRTXBuilder(TensorRTBuilder):
-    backend = "tensorrt-rtx"
+    # its builder takes that flag only where the GPU is, and builds for cards that are not here
+    backend, refits = "tensorrt-rtx", False
 
     def architecture(self, asked: str) -> str:
         arch = present_gpu() if asked == "auto" else asked

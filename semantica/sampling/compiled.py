@@ -13,7 +13,7 @@ from semantica.condition import Condition, Stream
 from semantica.device import current, pick_precision
 from semantica.model.fast import FastDenoiser
 from semantica.model.uvit import SIGMA_MIN, UViT
-from semantica.sampling.graphs import GraphCache, Replays
+from semantica.sampling.graphs import GraphCache, Replays, flatten
 from semantica.sampling.loop import Predict
 from semantica.sampling.settings import Sampling
 from semantica.solvers import alpha_sigma
@@ -127,15 +127,3 @@ class CompiledDenoiser:
 def layout(tensor: Tensor) -> tuple:
     """What compiled code depends on of a tensor, besides its values."""
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
-def flatten(condition: Condition, null: Condition | None) -> tuple[list[Tensor], Callable]:
-    """All tensors of both conditions, and the function that puts them back."""
-    tensors: list[Tensor] = []
-
-    def collect(t: Tensor) -> int:
-        tensors.append(t)
-        return len(tensors) - 1
-
-    places = [c if c is None else c.map(collect) for c in (condition, null)]
-    return tensors, lambda given: [p if p is None else p.map(lambda i: given[i]) for p in places]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semantica.condition import Condition
 from semantica.errors import first_line
 
 # graphs that a cache keeps
@@ -20,6 +21,18 @@ WARM_UPS = 3
 AGREEMENT = 0.05
 # a capture may not meet another thread's synchronisation or capture
 RECORDING = threading.Lock()
+
+
+def flatten(condition: Condition, null: Condition | None) -> tuple[list[Tensor], Callable]:
+    """All tensors of both conditions, and the function that puts them back."""
+    tensors: list[Tensor] = []
+
+    def collect(t: Tensor) -> int:
+        tensors.append(t)
+        return len(tensors) - 1
+
+    places = [c if c is None else c.map(collect) for c in (condition, null)]
+    return tensors, lambda given: [p if p is None else p.map(lambda i: given[i]) for p in places]
 
 
 class Replays:
