@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 aten = torch.ops.aten
 CROSSING = (aten._to_copy.default, aten.copy_.default)
+ALLOCATE = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided")
 SHAPES_ALONE = ("aten::empty_like", "aten::full_like", "aten::zeros_like", "aten::ones_like", "aten::new_full")
 # operators whose result the host has to read
 READ_BACK = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
@@ -101,6 +102,8 @@ class Stream:
     def __init__(self, cuda: "PretendedCuda", device: torch.device, default: bool = False):
         self.cuda, self.device, self.graph = cuda, device, None
         self.cuda_stream = 0 if default else next(self.numbers)
+        if not default:
+            cuda.streams.append(self)
         self.clock: dict[Stream, int] = {}
 
     def tick(self) -> int:
@@ -169,6 +172,16 @@ class Graph:
                     out.copy_(new)
 
 
+class Launched:
+    """Work that other libraries launch: what it does, and the addresses that it reads and writes."""
+
+    def __init__(self, function, reads: set[int], writes: set[int]):
+        self.function, self.reads, self.writes = function, reads, writes
+
+    def __call__(self):
+        self.function()
+
+
 class Local(threading.local):
     """What a thread has of its own: the current device, its streams, and what the host has waited for."""
 
@@ -182,7 +195,7 @@ class PretendedCuda:
     def __init__(self, count: int = 2):
         self.count, self.local, self.lock = count, Local(), threading.RLock()
         self.defaults = {i: Stream(self, torch.device("cuda", i), True) for i in range(count)}
-        self.waits, self.races, self.replays, self.graphs = [], [], 0, []
+        self.waits, self.races, self.replays, self.graphs, self.streams = [], [], 0, [], []
         self.accesses: dict[int, list] = {}
         self.pinned: dict[int, Tensor] = {}
         self.yields, self.full = False, False
@@ -299,6 +312,20 @@ class PretendedCuda:
 
         return tree_map(wrap, made)
 
+    def launch(self, number: int, function, reads: set[int], writes: set[int]) -> None:
+        """What another library launches on the stream of a number."""
+        work = Launched(function, reads, writes)
+        stream = next(s for s in [*self.streams, *self.defaults.values()] if s.cuda_stream == number)
+        if stream.device.index != self.local.device:
+            raise RuntimeError(f"a stream of {stream.device} while cuda:{self.local.device} is current")
+        self.pause()
+        with self.lock:
+            if stream.graph:
+                stream.graph.log.append((work, (), {}, [], stream.device))
+            else:
+                work()
+                self.access(stream, work, (), [])
+
     def cross(self, func, args, kwargs, target: torch.device, stream: Stream) -> None:
         source = args[1] if func is aten.copy_.default else args[0]
         if source.device.type == target.type:
@@ -328,13 +355,20 @@ class PretendedCuda:
     def access(self, stream: Stream, func, given, made) -> None:
         """Vector clocks: every earlier write, and for a write every earlier read, must be known to this stream."""
         number = stream.tick()
-        inputs = [t for t in tree_flatten(given)[0] if isinstance(t, Tensor)]
-        read = {t.untyped_storage().data_ptr() for t in inputs}
-        fresh = {t.untyped_storage().data_ptr() for t in made if isinstance(t, Tensor)} - read
-        # they take the shape alone
-        if func._schema.name in SHAPES_ALONE:
-            read = set()
-        written = {inputs[0].untyped_storage().data_ptr()} if func._schema.is_mutable and inputs else set()
+        if isinstance(func, Launched):
+            read, fresh, written = func.reads, set(), func.writes
+        else:
+            inputs = [t for t in tree_flatten(given)[0] if isinstance(t, Tensor)]
+            read = {t.untyped_storage().data_ptr() for t in inputs}
+            fresh = {t.untyped_storage().data_ptr() for t in made if isinstance(t, Tensor)} - read
+            written = {inputs[0].untyped_storage().data_ptr()} if func._schema.is_mutable and inputs else set()
+            # they take the shape alone, and write nothing where they only allocate
+            if func._schema.name in SHAPES_ALONE:
+                read = set()
+            if func._schema.name in ALLOCATE:
+                for place in fresh:
+                    self.accesses.pop(place, None)
+                return
         for place in read | written:
             for other, then, wrote in self.accesses.get(place, ()):
                 if (wrote or place in written) and stream.clock.get(other, 0) < then:
