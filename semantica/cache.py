@@ -21,7 +21,7 @@ MOST = 32
 
 
 def folder(kind: str) -> Path:
-    """Where files of a kind are, by the rules of each system (XDG, Apple, Windows); made where it is missing."""
+    """Where files of a kind are, by the rules of each system (XDG, Apple, Windows); made if that is allowed."""
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -30,8 +30,9 @@ def folder(kind: str) -> Path:
         given = os.environ.get("XDG_CACHE_HOME", "")
         base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
     place = base / "semantica" / kind
-    # what is read from there is executed on a GPU: nobody else may write it
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(OSError):
+        # what is read from there is executed: nobody else may write it
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
     return place
 
 
@@ -59,6 +60,15 @@ def write(place: Path, content: bytes) -> None:
         names = (p for p in place.parent.iterdir() if re.fullmatch("[0-9a-f]{32}", p.name))
         for old in sorted(names, key=lambda p: p.stat().st_mtime, reverse=True)[MOST:]:
             old.unlink(missing_ok=True)
+
+
+def keep_compiled() -> None:
+    """What `torch.compile` makes outlives the temporary folder, unless torch was told otherwise.
+
+    For the process of a command; torch's own keys name card, versions and code.
+    """
+    if folder("inductor").is_dir():
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder("inductor")))
 
 
 def card(device: Any) -> dict[str, str]:

@@ -294,6 +294,9 @@ class PretendedCuda:
             target.type == "cuda" or places) else None  # fmt: skip
         if stream is None:
             return func(*inner, **options)
+        if func.namespace == "semantica" and stream.device.index != self.local.device:
+            # Triton launches on the current device, whatever its tensors say
+            raise RuntimeError(f"{func} on {stream.device} while cuda:{self.local.device} is current")
         if crossing:
             self.cross(func, args, kwargs, target, stream)
         elif func in READ_BACK:

@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 from tyro.extras import literal_type_from_choices
 
+from semantica import cache
 from semantica.condition import Array
 from semantica.engines import BACKENDS, load_engine
 from semantica.engines.bundle import is_bundle
@@ -18,6 +19,7 @@ from semantica.files import write_text, written
 from semantica.images import fit, grid, load_image, save_png, to_uint8
 from semantica.pipelines.base import VariationPipeline
 from semantica.pipelines.bundle import BundlePipeline
+from semantica.ranges import marked, nvtx
 from semantica.sampling.loop import sample as denoise
 from semantica.sampling.settings import Sampling
 from semantica.solvers import SOLVERS, Schedule, noise
@@ -47,6 +49,9 @@ class SampleConfig:
     """What runs a bundle. A run folder runs in torch: eager in fp32 by default; torch-compile is several times faster
     (bf16 where the processor has it) once it has compiled, which takes from ten seconds to minutes."""
     device: str = "auto"
+    """"auto" is a GPU where there is one; for ONNX Runtime, which "auto" runs fp32 and fp16 bundles in, the CPU."""
+    nvtx: bool = False
+    """Mark what a run does as ranges for NVIDIA's profilers: nsys profile -t cuda,nvtx semantica sample ... --nvtx."""
 
     def check(self) -> "SampleConfig":
         """Raises `UserError` for impossible numbers or a place that is taken."""
@@ -76,6 +81,8 @@ def load_pipeline(model: Path, device: str = "auto", engine: str = "auto") -> Va
     """
     from semantica.memory import keep_freed_memory
 
+    if engine == "torch-compile":
+        cache.keep_compiled()
     if is_bundle(model):
         keep_freed_memory()
         return BundlePipeline(load_engine(model, engine, device))
@@ -133,7 +140,9 @@ def sample(config: SampleConfig) -> Path:
     config.check()
     pictures = [load_image(path) for path in config.image]
     settings = Sampling(config.steps, config.solver, config.guidance, seed=config.seed)
-    made = variations(load_pipeline(config.model, config.device, config.engine), pictures, config.n, settings)
+    mark, pipeline = nvtx() if config.nvtx else None, load_pipeline(config.model, config.device, config.engine)
+    with marked(mark):
+        made = variations(pipeline, pictures, config.n, settings)
     record = json.dumps(dataclasses.asdict(config), indent=1, default=str)
     size = made.shape[2]
     config.out.parent.mkdir(parents=True, exist_ok=True)

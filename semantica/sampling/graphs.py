@@ -1,16 +1,18 @@
 """Whole sampling runs as CUDA graphs: recorded on the device of their tensors, checked once, kept where faster."""
 
+import logging
 import threading
 import time
-import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from semantica.condition import Condition
 from semantica.errors import first_line
+from semantica.ranges import span
+
+logger = logging.getLogger(__name__)
 
 # graphs that a cache keeps
 BUCKETS = 8
@@ -141,19 +143,22 @@ class GraphCache:
                     self.times.pop(oldest, None)
             graph = self.kept[key]
             if graph is not None:
-                return graph(*inputs)
+                with span("replay"):
+                    return graph(*inputs)
         return function(*inputs)
 
     def proven(self, key: tuple, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable | None:
-        """A graph that gives what the call gives, and sooner; None, and a line of warning, where that is not so."""
+        """A graph that gives what the call gives, and sooner; else None, and a line in the log if it is a wrong one."""
         with RECORDING:
             try:
                 graph = self.record(function, inputs)
                 error = disagreement(function, graph, inputs)
             except RuntimeError as refused:
-                return warn(f"no CUDA graph of this run ({first_line(refused)}): it goes on without")
+                logger.warning("no CUDA graph of this run (%s): it goes on without", first_line(refused))
+                return None
             if not error <= AGREEMENT:
-                return warn(f"the CUDA graph of this run differs from the run itself by {error:.2g}: it is not used")
+                logger.warning("the CUDA graph of this run differs from the run itself by %.2g: it is not used", error)
+                return None
             self.times[key] = self.measure(lambda: function(*inputs)), self.measure(lambda: graph(*inputs))
         return graph if self.times[key][1] < self.times[key][0] else None
 
@@ -162,8 +167,3 @@ class GraphCache:
         with self.lock:
             self.kept.clear()
             self.times.clear()
-
-
-def warn(what: str) -> Any:
-    """A line of warning; returns None."""
-    warnings.warn(what, RuntimeWarning, stacklevel=2)
