@@ -43,7 +43,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return torch.bfloat16 if name == "bf16" else torch.float32
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with current(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if native else torch.float32

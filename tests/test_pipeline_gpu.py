@@ -12,6 +12,7 @@ import torch
 
 from semantica import engines
 from semantica.cli import main
+from semantica.device import pick_device, pick_precision
 from semantica.engines import load_engine
 from semantica.errors import UserError
 from semantica.pipelines.bundle import BundlePipeline
@@ -114,6 +115,34 @@ def test_ranges_without_cuda_are_one_line(tmp_path, picture, capsys):
     arguments = ["--model", str(STORED / "run"), "--image", str(picture), "--out", str(tmp_path / "out.png"), "--nvtx"]
     assert main(["sample", *arguments]) == 2
     assert "--nvtx marks ranges for NVIDIA's profilers: it needs a CUDA build of torch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "no memory left (CUDA out of"),
+        (RuntimeError("CUDA error: unspecified launch failure\nmore"), "the GPU failed (CUDA error: unspecified"),
+    ],
+    ids=["full", "vanished"],
+)
+def test_a_gpu_that_is_full_or_vanishes_is_one_line(tmp_path, picture, capsys, monkeypatch, error, says):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(NetworkPipeline, "__call__", broken)
+    arguments = ["--model", str(STORED / "run"), "--image", str(picture), "--out", str(tmp_path / "out.png")]
+    assert main(["sample", *arguments, "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1 and not (tmp_path / "out.png").exists()
+
+
+def test_precision_is_that_of_the_device_itself(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: torch.cuda.current_device() == 1)
+    with cuda.mode():
+        picked = pick_device("auto"), pick_device("cuda:1")
+    assert picked == (torch.device("cuda:0"), torch.device("cuda:1"))
+    found = [pick_precision("auto", torch.device("cuda", i)) for i in (0, 1)]
+    assert found == [torch.float32, torch.bfloat16]
 
 
 def test_sampling_a_bundle_still_needs_no_torch():

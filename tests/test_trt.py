@@ -203,6 +203,13 @@ def test_a_network_on_the_second_device_passes_the_gate(cuda):
     assert parity.failures(row, parity.BOUNDS["fp32"]) == [] and cuda.races == []
 
 
+@pytest.mark.parametrize(("largest", "batches"), [(1, [1]), (2, [1, 2])])
+def test_an_engine_for_small_batches_is_compared_too(build, largest, batches):
+    engine, trt = build(largest=largest)
+    row = parity.compare(engine, parity.load_problem(engine.bundle), engine.arithmetic)
+    assert row["batches"] == batches and parity.failures(row, parity.BOUNDS["fp32"]) == []
+
+
 def test_a_condition_is_bound_once_for_all_steps_and_every_address_is_aligned(build):
     engine, trt = build()
     image = torch.from_numpy(np.tanh(noise(1, (1, 3, 32, 32))))

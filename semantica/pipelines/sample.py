@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +16,7 @@ from semantica import cache
 from semantica.condition import Array
 from semantica.engines import BACKENDS, load_engine
 from semantica.engines.bundle import is_bundle
-from semantica.errors import UserError
+from semantica.errors import UserError, first_line
 from semantica.files import write_text, written
 from semantica.images import fit, grid, load_image, save_png, to_uint8
 from semantica.pipelines.base import VariationPipeline
@@ -131,6 +133,20 @@ def unconditional(pipeline: VariationPipeline, count: int, settings: Sampling) -
     return np.concatenate(made)
 
 
+@contextmanager
+def failures_of_the_gpu() -> Iterator[None]:
+    """What torch raises for a full or failing GPU becomes one line; torch itself may not be installed."""
+    try:
+        yield
+    except RuntimeError as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if "OutOfMemoryError" in kinds:
+            raise UserError(f"no memory left ({first_line(error)}): lower -n, or --device cpu") from error
+        if "AcceleratorError" in kinds or "CUDA error" in first_line(error):
+            raise UserError(f"the GPU failed ({first_line(error)}): see nvidia-smi, or --device cpu") from error
+        raise
+
+
 def sample(config: SampleConfig) -> Path:
     """Write the variations and, beside them, the resolved configuration; returns where they are.
 
@@ -140,8 +156,8 @@ def sample(config: SampleConfig) -> Path:
     config.check()
     pictures = [load_image(path) for path in config.image]
     settings = Sampling(config.steps, config.solver, config.guidance, seed=config.seed)
-    mark, pipeline = nvtx() if config.nvtx else None, load_pipeline(config.model, config.device, config.engine)
-    with marked(mark):
+    with marked(nvtx() if config.nvtx else None), failures_of_the_gpu():
+        pipeline = load_pipeline(config.model, config.device, config.engine)
         made = variations(pipeline, pictures, config.n, settings)
     record = json.dumps(dataclasses.asdict(config), indent=1, default=str)
     size = made.shape[2]
