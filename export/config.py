@@ -54,7 +54,9 @@ class BuildConfig:
     batches: tuple[int, int, int] = (1, 2, 8)
     """Smallest, usual and largest batch of one call (TensorRT); guidance takes two for each image."""
     refittable: bool = False
-    """Engines that other weights of the same network may be put into, without a build (tensorrt); somewhat slower."""
+    """Engines that other weights of the same network may be put into later, see --like (tensorrt); somewhat slower."""
+    like: Path | None = None
+    """A bundle of the same network with a refittable engine: take that, put this bundle's weights into it, compare."""
 
     def check(self) -> "BuildConfig":
         """Raises `UserError` for an unknown backend or impossible numbers."""

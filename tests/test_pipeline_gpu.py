@@ -56,6 +56,15 @@ def test_a_generator_of_another_device_is_one_line(cuda):
         for generator in (elsewhere, [elsewhere] * 2):
             with pytest.raises(UserError, match="generator on cuda:0 for noise on cpu: give one of the CPU"):
                 pipeline(pictures(), num_inference_steps=2, generator=generator)
+        far = pipeline_of("bundle", "cuda:1")
+        with pytest.raises(UserError, match="generator on cuda:0 for noise on cuda:1"):
+            far(pictures(), num_inference_steps=2, generator=elsewhere)
+        options = dict(num_inference_steps=3, output_type="np", solver="ddpm")
+        near = pipeline(pictures(), generator=torch.Generator().manual_seed(1), **options).images
+        cuda.waits.clear()
+        made = far(pictures(), generator=torch.Generator().manual_seed(1), **options).images
+        np.testing.assert_allclose(made, near, rtol=0, atol=2e-3)
+        assert len(cuda.waits) == 1
 
 
 def test_latents_of_a_gpu_reach_an_engine_of_arrays(cuda):

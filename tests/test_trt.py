@@ -7,20 +7,26 @@ import shutil
 import sys
 import threading
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from semantica.cli import main
 from semantica.condition import Condition
-from semantica.engines import BACKENDS, Backend, network, open_bundle
-from semantica.engines.bundle import check_files
+from semantica.engines import BACKENDS, Backend, Bundle, network, open_bundle
+from semantica.engines.built import SOURCES
 from semantica.engines.trt import KEPT, SESSIONS, TensorRTEngine
+from semantica.engines.trt import load as trt_load
 from semantica.engines.trt_context import Pool
 from semantica.errors import ArtifactError, UserError
 from semantica.export import parity
+from semantica.export.builders import BUILDERS
+from semantica.export.builders.tensorrt import TensorRTBuilder
 from semantica.files import entries
 from semantica.model.conditioner import encode
 from semantica.pipelines.bundle import BundlePipeline
@@ -49,7 +55,6 @@ class StandIn(ModuleType):
     def __init__(self, bundle, cuda=None):
         super().__init__(MODULE)
         self.bundle, self.cuda, self.mixed, self.contexts, self.addresses = bundle, cuda, [], [], []
-        self.unet, self.encoder = network.build(bundle, torch.device("cpu"))
         self.blocks = range(bundle.shapes["blocks"])
         self.Logger = lambda level: None
         self.Logger.WARNING = 1
@@ -58,26 +63,37 @@ class StandIn(ModuleType):
         self.DataType = SimpleNamespace(FLOAT="f", HALF="h", BF16="b", INT64="i")
         self.Refitter = lambda engine, logger: Refitter(engine)
         self.OnnxParserRefitter = lambda refitter, logger: refitter
-
-    def condition(self, image):
-        made = self.unet.condition(encode(self.encoder, self.unet.stream_names, image))
-        pairs = {f"{kind}.{i}": kept[i] for kind, kept in (("k", made.keys), ("v", made.values)) for i in self.blocks}
-        return {"emb": made.emb, **{name: a.transpose(1, 2) for name, a in pairs.items()}}
-
-    def denoise(self, z, logsnr, emb, **pairs):
-        keys, values = (tuple(pairs[f"{kind}.{i}"].transpose(1, 2) for i in self.blocks) for kind in "kv")
-        return {"v": self.unet(z, logsnr, Condition(keys, values, emb, None, self.bundle.sizes))}
+        self.SerializationFlag = SimpleNamespace(INCLUDE_REFIT="refit")
+        self.__spec__ = ModuleSpec(MODULE, None)
 
 
 class StandInEngine:
-    refittable = True
+    """An engine file names its graph and the bundle whose weights it holds."""
+
+    refittable, taken = True, True
 
     def __init__(self, trt, blob):
-        self.trt, self.function = trt, {b"condition": trt.condition, b"denoise": trt.denoise}[blob]
+        self.trt, (self.graph, folder) = trt, blob.decode().split()
+        self.put(folder)
         pairs = [f"{kind}.{i}" for i in trt.blocks for kind in "kv"]
-        given, made = ((["image"], [*pairs, "emb"]), (["z", "logsnr", "emb", *pairs], ["v"]))[blob == b"denoise"]
-        self.names, self.inputs = [*given, *made], given
-        self.num_io_tensors, self.factor = len(self.names), 1.0
+        conditions = self.graph == "condition"
+        self.inputs = ["image"] if conditions else ["z", "logsnr", "emb", *pairs]
+        self.names = [*self.inputs, *([*pairs, "emb"] if conditions else ["v"])]
+        self.num_io_tensors, self.function = len(self.names), getattr(self, self.graph)
+
+    def put(self, folder):
+        self.folder = Path(folder)
+        self.unet, self.encoder = network.build(open_bundle(self.folder), torch.device("cpu"))
+
+    def condition(self, image):
+        made = self.unet.condition(encode(self.encoder, self.unet.stream_names, image))
+        kinds = (("k", made.keys), ("v", made.values))
+        pairs = {f"{kind}.{i}": kept[i] for kind, kept in kinds for i in self.trt.blocks}
+        return {"emb": made.emb, **{name: a.transpose(1, 2) for name, a in pairs.items()}}
+
+    def denoise(self, z, logsnr, emb, **pairs):
+        keys, values = (tuple(pairs[f"{kind}.{i}"].transpose(1, 2) for i in self.trt.blocks) for kind in "kv")
+        return {"v": self.unet(z, logsnr, Condition(keys, values, emb, None, self.trt.bundle.sizes))}
 
     def get_tensor_name(self, i):
         return self.names[i]
@@ -87,6 +103,13 @@ class StandInEngine:
 
     def get_tensor_mode(self, name):
         return "input" if name in self.inputs else "output"
+
+    def create_serialization_config(self):
+        return SimpleNamespace(set_flag=lambda flag: setattr(self, "flag", flag))
+
+    def serialize_with_config(self, config):
+        assert self.flag == "refit"
+        return f"{self.graph} {self.folder}".encode()
 
     def create_execution_context(self, *config):
         self.trt.contexts.append(self.trt.cuda and torch.cuda.current_device())
@@ -128,7 +151,7 @@ class StandInContext:
         def work():
             given = {name: at(addresses[name], self.get_tensor_shape(name), torch.float32) for name in engine.inputs}
             for name, value in engine.function(**given).items():
-                at(addresses[name], tuple(value.shape), torch.float32).copy_(value * engine.factor)
+                at(addresses[name], tuple(value.shape), torch.float32).copy_(value)
 
         self.user = None
         if engine.trt.cuda is None:
@@ -148,14 +171,15 @@ class Refitter:
         self.engine = engine
 
     def refit_from_file(self, path):
-        return Path(path).is_file()
+        self.path = Path(path)
+        return self.path.name == f"{self.engine.graph}.onnx" and self.path.is_file()
 
     def get_missing_weights(self):
         return ["a.weight"]
 
     def refit_cuda_engine(self):
-        self.engine.factor = 2.0
-        return self.engine.function != self.engine.trt.denoise or not self.engine.trt.bundle.manifest.get("odd")
+        self.engine.put(self.path.parent)
+        return self.engine.taken
 
 
 @pytest.fixture
@@ -167,13 +191,18 @@ def build(tmp_path, monkeypatch):
         place = folder / "engines" / "standin-sm_90"
         place.mkdir(parents=True, exist_ok=True)
         for name in ("condition", "denoise"):
-            (place / f"{name}.engine").write_text(name)
+            (place / f"{name}.engine").write_text(f"{name} {folder}")
         bundle = open_bundle(folder)
-        manifest = {"backend": "standin", "profile": {"max": largest}}
-        manifest["files"] = entries(place, ["condition.engine", "denoise.engine"])
+        manifest = {
+            "format": "semantica-engine", "version": 1, "backend": "standin", "arch": "sm_90",
+            "backend_version": StandIn.__version__, "profile": {"min": 1, "opt": 2, "max": largest}, "layers": {},
+            "refittable": True, "onnx": {name: bundle.manifest["files"][name]["sha256"] for name in SOURCES},
+            "files": entries(place, ["condition.engine", "denoise.engine"]),
+        }  # fmt: skip
+        (place / "manifest.json").write_text(json.dumps(manifest))
         trt = StandIn(bundle, cuda)
         monkeypatch.setitem(sys.modules, MODULE, trt)
-        row = Backend("standin", TensorRTEngine, (MODULE, "torch"), "", {"cuda": ("fp32",)}, "nowhere")
+        row = Backend("standin", trt_load, (MODULE, "torch"), "", {"cuda": ("fp32",)}, "nowhere")
         monkeypatch.setitem(BACKENDS, "standin", row)
         return TensorRTEngine(bundle, place, manifest, torch.device(device)), trt
 
@@ -311,23 +340,59 @@ def test_a_pool_makes_no_more_than_its_limit_and_gives_back_after_a_fault():
     assert len(pool.idle) == 3
 
 
-def test_other_weights_of_the_same_network(build):
+@pytest.fixture
+def finetuned(tmp_path):
+    """A bundle of the stored one's network with other weights, and what its network answers to the gate."""
+    folder = shutil.copytree(STORED, tmp_path / "finetuned")
+    weights = load_file(folder / "weights.safetensors")
+    name = next(name for name in weights if name.startswith("unet.conv_out") and name.endswith("weight"))
+    save_file(weights | {name: weights[name] * 1.5}, folder / "weights.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    bundle = Bundle(folder, manifest)
+    whole = parity.Network(*network.build(bundle, torch.device("cpu")), bundle.sizes)
+    schedule = Schedule.of(manifest["model"]["scheduler"])
+    parity.save_problem(parity.make_problem(whole, schedule, 4, 4), folder / "reference.safetensors")
+    manifest["files"] = entries(folder, manifest["files"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return open_bundle(folder)
+
+
+def test_other_weights_of_the_same_network(build, finetuned):
     engine, trt = build()
-    z, level = torch.from_numpy(noise(0, (1, 3, 32, 32))), torch.zeros(1)
-    null = engine.null(1)
-    before = engine(z, level, null)
-    engine.refit(engine.bundle)
-    torch.testing.assert_close(engine(z, level, null), before * 2)
-    other = json.loads(json.dumps(engine.bundle.manifest))
+    problem = parity.load_problem(finetuned)
+    assert parity.failures(parity.compare(engine, problem, ""), parity.BOUNDS["fp32"])
+    engine.refit(finetuned)
+    assert not parity.failures(parity.compare(engine, problem, ""), parity.BOUNDS["fp32"])
+    other = json.loads(json.dumps(finetuned.manifest))
     other["shapes"]["heads"] = 2
     with pytest.raises(UserError, match="holds another kind of network"):
-        engine.refit(type(engine.bundle)(engine.bundle.folder, other))
-    trt.bundle.manifest["odd"] = True
+        engine.refit(Bundle(finetuned.folder, other))
+    engine.plans["denoise"].engine.taken = False
     with pytest.raises(ArtifactError, match="does not take the weights of .*denoise.onnx: a.weight"):
-        engine.refit(engine.bundle)
+        engine.refit(finetuned)
     engine.plans["encode"].engine.refittable = False
     with pytest.raises(UserError, match="build it with --refittable"):
-        engine.refit(engine.bundle)
+        engine.refit(finetuned)
+
+
+def test_an_engine_like_another_goes_through_the_gate(build, cuda, finetuned, monkeypatch, capsys):
+    with cuda.mode():
+        old, trt = build("cuda:0", cuda)
+        builder = TensorRTBuilder()
+        # the stored bundle is fp32
+        builder.backend, builder.check = "standin", lambda bundle: None
+        monkeypatch.setitem(BUILDERS, "standin", builder)
+        like = ["build", str(finetuned.folder), "--backend", "standin", "--like", str(old.bundle.folder)]
+        assert main(like) == 0
+        made = json.loads((finetuned.folder / "engines" / "standin-sm_90" / "manifest.json").read_text())
+        assert made["refittable"] and made["profile"]["max"] == 8 and made["parity"]["psnr_db"] > 90
+        shutil.rmtree(finetuned.folder / "engines")
+        # weights that TensorRT takes and forgets are found out
+        monkeypatch.setattr(StandInEngine, "serialize_with_config", lambda e, c: f"{e.graph} {STORED}".encode())
+        assert main(like) == 1 and "differs from the fp32 network" in capsys.readouterr().err
+        assert not (finetuned.folder / "engines").exists()
+    assert main(["build", str(finetuned.folder), "--backend", "inductor", "--like", str(STORED)]) == 2
+    assert "--like: inductor builds no engines that take other weights" in capsys.readouterr().err
 
 
 def test_what_is_asked_for_wrongly_is_one_line(build, cuda):
@@ -339,4 +404,4 @@ def test_what_is_asked_for_wrongly_is_one_line(build, cuda):
     with pytest.raises(UserError, match="takes no z of shape"):
         engine(torch.zeros(9, 3, 32, 32), torch.zeros(9), engine.null(9))
     pipeline = BundlePipeline(engine)
-    assert pipeline.limit(True) == 4 and check_files(engine.bundle.folder, engine.bundle.manifest["files"]) is None
+    assert pipeline.limit(True) == 4

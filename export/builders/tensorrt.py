@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from semantica import cache
-from semantica.engines import BACKENDS, Bundle, Engine
-from semantica.engines.bundle import CONDITION, DENOISE
+from semantica.engines import BACKENDS, Bundle, Engine, load_engine
+from semantica.engines.built import FORMAT, VERSION, engine_folder
+from semantica.engines.bundle import CONDITION, DENOISE, MANIFEST, read_manifest
 from semantica.errors import ArtifactError, UserError
 from semantica.export.builders import Builder
 
@@ -61,6 +62,20 @@ class TensorRTBuilder(Builder):
             check_types(made["layers"], bundle.precision, name)
             record["layers"][name], record["backend_version"] = made["layers"], made["backend_version"]
         return record
+
+    def refit(self, bundle: Bundle, old: Bundle, folder: Path) -> dict[str, Any]:
+        """The engines of another bundle of the same network, with this one's weights: seconds, and no build.
+
+        Raises `UserError` and `ArtifactError` as `TensorRTEngine.refit`, and where there is no such engine.
+        """
+        from semantica.engines.trt import FILES
+
+        engine = load_engine(old, self.backend)
+        record = read_manifest(engine_folder(old, self.backend, present_gpu()) / MANIFEST, FORMAT, VERSION)
+        engine.refit(bundle)
+        for name, content in engine.serialized().items():
+            (folder / FILES[name]).write_bytes(content)
+        return {name: record[name] for name in ("profile", "refittable", "layers", "backend_version")}
 
     def options(self, arch: str) -> dict[str, Any]:
         """What the worker is told besides: the GPU that is here, and where the times of its kernels are kept."""

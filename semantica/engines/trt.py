@@ -61,7 +61,9 @@ class TensorRTEngine(GraphEngine):
             for name, file in FILES.items():
                 kept = self.depends(manifest["files"][file]["sha256"]) if hasattr(trt, "IRuntimeCache") else None
                 self.plans[name] = Plan(trt, self.runtime, folder / file, device, kept)
-        self.pools = {name: Pool(lambda plan=plan: Session(plan), SESSIONS) for name, plan in self.plans.items()}
+        # conditions are made one after the other
+        most = {"encode": 1, "denoise": SESSIONS}
+        self.pools = {name: Pool(lambda plan=plan: Session(plan), most[name]) for name, plan in self.plans.items()}
         self.graphs = self.replays = None
         if device.type == "cuda":
             self.replays, self.graphs = Replays(device), GraphCache(self.record, limit=KEPT)
@@ -139,7 +141,8 @@ class TensorRTEngine(GraphEngine):
         """Put the weights of another bundle of the same network into the engines, as to swap a LoRA merged into them.
 
         Takes seconds instead of a build. No other thread may use the engine meanwhile. Whether the result agrees with
-        the network that the bundle was exported from says `semantica.export.parity.compare`.
+        the network that the bundle was exported from says `semantica.export.parity.compare`; for a bundle that is to
+        stay, `semantica build --like` does all of it.
 
         Raises:
             UserError: the engines were not built for it (`semantica build --refittable`), or the bundle holds another
@@ -164,6 +167,16 @@ class TensorRTEngine(GraphEngine):
                     raise ArtifactError(f"TensorRT does not take the weights of {place}: {'; '.join(said)[:200]}")
         self.bundle = bundle
         self.null_arrays = {name: array.to(self.place) for name, array in load_file(bundle.folder / NULL).items()}
+
+    def serialized(self) -> dict[str, bytes]:
+        """Both engines with the weights that they have now, as refittable as they were."""
+        made = {}
+        with current(self.place):
+            for name, plan in self.plans.items():
+                config = plan.engine.create_serialization_config()
+                config.set_flag(self.trt.SerializationFlag.INCLUDE_REFIT)
+                made[name] = bytes(plan.engine.serialize_with_config(config))
+        return made
 
 
 def kind_of(bundle: Bundle) -> dict[str, Any]:

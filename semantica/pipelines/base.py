@@ -190,19 +190,29 @@ def seeded(seed: int, shape: tuple[int, ...], n: int) -> Callable[..., np.ndarra
     return lambda rows, *index: np.stack([solvers.noise(seed, shape, row // n, row % n, *index) for row in rows])
 
 
+def place_of(generator: Any, place: Any) -> Any:
+    """The device that a generator draws on, for noise on `place`. Raises `UserError` for one of another GPU."""
+    if generator is None or generator.device == place or generator.device.type == "cpu":
+        return place if generator is None else generator.device
+    raise UserError(f"a generator on {generator.device} for noise on {place}: give one of the CPU or of {place}")
+
+
 def drawn(generator: Any, shape: tuple[int, ...], device: Any) -> Callable[..., Array]:
     """Noise as diffusers' pipelines draw it: one generator for all, or one for each row of the result."""
     import torch
     from diffusers.utils.torch_utils import randn_tensor
 
-    place = torch.device(device)
+    from semantica.device import numbered, sent
+
+    place = numbered(torch.device(device))
 
     def draw(rows: range, *_: int) -> Array:
         own = generator[rows.start : rows.stop] if isinstance(generator, list) else generator
-        for one in own if isinstance(own, list) else [own]:
-            if one is not None and one.device.type not in ("cpu", place.type):
-                raise UserError(f"a generator on {one.device} for noise on {place}: give one of the CPU or of {place}")
-        return randn_tensor((len(rows), *shape), own, place, torch.float32)
+        kinds = {place_of(one, place) for one in (own if isinstance(own, list) else [own])}
+        if len(kinds) > 1:
+            raise UserError("generators of the CPU and of a GPU together: give those of one device")
+        # what a generator of the CPU draws goes over without waiting
+        return sent(randn_tensor((len(rows), *shape), own, kinds.pop(), torch.float32), place)
 
     return draw
 
