@@ -15,6 +15,7 @@ import itertools
 import random
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import torch
@@ -148,10 +149,14 @@ class Graph:
     """A list of operators and what they were given."""
 
     def __init__(self, cuda: "PretendedCuda"):
-        self.cuda, self.log = cuda, []
-        cuda.graphs.append(self)
+        self.cuda, self.log, self.pool = cuda, [], None
+        cuda.recorded.append(weakref.ref(self))
 
     def capture_begin(self, pool=None, capture_error_mode="global", **_) -> None:
+        pool = pool or object()
+        if self.cuda.pools.get(pool) == 0:
+            raise RuntimeError("INTERNAL ASSERT FAILED: it->second->use_count > 0")
+        self.pool, self.cuda.pools[pool] = pool, self.cuda.pools.get(pool, 0) + 1
         self.stream, self.mode = self.cuda.current_stream(), capture_error_mode
         self.stream.graph = self
 
@@ -159,6 +164,10 @@ class Graph:
         self.stream.graph = None
         if getattr(self, "broken", False):
             raise RuntimeError("operation failed due to a previous error during capture")
+
+    def __del__(self):
+        if self.pool is not None:
+            self.cuda.pools[self.pool] -= 1
 
     def replay(self) -> None:
         self.cuda.replays += 1
@@ -195,7 +204,9 @@ class PretendedCuda:
     def __init__(self, count: int = 2):
         self.count, self.local, self.lock = count, Local(), threading.RLock()
         self.defaults = {i: Stream(self, torch.device("cuda", i), True) for i in range(count)}
-        self.waits, self.races, self.replays, self.graphs, self.streams = [], [], 0, [], []
+        self.waits, self.races, self.replays, self.recorded, self.streams = [], [], 0, [], []
+        # how many graphs use a pool of memory
+        self.pools: dict[object, int] = {}
         self.accesses: dict[int, list] = {}
         self.pinned: dict[int, Tensor] = {}
         self.yields, self.full = False, False
@@ -230,6 +241,11 @@ class PretendedCuda:
 
     def mode(self) -> Mode:
         return Mode(self)
+
+    @property
+    def graphs(self) -> list[Graph]:
+        """Those that are there and hold anything."""
+        return [graph for place in self.recorded if (graph := place()) is not None and graph.log]
 
     def kind(self, base: type, arguments) -> type:
         """A class of this pretence that is made with the arguments of torch's own."""

@@ -155,6 +155,17 @@ def test_a_graph_is_recorded_on_its_tensors_device_whichever_is_current(cuda):
     assert cuda.graphs[0].mode == "thread_local" and cuda.races == []
 
 
+def test_memory_is_there_for_a_graph_after_one_that_was_not_kept(cuda, caplog):
+    # slower, then faster
+    times = iter((1.0, 2.0, 2.0, 1.0))
+    with cuda.mode(), torch.no_grad():
+        x = torch.ones(2).to("cuda:0")
+        found = GraphCache(Replays(x.device).record, lambda call: next(times))
+        for name in "ab":
+            assert found((name,), lambda t: t * 2, x).inner.tolist() == [2, 2]
+        assert len(cuda.graphs) == 1 and not caplog.messages
+
+
 def test_what_one_stream_makes_another_waits_for(cuda):
     """Callers with streams of their own, and results that are read on a third one."""
     times = iter((2.0, 1.0))

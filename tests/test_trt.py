@@ -395,6 +395,20 @@ def test_an_engine_like_another_goes_through_the_gate(build, cuda, finetuned, mo
     assert "--like: inductor builds no engines that take other weights" in capsys.readouterr().err
 
 
+def test_loading_says_what_is_not_as_it_was(build, cuda, monkeypatch, caplog):
+    with cuda.mode():
+        engine, trt = build("cuda:1", cuda)
+        place = engine.bundle.folder / "engines" / "standin-sm_90" / "manifest.json"
+        assert trt_load(engine.bundle, "standin", "cuda:1").device == "cuda:1" and not caplog.messages
+        place.write_text(json.dumps(json.loads(place.read_text()) | {"card": "Another Card"}))
+        trt_load(engine.bundle, "standin", "cuda:1")
+        (said,) = caplog.messages
+        assert "was built on Another Card, here is Pretended Card: build it again for speed" in said
+        monkeypatch.delitem(sys.modules, MODULE)
+        with pytest.raises(UserError, match=f"{MODULE} does not load here \\(No module named"):
+            trt_load(engine.bundle, "standin", "cuda:1")
+
+
 def test_what_is_asked_for_wrongly_is_one_line(build, cuda):
     with cuda.mode():
         engine, _ = build("cuda:1", cuda)

@@ -1,6 +1,5 @@
 """TensorRT engines from a bundle's graphs, for the GPU of this machine."""
 
-import importlib
 import json
 import signal
 import subprocess
@@ -48,6 +47,10 @@ class TensorRTBuilder(Builder):
         profile = dict(zip(("min", "opt", "max"), batches))
         record: dict[str, Any] = {"profile": profile, "refittable": refittable, "layers": {}}
         here = present_gpu() == arch
+        if here:
+            import torch
+
+            record["card"] = torch.cuda.get_device_name()
         for name in (CONDITION, DENOISE):
             request = {
                 "module": self.module,
@@ -75,13 +78,16 @@ class TensorRTBuilder(Builder):
         engine.refit(bundle)
         for name, content in engine.serialized().items():
             (folder / FILES[name]).write_bytes(content)
-        return {name: record[name] for name in ("profile", "refittable", "layers", "backend_version")}
+        names = ("profile", "refittable", "layers", "backend_version", "card")
+        return {name: record[name] for name in names if name in record}
 
     def options(self, arch: str) -> dict[str, Any]:
         """What the worker is told besides: the GPU that is here, and where the times of its kernels are kept."""
         import torch
 
-        version = importlib.import_module(self.module).__version__
+        from semantica.engines.trt import module_of
+
+        version = module_of(self.backend).__version__
         key = {**cache.card(torch.device("cuda")), "library": f"{self.backend} {version}", "arch": arch}
         # not in the bundle, which may come from others: the builder would read what they wrote
         return {"arch": None, "timings": str(cache.path("timings", key))}

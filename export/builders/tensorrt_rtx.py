@@ -1,6 +1,5 @@
 """TensorRT-RTX engines: TensorRT's interface in another package, which builds for consumer cards that are not here."""
 
-import importlib
 from typing import Any
 
 from semantica.errors import UserError
@@ -13,7 +12,9 @@ class TensorRTRTXBuilder(TensorRTBuilder):
 
     def architecture(self, asked: str) -> str:
         arch = present_gpu() if asked == "auto" else asked
-        names = [name for name in dir(importlib.import_module(self.module).ComputeCapability) if name.startswith("SM")]
+        from semantica.engines.trt import module_of
+
+        names = [name for name in dir(module_of(self.backend).ComputeCapability) if name.startswith("SM")]
         known = sorted((name.replace("SM", "sm_") for name in names), key=lambda name: int(name[3:]))
         if arch is None:
             raise UserError(f"there is no GPU here: give --arch, one of {', '.join(known)}")

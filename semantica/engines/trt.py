@@ -1,10 +1,12 @@
 """TensorRT and TensorRT-RTX: one API in two packages. Not yet run on a GPU."""
 
 import importlib
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from semantica.engines.base import GraphEngine
 from semantica.engines.built import open_built
 from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
 from semantica.engines.trt_context import Plan, Pool, Session
-from semantica.errors import ArtifactError, UserError
+from semantica.errors import ArtifactError, UserError, first_line
 from semantica.kernels.launch import architecture
 from semantica.sampling.graphs import CudaGraph, GraphCache, Replays, flatten
 
+logger = logging.getLogger(__name__)
 FILES = {"encode": "condition.engine", "denoise": "denoise.engine"}
 GRAPHS = {"encode": CONDITION, "denoise": DENOISE}
 # runs that are launched at the same time, and recorded ones that are kept: each has contexts, so memory, of its own
@@ -34,8 +37,22 @@ def load(bundle: Bundle, backend: str, device: str) -> "TensorRTEngine":
     if device == "cpu" or not torch.cuda.is_available():
         raise UserError(f"engine {backend!r} needs an NVIDIA GPU and a CUDA build of torch: use another --engine")
     place = pick_device("cuda" if device == "auto" else device)
-    version = importlib.import_module(BACKENDS[backend].packages[0]).__version__
-    return TensorRTEngine(bundle, *open_built(bundle, backend, architecture(place), version), place)
+    version = module_of(backend).__version__
+    folder, manifest = open_built(bundle, backend, architecture(place), version)
+    here = torch.cuda.get_device_name(place)
+    if manifest.get("card", here) != here:
+        # of one architecture, so that it runs, with kernels that were the fastest on the other card
+        logger.warning("%s was built on %s, here is %s: build it again for speed", folder, manifest["card"], here)
+    return TensorRTEngine(bundle, folder, manifest, place)
+
+
+def module_of(backend: str) -> ModuleType:
+    """TensorRT's package. Raises `UserError` where it is installed and does not load."""
+    name = BACKENDS[backend].packages[0]
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise UserError(f"{name} does not load here ({first_line(error)}): {BACKENDS[backend].install}") from error
 
 
 class TensorRTEngine(GraphEngine):
@@ -53,7 +70,7 @@ class TensorRTEngine(GraphEngine):
         super().__init__(bundle)
         self.backend, self.place, self.device = manifest["backend"], device, str(device)
         self.arithmetic = f"{bundle.precision}, as typed in the graph"
-        self.trt = trt = importlib.import_module(BACKENDS[self.backend].packages[0])
+        self.trt = trt = module_of(self.backend)
         self.max_batch = manifest["profile"]["max"]
         self.logger = trt.Logger(trt.Logger.WARNING)
         with current(device):

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -41,10 +42,26 @@ class Replays:
     """What the graphs of one cache share: they run one after the other, on one stream, with one pool of memory."""
 
     def __init__(self, device: torch.device):
-        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.holder: torch.cuda.CUDAGraph | None = None
 
     def record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> "CudaGraph":
+        if self.holder is None:
+            self.hold()
         return CudaGraph(self, function, inputs)
+
+    def hold(self) -> None:
+        """Make the pool, with an empty graph in it: torch takes no pool again whose graphs have all gone."""
+        self.pool, self.holder = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        with warnings.catch_warnings():
+            # that it is empty
+            warnings.simplefilter("ignore")
+            with torch.cuda.device(self.device), self.capture(self.holder):
+                pass
+
+    def capture(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+        # other threads go on allocating meanwhile
+        return torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
 
 
 class CudaGraph:
@@ -64,8 +81,7 @@ class CudaGraph:
                 for _ in range(WARM_UPS):
                     function(*self.inputs)
                 self.graph = torch.cuda.CUDAGraph()
-                # other threads go on allocating meanwhile
-                with torch.cuda.graph(self.graph, shared.pool, own, capture_error_mode="thread_local"):
+                with shared.capture(self.graph):
                     self.output = function(*self.inputs)
             caller.wait_stream(own)
 
