@@ -175,6 +175,24 @@ def test_gpu_engines_without_a_gpu(copy, capsys):
     assert main(["sample", "--model", str(fp16), "--engine", "tensorrt-rtx", "--image", "x.png"]) == 2
 
 
+def test_what_is_called_of_tensorrt_is_there():
+    trt = pytest.importorskip("tensorrt_rtx")
+    for kind, names in {
+        "BuilderFlag": "REFIT",
+        "DynamicShapesKernelSpecializationStrategy": "EAGER",
+        "ICudaEngine": "create_execution_context create_runtime_config create_serialization_config refittable "
+        "get_tensor_dtype get_tensor_mode get_tensor_name num_io_tensors serialize_with_config",
+        "IExecutionContext": "execute_async_v3 get_tensor_shape set_input_shape set_tensor_address",
+        "IRuntimeCache": "deserialize serialize",
+        "IRuntimeConfig": "create_runtime_cache dynamic_shapes_kernel_specialization_strategy set_runtime_cache",
+        "ITimingCache": "combine serialize",
+        "OnnxParserRefitter": "get_error num_errors refit_from_file",
+        "Refitter": "get_missing_weights refit_cuda_engine",
+        "SerializationFlag": "INCLUDE_REFIT",
+    }.items():
+        assert set(names.split()) <= {*dir(getattr(trt, kind))}, kind
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("streams", [("image",), ("image", "again")], ids=["one", "two"])

@@ -335,3 +335,33 @@ def test_on_a_gpu_nothing_waits_and_replay_equals_eager(compile, unet):
         sample(graphed, z, *arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("index", [0, 1])
+def test_threads_on_a_gpu_get_their_own_pictures(index, unet):
+    if index >= torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
+    place = torch.device("cuda", index)
+    condition, null = (c.map(lambda t: t.to(place)) for c in conditions(unet))
+    own = copy.deepcopy(unet).to(place)
+    eager, graphed = (CompiledDenoiser(own, torch.bfloat16, "none", graphs=g) for g in (False, True))
+    times = iter((2.0, 1.0))
+    graphed.graphs.measure = lambda call: next(times)
+    expected = [sample(eager, noise(i).to(place), condition, null, *settings()).cpu() for i in range(16)]
+    torch.cuda.synchronize(place)
+
+    def one(i):
+        with torch.cuda.stream(torch.cuda.Stream(place)):
+            for _ in range(3):
+                results.append((i, sample(graphed, noise(i).to(place), condition, null, *settings()).cpu()))
+
+    results, threads = [], [threading.Thread(target=one, args=(i,)) for i in range(16)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(results) == 48 and any(graphed.graphs.kept.values())
+    for i, made in results:
+        torch.testing.assert_close(made, expected[i], rtol=0, atol=0)
