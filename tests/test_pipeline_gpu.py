@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from semantica import engines
 from semantica.cli import main
@@ -47,6 +48,16 @@ def test_a_call_on_the_second_device_waits_for_its_images_alone(cuda, kind, solv
     np.testing.assert_allclose(made, expected, rtol=0, atol=2e-3)
     assert len(cuda.waits) == 1 and "cuda:1 -> cpu" in cuda.waits[0], cuda.waits
     assert cuda.races == []
+
+
+@pytest.mark.parametrize(("model", "engine"), [("run", "torch"), ("bundle", "torch")])
+def test_the_command_on_the_second_device_makes_the_same_pictures(cuda, picture, tmp_path, model, engine):
+    for device in ("cpu", "cuda:1"):
+        arguments = ["--model", str(STORED / model), "--image", str(picture), "--steps", "3", "--engine", engine]
+        with cuda.mode() if device != "cpu" else contextlib.nullcontext():
+            assert main(["sample", *arguments, "--device", device, "--out", str(tmp_path / f"{device}.png")]) == 0
+    made = [np.asarray(Image.open(tmp_path / f"{device}.png"), np.int16) for device in ("cpu", "cuda:1")]
+    assert np.abs(made[0] - made[1]).max() <= 1 and made[0].std() > 10 and cuda.races == []
 
 
 def test_a_generator_of_another_device_is_one_line(cuda):
