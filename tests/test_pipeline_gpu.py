@@ -135,6 +135,8 @@ def test_ranges_without_cuda_are_one_line(tmp_path, picture, capsys):
     arguments = ["--model", str(STORED / "run"), "--image", str(picture), "--out", str(tmp_path / "out.png"), "--nvtx"]
     assert main(["sample", *arguments]) == 2
     assert "--nvtx marks ranges for NVIDIA's profilers: it needs a CUDA build of torch" in capsys.readouterr().err
+    assert main(["bench", "sample", "--quick", "--device", "cpu", "--nvtx"]) == 2
+    assert "--nvtx marks ranges" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
