@@ -126,7 +126,9 @@ class SamplingBench(Bench):
                         options = ("--precision", precision, "--levels", 4, "--steps", 4)
                         semantica("export", "--model", self.folder, "--out", bundle, *options)
                     if CONTENDERS[name].engine:
-                        semantica("build", bundle, "--backend", name)
+                        # both branches of guidance count, in the smallest and the largest batch
+                        sizes = (1, 2 * min(self.batches), 2 * max(self.batches))
+                        semantica("build", bundle, "--backend", name, "--batches", *sizes)
                     found[name] = bundle
                 except Wrong as error:
                     failed[name] = str(error)
