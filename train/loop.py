@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from semantica.device import sent
 from semantica.diffusion import noise_levels
 from semantica.pipelines.networks import NetworkPipeline
 from semantica.train.config import TrainConfig
@@ -46,6 +47,7 @@ def train(config: TrainConfig, stop: Stop = NEVER) -> Path:
 def run_steps(t: Training, stop: Stop) -> None:
     """Train until the last step, or until all processes agreed to stop."""
     config, state, world = t.config, t.state, t.world
+    intervals = (config.log_every, config.eval_every, config.save_every, config.sample_every)
     looks = dict(total=config.steps, initial=state.step, desc="train", unit="step", mininterval=1.0, smoothing=0.05)
     with closing(t.saver), closing(t.feed), tqdm(**looks, disable=not world.is_main) as bar:
         t.measure.start()
@@ -72,14 +74,19 @@ def run_steps(t: Training, stop: Stop) -> None:
             bar.update()
 
             step, last = state.step, state.step == config.steps
-            if step % config.log_every == 0 or last:
+            logs, evaluates, saves, samples = (step % every == 0 for every in intervals)
+            logs, evaluates = logs or last, bool(t.held) and (evaluates or last)
+            saves = saves or last or outcome == Vote.STOP
+            if pause := logs or evaluates or saves or samples:
+                t.measure.stop()
+            if logs:
                 row = t.measure.row(step, state.optimizer.param_groups[0]["lr"])
                 t.run.log(row)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", images_s=f"{row['images_per_s']:.0f}")
-            if t.held and (step % config.eval_every == 0 or last):
+            if evaluates:
                 held = held_out_loss(t.averaged, t.held, t.scheduler.schedule, t.autocast)
                 t.run.log({"step": step, "held_out_loss": held["right"], "held_out_loss_shuffled": held["shuffled"]})
-            if step % config.save_every == 0 or last or outcome == Vote.STOP:
+            if saves:
                 t.measure.check()
                 # what went wrong with the save before, one says
                 with world.consensus():
@@ -87,14 +94,15 @@ def run_steps(t: Training, stop: Stop) -> None:
                 t.saver.save(step, state.tensors(), {"seed": config.seed})
             if outcome == Vote.STOP and not last:
                 break
-            if step % config.sample_every == 0:
+            if samples:
                 sample(t)
-            t.measure.start()
+            if pause:
+                t.measure.start()
 
 
 def backward(t: Training, batch: dict) -> tuple[Tensor, Tensor | float]:
     """Gradients of one part of a batch are added up; its shares of the denoising loss and of REPA's, 0 without."""
-    logsnr = noise_levels(batch["u"], t.scheduler.schedule).to(t.device)
+    logsnr = sent(noise_levels(batch["u"], t.scheduler.schedule), t.device)
     images = [t.parallel.place(batch[name]) for name in ("condition", "target", "noise")]
     with t.autocast():
         losses = t.objective(*images, logsnr, batch["drop"], batch.get("target_tokens"))

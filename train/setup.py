@@ -145,6 +145,9 @@ def prepare(config: TrainConfig, world: World) -> Training:
         data, seed=config.seed, **sizes, conditions=config.conditions, global_batch=config.batch, drop=config.drop,
         flip=config.flip, crop=None if config.crop == "centre" else config.crop, target_tokens=config.repa_from_store,
     )  # fmt: skip
+    measure = Measure(config, device, dtype, flops, world)
+    if measure.peak is None:
+        run.say(f"no MFU: {measure.peak_source}")
     return Training(
         config=config,
         world=world,
@@ -160,7 +163,7 @@ def prepare(config: TrainConfig, world: World) -> Training:
         held=fixed,
         run=run,
         saver=saver,
-        measure=Measure(config, device, dtype, flops, world),
+        measure=measure,
     )
 
 
