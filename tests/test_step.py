@@ -1,5 +1,7 @@
 """A training step on a device that runs behind the host: what it waits for, how it is timed, what is claimed of it."""
 
+import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,22 +9,25 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from semantica import UserError
 from semantica.device import sent
 from semantica.model.cost import peak_flops
 from semantica.model.peaks import FP16_ONLY, HALF, card_peak
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
 from semantica.train.heads import PairHead
-from semantica.train.loop import backward
+from semantica.train.loop import backward, train
 from semantica.train.objective import Objective
+from semantica.train.preemption import Stop
 from semantica.train.processes import World
+from semantica.train.repeatable import WORKSPACE, repeatable
 from semantica.train.run.measure import Measure
 from semantica.train.sharding import Whole
 from semantica.train.state import TrainState
 
 
 def config(**changes) -> TrainConfig:
-    return TrainConfig("data", Path("out"), **{"batch": 4, "log_every": 2, **changes})
+    return TrainConfig(**{"data": "data", "out": Path("out"), "batch": 4, "log_every": 2, **changes})
 
 
 class Behind:
@@ -213,3 +218,47 @@ def test_a_contrastive_loss_is_not_rounded_by_autocast():
     expected = torch.nn.functional.cross_entropy(a @ b.T / head.temperature, torch.arange(8), reduction="none")
     # as product in bf16 the logits, up to 10, are off by 0.02
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
+
+
+def flags() -> tuple:
+    cudnn, fill = torch.backends.cudnn, torch.utils.deterministic.fill_uninitialized_memory
+    return torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark, fill
+
+
+def test_deterministic_is_for_the_run_alone_and_is_written_down(photos, tmp_path, monkeypatch):
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    before, seen = flags(), []
+
+    class Looking(Stop):
+        def __call__(self) -> bool:
+            seen.append((*flags(), os.environ.get(WORKSPACE)))
+            return False
+
+    for name in ("one", "other"):
+        settings = config(
+            data=str(photos), out=tmp_path / name, steps=2, deterministic=True, workers=0, device="cpu", held_out=0.0,
+            precision="fp32",
+        )  # fmt: skip
+        train(settings, Looking())
+    assert seen == [(True, True, False, False, ":4096:8")] * 4 and flags() == before
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["train"]["deterministic"] is True
+    weights = [(tmp_path / n / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for n in ("one", "other")]
+    assert weights[0] == weights[1]
+
+
+def test_deterministic_says_what_stands_in_its_way(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for given in (None, ":0:0"):
+        monkeypatch.setenv(WORKSPACE, given) if given else monkeypatch.delenv(WORKSPACE, raising=False)
+        with pytest.raises(UserError, match=f"before CUDA starts: it is {given}"), repeatable(True):
+            pass
+    monkeypatch.setenv(WORKSPACE, ":16:8")
+    problem = "put_ does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms'."
+    with pytest.raises(UserError, match="put_ does not have") as caught, repeatable(True):
+        raise RuntimeError(problem + " You can turn off")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="else"), repeatable(True):
+        raise RuntimeError("something else")
+    with repeatable(True, compiles=True):
+        assert torch._inductor.config.deterministic
+    assert not torch._inductor.config.deterministic and not torch.are_deterministic_algorithms_enabled()

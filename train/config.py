@@ -122,6 +122,8 @@ class TrainConfig:
     """Seconds after which a process that does not answer ends the run."""
     attention: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """Self-attention backend of diffusers' dispatcher, or "auto" for the best that works."""
+    deterministic: bool = False
+    """On a GPU: compute the same bits each time, also where a run is continued, for some speed. A CPU always does."""
     val: str | None = None
     """Folder or shards for held-out figures; by default groups or pages are held out of --data."""
     held_out: float = 0.05

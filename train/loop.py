@@ -1,4 +1,5 @@
-"""The trainer: one function, top to bottom. The same command continues a run, bit-exactly."""
+"""The trainer: one function, top to bottom. The same command continues a run: bit-exactly on a CPU, and on a GPU with
+`--deterministic`."""
 
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +16,7 @@ from semantica.train.data.heldout import examples
 from semantica.train.objective import held_out_loss
 from semantica.train.preemption import Stop
 from semantica.train.processes import Vote, joined
+from semantica.train.repeatable import repeatable
 from semantica.train.run.folder import SAMPLE_CONDITIONS
 from semantica.train.setup import Training, prepare
 from semantica.train.sharding import gathered
@@ -37,7 +39,7 @@ def train(config: TrainConfig, stop: Stop = NEVER) -> Path:
         FloatingPointError: the loss or a gradient is no longer finite; checkpoints are intact.
         LostProcess: another process of the run ended or hangs.
     """
-    with joined(config) as world:
+    with repeatable(config.deterministic, config.compile), joined(config) as world:
         training = prepare(config, world)
         run_steps(training, stop)
         finish(training)

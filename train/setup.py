@@ -112,7 +112,10 @@ def prepare(config: TrainConfig, world: World) -> Training:
     with world.consensus():
         unet, encoder, scheduler = build(config, parallel.built_on)
         repa, teacher = alignment(config, unet, encoder, device)
-        attention = set_attention(nn.ModuleList([unet, encoder]), config.attention, device, dtype)
+        networks = nn.ModuleList([unet, encoder])
+        attention = set_attention(
+            networks, config.attention, device, dtype, compiled=config.compile, deterministic=config.deterministic
+        )
     run = Run(config, data.digest(), world)
     run.bad_samples(bad if world.is_main else ())
     run.say(f"device {device}, {str(dtype).removeprefix('torch.')}; attention: {attention[0]} ({attention[1]})")
