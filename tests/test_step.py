@@ -11,15 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from semantica import UserError
 from semantica.device import sent
+from semantica.model.compile import compile_in_place
 from semantica.model.cost import peak_flops
 from semantica.model.peaks import FP16_ONLY, HALF, card_peak
+from semantica.train import setup
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
 from semantica.train.heads import PairHead
-from semantica.train.loop import backward, train
+from semantica.train.loop import backward, device_faults, train
 from semantica.train.objective import Objective
 from semantica.train.preemption import Stop
-from semantica.train.processes import World
+from semantica.train.processes import LostProcess, World
 from semantica.train.repeatable import WORKSPACE, repeatable
 from semantica.train.run.measure import Measure
 from semantica.train.sharding import Whole
@@ -262,3 +264,44 @@ def test_deterministic_says_what_stands_in_its_way(monkeypatch):
     with repeatable(True, compiles=True):
         assert torch._inductor.config.deterministic
     assert not torch._inductor.config.deterministic and not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), UserError, "--accumulate"),
+        (torch.AcceleratorError("CUDA error: device unavailable\nmore"), LostProcess, "newest checkpoint"),
+    ],
+)
+def test_a_gpu_that_is_full_or_gone_is_one_line(fault, kind, words):
+    with pytest.raises(kind, match=words) as caught, device_faults(World()):
+        raise fault
+    assert "\n" not in str(caught.value) and "CUDA" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "current"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_the_chosen_gpu_is_the_current_one(name, current, monkeypatch):
+    """Kernels are launched on the current device, whatever device their tensors are on."""
+    made = []
+    monkeypatch.setattr(setup, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.append(str(device)))
+    assert setup.run_device(config(device=name), World()) == torch.device(name) and made == current
+
+
+def test_compiled_blocks_have_the_shapes_of_the_run(photos, tmp_path, monkeypatch):
+    """Also those of the second level, whose height and width are others."""
+    graphs = []
+
+    def compiler(graph, inputs, **_):
+        graphs.append([node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"])
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compiler)
+    t = training("cpu")
+    compile_in_place(t.objective)
+    backward(t, batch("cpu"))
+    backward(t, batch("cpu"))
+    # two kinds of block on the way down, two on the way up, the transformer's and the encoder's
+    assert len(graphs) == 6 and not [value for graph in graphs for value in graph if isinstance(value, torch.SymInt)]
+    torch._dynamo.reset()

@@ -1,7 +1,8 @@
 """The trainer: one function, top to bottom. The same command continues a run: bit-exactly on a CPU, and on a GPU with
 `--deterministic`."""
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -10,12 +11,13 @@ from tqdm import tqdm
 
 from semantica.device import sent
 from semantica.diffusion import noise_levels
+from semantica.errors import UserError, first_line
 from semantica.pipelines.networks import NetworkPipeline
 from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import examples
 from semantica.train.objective import held_out_loss
 from semantica.train.preemption import Stop
-from semantica.train.processes import Vote, joined
+from semantica.train.processes import LostProcess, Vote, World, joined
 from semantica.train.repeatable import repeatable
 from semantica.train.run.folder import SAMPLE_CONDITIONS
 from semantica.train.setup import Training, prepare
@@ -37,13 +39,31 @@ def train(config: TrainConfig, stop: Stop = NEVER) -> Path:
         UserError: impossible options or data, or a run folder of another configuration. Of several processes the first
             raises it, the others `SystemExit` with code 2.
         FloatingPointError: the loss or a gradient is no longer finite; checkpoints are intact.
-        LostProcess: another process of the run ended or hangs.
+        LostProcess: another process of the run ended or hangs, or the GPU failed.
     """
-    with repeatable(config.deterministic, config.compile), joined(config) as world:
+    with repeatable(config.deterministic, config.compile), joined(config) as world, device_faults(world):
         training = prepare(config, world)
         run_steps(training, stop)
         finish(training)
     return config.out
+
+
+@contextmanager
+def device_faults(world: World) -> Iterator[None]:
+    """A GPU that is full or gone, in one line. Of several processes the one that met it ends with a traceback: the
+    others are within an exchange, and miss it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if world.size > 1:
+            raise
+        advice = "give more --accumulate, --checkpointing or a smaller --batch"
+        raise UserError(f"the GPU's memory is full ({first_line(error)}): {advice}") from error
+    except torch.AcceleratorError as error:
+        if world.size > 1:
+            raise
+        advice = "the same command continues from the newest checkpoint"
+        raise LostProcess(f"the GPU failed ({first_line(error)}): {advice}") from error
 
 
 def run_steps(t: Training, stop: Stop) -> None:

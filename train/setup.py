@@ -102,7 +102,7 @@ def prepare(config: TrainConfig, world: World) -> Training:
         config.check(world.size)
     world.require_same(identity(config, world))
     with world.consensus():
-        device = pick_device(local_device(config.device, world))
+        device = run_device(config, world)
         data, held, bad = open_sets(config)
     config = dataclasses.replace(config, mode=data.mode)
     world.require_same({"the pictures in --data": data.digest(), "those held out": held and held.digest()})
@@ -168,6 +168,14 @@ def prepare(config: TrainConfig, world: World) -> Training:
         saver=saver,
         measure=measure,
     )
+
+
+def run_device(config: TrainConfig, world: World) -> torch.device:
+    """This process' device. A GPU is the current one from now on: kernels are launched there, wherever tensors are."""
+    device = pick_device(local_device(config.device, world))
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def open_sets(config: TrainConfig) -> tuple[Source, Source | None, list[tuple[str, str]]]:
