@@ -18,7 +18,7 @@ from semantica.train import setup
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
 from semantica.train.heads import PairHead
-from semantica.train.loop import backward, device_faults, train
+from semantica.train.loop import backward, device_faults, inputs, train
 from semantica.train.objective import Objective
 from semantica.train.preemption import Stop
 from semantica.train.processes import LostProcess, World
@@ -173,13 +173,13 @@ def test_nothing_in_a_step_waits_for_the_device():
     """On the meta device, where any value that is asked for is an error, and on the CPU with all reads counted."""
     t = training("meta")
     with Transfers() as seen:
-        backward(t, batch("meta"))
+        backward(t, *inputs(t, batch("meta")))
     assert seen.copies == [True] and not seen.reads
     t = training("cpu", align=0.1)
     measure = Measure(t.config, t.device, torch.bfloat16, 1, World())
     with Transfers() as seen:
         measure.start()
-        measure.step(backward(t, batch("cpu"))[0], t.state.update())
+        measure.step(backward(t, *inputs(t, batch("cpu")))[0], t.state.update())
     assert not seen.reads
     # the seam sees what it is to see
     with Transfers() as seen:
@@ -300,8 +300,8 @@ def test_compiled_blocks_have_the_shapes_of_the_run(photos, tmp_path, monkeypatc
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compiler)
     t = training("cpu")
     compile_in_place(t.objective)
-    backward(t, batch("cpu"))
-    backward(t, batch("cpu"))
+    for _ in range(2):
+        backward(t, *inputs(t, batch("cpu")))
     # two kinds of block on the way down, two on the way up, the transformer's and the encoder's
     assert len(graphs) == 6 and not [value for graph in graphs for value in graph if isinstance(value, torch.SymInt)]
     torch._dynamo.reset()

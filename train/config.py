@@ -28,6 +28,7 @@ FREE = {
     "device",
     "parallel",
     "checkpointing",
+    "graph",
     "timeout",
 }
 
@@ -111,6 +112,9 @@ class TrainConfig:
     compile_scope: Literal["blocks", "network"] = "blocks"
     """What is compiled as one: each kind of repeated block, in seconds, or the whole step's forward and backward pass,
     in a minute or more for a few percent of speed; such a run stays in one process."""
+    graph: bool = False
+    """On a GPU: record the forward and backward pass as one CUDA graph at the first step and replay it, for models so
+    small that their kernels take longer to launch than to run. For one process."""
     checkpointing: bool = False
     """Compute the repeated blocks again in the backward pass instead of keeping their activations: less memory, up to
     a third more computing."""
@@ -155,6 +159,8 @@ class TrainConfig:
                 raise UserError("--compile-scope network is nothing without --compile: give that too")
             if processes > 1 or self.parallel in ("fsdp", "hsdp"):
                 raise UserError("--compile-scope network is for one process that holds all weights: leave it out")
+        if self.graph and (processes > 1 or self.parallel != "auto"):
+            raise UserError("--graph is for one process: leave it out")
         shares = [("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1)]
         for name, low, high in shares + ([("crop", 1e-3, 1)] if self.crop != "centre" else []):
             if not low <= getattr(self, name) <= high:

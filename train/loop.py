@@ -1,6 +1,7 @@
 """The trainer: one function, top to bottom. The same command continues a run: bit-exactly on a CPU, and on a GPU with
 `--deterministic`."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -12,9 +13,11 @@ from tqdm import tqdm
 from semantica.device import sent
 from semantica.diffusion import noise_levels
 from semantica.errors import UserError, first_line
+from semantica.inputs import Prepared
 from semantica.pipelines.networks import NetworkPipeline
 from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import examples
+from semantica.train.graph import StepGraph
 from semantica.train.objective import held_out_loss
 from semantica.train.preemption import Stop
 from semantica.train.processes import LostProcess, Vote, World, joined
@@ -70,6 +73,9 @@ def run_steps(t: Training, stop: Stop) -> None:
     """Train until the last step, or until all processes agreed to stop."""
     config, state, world = t.config, t.state, t.world
     intervals = (config.log_every, config.eval_every, config.save_every, config.sample_every)
+    gradients = functools.partial(backward, t)
+    if config.graph:
+        gradients = StepGraph(gradients, state.parameters.values(), t.device)
     looks = dict(total=config.steps, initial=state.step, desc="train", unit="step", mininterval=1.0, smoothing=0.05)
     with closing(t.saver), closing(t.feed), tqdm(**looks, disable=not world.is_main) as bar:
         t.measure.start()
@@ -84,7 +90,7 @@ def run_steps(t: Training, stop: Stop) -> None:
                 if final:
                     election = world.vote(max(t.saver.vote, t.feed.vote, Vote.STOP if stop() else Vote.CONTINUE))
                 with t.parallel.micro_batch(t.objective, final):
-                    losses = backward(t, batch)
+                    losses = gradients(*inputs(t, batch))
                 loss += losses[0]
                 aligned += losses[1]
             outcome = election()
@@ -122,19 +128,24 @@ def run_steps(t: Training, stop: Stop) -> None:
                 t.measure.start()
 
 
-def backward(t: Training, batch: dict) -> tuple[Tensor, Tensor | float]:
-    """Gradients of one part of a batch are added up; its shares of the denoising loss and of REPA's, 0 without."""
+def inputs(t: Training, batch: dict) -> tuple[Prepared | Tensor | None, ...]:
+    """What the objective takes of a part of a batch, on the device."""
     logsnr = sent(noise_levels(batch["u"], t.scheduler.schedule), t.device)
     images = [t.parallel.place(batch[name]) for name in ("condition", "target", "noise")]
+    return *images, logsnr, batch["drop"], batch.get("target_tokens")
+
+
+def backward(t: Training, *inputs: Prepared | Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of one part of a batch are added up; its shares of the denoising loss and of REPA's, 0 without."""
     with t.autocast():
-        losses = t.objective(*images, logsnr, batch["drop"], batch.get("target_tokens"))
+        losses = t.objective(*inputs)
     denoising, pairing, alignment = (None if each is None else each.mean() / t.config.accumulate for each in losses)
     total = denoising
     for weight, other in ((t.config.align, pairing), (t.config.repa, alignment)):
         if other is not None:
             total = total + weight * other
     total.backward()
-    return denoising.detach(), 0.0 if alignment is None else alignment.detach()
+    return denoising.detach(), torch.zeros_like(denoising) if alignment is None else alignment.detach()
 
 
 def raise_failure(t: Training, outcome: Vote) -> None:

@@ -103,6 +103,8 @@ def prepare(config: TrainConfig, world: World) -> Training:
     world.require_same(identity(config, world))
     with world.consensus():
         device = run_device(config, world)
+        if config.graph and device.type != "cuda":
+            raise UserError(f"--graph records what a GPU does, and the device is {device}: leave it out")
         data, held, bad = open_sets(config)
     config = dataclasses.replace(config, mode=data.mode)
     world.require_same({"the pictures in --data": data.digest(), "those held out": held and held.digest()})

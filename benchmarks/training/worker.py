@@ -25,6 +25,7 @@ from semantica.train.build import build
 from semantica.train.config import TrainConfig
 from semantica.train.data.folders import scan
 from semantica.train.data.pairs import Pairs, batches
+from semantica.train.graph import StepGraph
 from semantica.train.objective import Objective
 from semantica.train.run.measure import drained
 from semantica.train.state import TrainState
@@ -44,12 +45,14 @@ class Switches:
     kept_memory: bool = False
     whole_network: bool = False
     """Compiled as one graph, not by block."""
+    recorded: bool = False
+    """Forward and backward pass replayed as one CUDA graph."""
 
 
 def rungs(device: str) -> dict[str, Switches]:
     """The ladder, and after the plain loop what most would write first: that loop in bf16, compiled as a whole. What
-    the host does with freed memory is nothing to a GPU."""
-    ladder = cumulative(Switches, ("kept_memory",) if device == "cuda" else ())
+    the host does with freed memory is nothing to a GPU, and graphs are recorded on one only."""
+    ladder = cumulative(Switches, ("kept_memory",) if device == "cuda" else ("recorded",))
     return {"plain": ladder.pop("plain"), STRONG: Switches(compile=True, bf16=True, whole_network=True), **ladder}
 
 
@@ -81,7 +84,9 @@ class Trainer:
         self.device = torch.device(device)
         if switches.kept_memory:
             keep_freed_memory()
-        config = TrainConfig(Path(data), Path("unused"), preset=preset, batch=batch, workers=workers)
+        config = TrainConfig(
+            data, Path("unused"), preset=preset, batch=batch, workers=workers, graph=switches.recorded
+        )
         unet, encoder, scheduler = build(config, self.device)
         self.flops = step_flops(unet, encoder)
         unet = rebuild(unet, norm=not switches.fused_group_norm, cross=not switches.fused_attention)
@@ -94,6 +99,7 @@ class Trainer:
         self.autocast = functools.partial(torch.autocast, device, dtype) if switches.bf16 else nullcontext
         self.state = TrainState(config, {"unet": unet, "encoder": encoder})
         self.objective = Objective(unet, encoder, config.loss).train()
+        self.record()
         if switches.compile:
             compile_in_place(self.objective, "network" if switches.whole_network else "blocks")
         pairs = Pairs(
@@ -111,12 +117,22 @@ class Trainer:
         batch = next(self.feed)
         waited = time.perf_counter() - began
         logsnr = sent(noise_levels(batch["u"], self.schedule), self.device)
+        images = (batch[name] for name in ("condition", "target", "noise"))
+        (loss,) = self.gradients(*images, logsnr, batch["drop"])
+        self.state.update()
+        return loss, waited
+
+    def backward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor]:
         with self.autocast():
-            losses, *_ = self.objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])
+            losses, *_ = self.objective(*inputs)
         loss = losses.mean()
         loss.backward()
-        self.state.update()
-        return loss.detach(), waited
+        return (loss.detach(),)
+
+    def record(self) -> None:
+        """Where that is its rung, the next step is recorded as a graph."""
+        graph = functools.partial(StepGraph, self.backward, self.state.parameters.values(), self.device)
+        self.gradients = graph() if self.state.config.graph else self.backward
 
     def steps(self, count: int) -> dict:
         """Run some steps: seconds of each on the wall, device included.
@@ -144,6 +160,8 @@ class Trainer:
 
         Returns what stays allocated there, in bytes.
         """
+        # a graph keeps memory of its own, and the addresses of weights: it is recorded anew
+        self.record()
         self.state.optimizer.zero_grad(set_to_none=True)
         self.state.optimizer.state.clear()
         held = [*self.objective.parameters(), *self.objective.buffers()]
