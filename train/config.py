@@ -85,7 +85,12 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.9999
-    """Decay of the averaged weights; lower in the first steps."""
+    """Decay of the averaged weights that are published; lower in the first steps, unless these begin with --init."""
+    ema_also: tuple[float, ...] = ()
+    """Further decays: their averages are kept in checkpoints too, and published as the pipelines OUT/ema-DECAY."""
+    init: str | None = None
+    """Run folder or hub name of a published run whose weights this one begins with, with a new optimizer; of the same
+    --preset, --image-size, --conditioning and kind of --encoder."""
     loss: Literal["x", "v", "eps", "sigmoid"] = "x"
     """What the weight of the noise levels makes the loss equal to; "x" learns content first, "eps" and "v" detail."""
     align: float = 0.0
@@ -165,6 +170,9 @@ class TrainConfig:
         for name, low, high in shares + ([("crop", 1e-3, 1)] if self.crop != "centre" else []):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {low} to {high}")
+        decays = (self.ema, *self.ema_also)
+        if len({*decays}) < len(decays) or not all(0 <= decay <= 1 for decay in decays):
+            raise UserError(f"--ema-also is {' '.join(map(str, self.ema_also))}: give other decays than --ema, 0 to 1")
         for name in ("lr", "clip", "timeout"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: give a positive number")
@@ -201,6 +209,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * min(rise, fall)
 
 
-def ema_decay(config: TrainConfig, step: int) -> float:
-    """Short memory at first, so that the random start is forgotten: min(decay, (1 + step) / (10 + step))."""
-    return min(config.ema, (1 + step) / (10 + step))
+def ema_decay(config: TrainConfig, step: int, decay: float | None = None) -> float:
+    """Of --ema, or of another decay: short memory at first, so that a random start is forgotten, which is
+    min(decay, (1 + step) / (10 + step))."""
+    decay = config.ema if decay is None else decay
+    return decay if config.init else min(decay, (1 + step) / (10 + step))

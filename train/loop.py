@@ -177,6 +177,9 @@ def finish(t: Training) -> None:
     if step < t.config.steps:
         t.run.say(f"stopped: {out} is saved at step {step} of {t.config.steps}; the same command continues it")
         return
-    unet, encoder = gathered(t.averaged.unet, t.world), gathered(t.averaged.encoder, t.world)
-    t.run.publish(unet, encoder, t.scheduler)
+    for decay, modules in t.state.averages.items():
+        # a frozen encoder has no average
+        networks = (modules["unet"], modules.get("encoder", t.averaged.encoder))
+        place = None if modules is t.state.ema else f"ema-{decay}"
+        t.run.publish(*(gathered(network, t.world) for network in networks), t.scheduler, place)
     t.run.say(f"done: {out} after {step} steps")

@@ -18,7 +18,7 @@ from semantica.model.attention import set_attention
 from semantica.model.compile import compile_in_place
 from semantica.model.cost import count_parameters, step_flops
 from semantica.sampling.scheduler import SemanticaScheduler
-from semantica.train.build import alignment, build
+from semantica.train.build import alignment, begin_with, build
 from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import held_out_batches
 from semantica.train.data.open import open_data
@@ -112,7 +112,11 @@ def prepare(config: TrainConfig, world: World) -> Training:
     dtype = pick_precision(config.precision, device)
     parallel = parallelize(world, device, dtype)
     with world.consensus():
-        unet, encoder, scheduler = build(config, parallel.built_on)
+        unet, encoder, scheduler = build(config, parallel.built_on, parallel.building)
+        # where the run continues, its own weights replace these anyway
+        begins = config.init and not checkpoint.folders(config.out / "checkpoints")
+        if begins and not unet.conv_in.weight.is_meta:
+            begin_with(config.init, unet, encoder)
         repa, teacher = alignment(config, unet, encoder, device)
         networks = nn.ModuleList([unet, encoder])
         attention = set_attention(
@@ -132,7 +136,8 @@ def prepare(config: TrainConfig, world: World) -> Training:
         # frozen, it stays whole: it has neither gradients nor moments, and to gather it would cost every step
         encoder.to(device)
     modules = {"unet": unet, "encoder": encoder, "head": head, "repa": repa}
-    state = TrainState(config, {name: module for name, module in modules.items() if module is not None}, parallel.shard)
+    modules = {name: module for name, module in modules.items() if module is not None}
+    state = TrainState(config, modules, parallel.copies)
     objective = compiled(config, Objective(unet, encoder, config.loss, config.scales, head, repa, teacher).train())
     saver = checkpoint.Saver(run.out / "checkpoints", world, config.keep, device)
     resume(state, saver.root, world, run.say)
