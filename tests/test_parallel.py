@@ -364,6 +364,18 @@ def test_fifty_steps_have_the_same_losses(photos, together, tmp_path):
 
 
 @pytest.mark.slow
+def test_one_graph_in_each_of_two_processes(photos, together, tmp_path):
+    """DDP around the network compiled as one: the run of one process, gradients exchanged while they are computed."""
+    settings = dict(steps=4, save_every=4, eval_every=4, accumulate=1)
+    train(config(photos, tmp_path / "one", **settings))
+    told = dict(parallel="ddp", compile=True, compile_scope="network")
+    (ended,) = together([job(config(photos, tmp_path / "ddp", **settings, **told))])
+    for process in ended:
+        assert process["graphs"][1:] == [process["graphs"][1]] * 3 and process["breaks"] == 0, process
+    assert furthest(newest(tmp_path / "one"), newest(tmp_path / "ddp")) < 1e-4
+
+
+@pytest.mark.slow
 def test_everything_at_once_compiles_whole_and_never_again(photos, together, tmp_path):
     """FSDP2, bf16, compiled blocks, checkpointing, parts of batches: close to fp32, and no graph after two steps."""
     settings = dict(steps=6, save_every=6, eval_every=6, align=0.0)

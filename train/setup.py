@@ -17,6 +17,8 @@ from semantica.kernels import implementations
 from semantica.model.attention import set_attention
 from semantica.model.compile import compile_in_place
 from semantica.model.cost import count_parameters, step_flops
+from semantica.model.float8 import to_float8
+from semantica.model.recompute import keeping_products
 from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.build import alignment, begin_with, build
 from semantica.train.config import TrainConfig
@@ -137,7 +139,8 @@ def prepare(config: TrainConfig, world: World) -> Training:
         encoder.to(device)
     modules = {"unet": unet, "encoder": encoder, "head": head, "repa": repa}
     modules = {name: module for name, module in modules.items() if module is not None}
-    state = TrainState(config, modules, parallel.copies)
+    scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
+    state = TrainState(config, modules, scaler, parallel.copies)
     objective = compiled(config, Objective(unet, encoder, config.loss, config.scales, head, repa, teacher).train())
     saver = checkpoint.Saver(run.out / "checkpoints", world, config.keep, device)
     resume(state, saver.root, world, run.say)
@@ -209,12 +212,15 @@ def millions(module: nn.Module) -> str:
 
 
 def compiled(config: TrainConfig, objective: Objective) -> Objective:
-    """The objective, its blocks compiled and checkpointed in place where that was asked for."""
+    """The objective, its blocks in float8, compiled and checkpointed in place where that was asked for."""
+    if config.float8:
+        # after the averages were copied: those are evaluated and published as they are
+        to_float8(objective.unet)
     if config.compile:
         compile_in_place(objective, config.compile_scope)
     trained = (objective.unet, objective.encoder) if objective.encoder.trainable else (objective.unet,)
     for module in trained if config.checkpointing else ():
-        module.enable_gradient_checkpointing()
+        module.enable_gradient_checkpointing(keeping_products if config.checkpointing_keeps == "products" else None)
     return objective
 
 
@@ -224,8 +230,9 @@ def resume(state: TrainState, root: Path, world: World, say: Callable[[str], Non
     found = checkpoint.load_newest(root, world, say)
     if found:
         record, reader = found
-        checkpoint.load(reader, state.prepare(reader.metadata.state_dict_metadata.keys()), world.saving)
-        state.step = record["step"]
+        tensors = state.prepare(reader.metadata.state_dict_metadata.keys())
+        checkpoint.load(reader, tensors, world.saving)
+        state.resumed(record["step"], tensors)
         say(f"continuing from step {state.step}")
 
 

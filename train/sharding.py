@@ -105,7 +105,8 @@ class FullySharded(Whole):
     def copies(self, module: nn.Module, count: int) -> list[nn.Module]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        whole = module.state_dict() if self.lead else {}
+        # others receive bytes in the order of contiguous tensors
+        whole = {key: t.contiguous() for key, t in module.state_dict().items()} if self.lead else {}
         empty(module)
         made = twins(module, count)
         for each in (module, *made):

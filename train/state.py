@@ -9,6 +9,8 @@ from semantica.train.config import TrainConfig, ema_decay, learning_rate
 from semantica.train.sharding import is_sharded, local, twins
 
 SLOTS = ("step", "exp_avg", "exp_avg_sq")
+# what a scaler knows, by the name in a checkpoint: the scale, and the steps since it last changed
+SCALE = {"scale": "scale", "steps": "_growth_tracker"}
 
 
 class TrainState:
@@ -16,6 +18,7 @@ class TrainState:
 
     Args:
         modules: name -> module; one without trainable parameters is left out.
+        scaler: of the loss, whose scale is part of the state; for fp16.
         copies: gives so many copies of a module for its averages, see `semantica.train.sharding`, and may split them
             and the module among the processes; moments follow.
 
@@ -27,9 +30,10 @@ class TrainState:
         self,
         config: TrainConfig,
         modules: dict[str, nn.Module],
+        scaler: torch.amp.GradScaler | None = None,
         copies: Callable[[nn.Module, int], list[nn.Module]] = twins,
     ):
-        self.config, self.step = config, 0
+        self.config, self.step, self.scaler = config, 0, scaler
         self.trained = {n: m for n, m in modules.items() if any(p.requires_grad for p in m.parameters())}
         decays = (config.ema, *config.ema_also)
         made = {name: copies(module, len(decays)) for name, module in self.trained.items()}
@@ -56,12 +60,21 @@ class TrainState:
         return [averaged[key] for key in self.parameters]
 
     def update(self) -> Tensor:
-        """Clip, step, average; returns the gradient's norm before clipping, still on the device."""
+        """Clip, step, average; returns the gradient's norm before clipping, still on the device.
+
+        With a scaler a step whose gradients are not all finite changes nothing but the scale.
+        """
         parameters = list(self.parameters.values())
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         # a recorded step adds to gradients where they are
         self.optimizer.zero_grad(set_to_none=not self.config.graph)
         with torch.no_grad():
@@ -83,7 +96,18 @@ class TrainState:
         for key, parameter in self.parameters.items():
             for slot, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}.{slot}"] = value
+        if self.scaler is not None:
+            kept = self.scaler.state_dict()
+            tensors |= {f"scaler/{name}": torch.tensor(kept[key], dtype=torch.float64) for name, key in SCALE.items()}
         return tensors
+
+    def resumed(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """After what `prepare` gave was filled from a checkpoint."""
+        self.step = step
+        if self.scaler is not None:
+            kept = {key: tensors[f"scaler/{name}"].item() for name, key in SCALE.items()}
+            kept["_growth_tracker"] = int(kept["_growth_tracker"])
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **kept})
 
     def prepare(self, keys: set[str]) -> dict[str, Tensor]:
         """The tensors to fill from a checkpoint that has these keys; AdamW gets its moments."""
