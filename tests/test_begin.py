@@ -93,28 +93,28 @@ def test_averages_of_good_weights_do_not_forget_them(photos, tmp_path):
 
 def test_several_averages_are_kept_continued_and_published(photos, tmp_path):
     """Each is what a run with that decay alone has."""
-    common = dict(steps=4, save_every=2, lr=3e-3)
-    straight = config(photos, tmp_path / "straight", ema=0.2, ema_also=(0.9, 0.05), **common)
+    common = dict(save_every=1, lr=3e-3)
+    straight = config(photos, tmp_path / "straight", ema=0.05, ema_also=(0.9,), **common)
     train(straight)
-    train(dataclasses.replace(straight, out=tmp_path / "parts", steps=2))
+    train(dataclasses.replace(straight, out=tmp_path / "parts", steps=1))
     train(dataclasses.replace(straight, out=tmp_path / "parts"))
     found = {path.name: load_file(path) for path in newest(tmp_path / "straight").glob("*.safetensors")}
-    kinds = ("", "ema_", "ema_0_9_", "ema_0_05_")
+    kinds = ("", "ema_", "ema_0_9_")
     names = {f"{kind}{name}.safetensors" for kind in kinds for name in ("unet", "encoder")}
     assert found.keys() == names | {"optimizer.safetensors"}
     for name, tensors in found.items():
         again = load_file(newest(tmp_path / "parts") / name)
         assert all(torch.equal(again[key], value) for key, value in tensors.items()), name
-    for decay, kind, place in ((0.2, "ema_", "."), (0.9, "ema_0_9_", "ema-0.9"), (0.05, "ema_0_05_", "ema-0.05")):
-        alone = tmp_path / f"alone-{decay}"
-        train(config(photos, alone, ema=decay, **common))
+    train(config(photos, tmp_path / "alone", ema=0.9, **common))
+    for kind, place in (("ema_", "."), ("ema_0_9_", "ema-0.9")):
         pipeline = SemanticaPipeline.from_pretrained(tmp_path / "straight" / place)
         for name in ("unet", "encoder"):
-            expected, own = weights(alone, name), getattr(pipeline, name).state_dict()
-            assert all(torch.equal(own[key], value) for key, value in expected.items())
+            own = getattr(pipeline, name).state_dict()
             assert all(torch.equal(found[f"{kind}{name}.safetensors"][k], value) for k, value in own.items())
+            alike = [torch.equal(own[key], value) for key, value in weights(tmp_path / "alone", name).items()]
+            assert all(alike) == (kind != "ema_")
     with pytest.raises(UserError, match="made with --ema-also"):
-        train(dataclasses.replace(straight, steps=5, ema_also=()))
+        train(dataclasses.replace(straight, steps=3, ema_also=()))
 
 
 @pytest.mark.parametrize("also", [(0.9999,), (0.5, 0.5), (1.5,)])

@@ -236,16 +236,12 @@ def test_deterministic_is_for_the_run_alone_and_is_written_down(photos, tmp_path
             seen.append((*flags(), os.environ.get(WORKSPACE)))
             return False
 
-    for name in ("one", "other"):
-        settings = config(
-            data=str(photos), out=tmp_path / name, steps=2, deterministic=True, workers=0, device="cpu", held_out=0.0,
-            precision="fp32",
-        )  # fmt: skip
-        train(settings, Looking())
-    assert seen == [(True, True, False, False, ":4096:8")] * 4 and flags() == before
-    assert json.loads((tmp_path / "one" / "config.json").read_text())["train"]["deterministic"] is True
-    weights = [(tmp_path / n / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for n in ("one", "other")]
-    assert weights[0] == weights[1]
+    settings = config(
+        data=str(photos), out=tmp_path / "run", steps=1, deterministic=True, workers=0, device="cpu", held_out=0.0,
+    )  # fmt: skip
+    train(settings, Looking())
+    assert seen == [(True, True, False, False, ":4096:8")] and flags() == before
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["deterministic"] is True
 
 
 def test_deterministic_says_what_stands_in_its_way(monkeypatch):
