@@ -17,7 +17,8 @@ CAPABILITY, SIDE = (8, 9), 16
 def to_float8(model: UViT, emulate: bool = False) -> list[str]:
     """Make the transformer's linear layers multiply in float8, in place; returns their names.
 
-    What has one row for each sample stays: modulations, and whatever else has too few rows to be worth a cast.
+    Modulations stay, which have one row for each sample, and so do the projections of conditions, whose number of
+    tokens (257 of some encoders) float8 cannot sum over.
 
     Args:
         emulate: multiply in fp32 what was rounded to float8, where the device has no float8.
@@ -33,7 +34,8 @@ def to_float8(model: UViT, emulate: bool = False) -> list[str]:
         raise UserError('--float8 needs torchao: pip install "semantica-diffusion[float8]"') from error
 
     def served(layer: nn.Module, name: str) -> bool:
-        return not name.endswith("modulation") and layer.in_features % SIDE == layer.out_features % SIDE == 0
+        stays = name.endswith("modulation") or ".to_kv." in name
+        return not stays and layer.in_features % SIDE == layer.out_features % SIDE == 0
 
     linears = [name for name, layer in model.transformer_blocks.named_modules() if isinstance(layer, nn.Linear)]
     chosen = [name for name in linears if served(model.transformer_blocks.get_submodule(name), name)]
