@@ -72,6 +72,7 @@ class Run:
         # other parts add up to the same, unless each is compared within itself
         free = FREE if self.config.align else FREE | {"accumulate"}
         defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
         for name, now in record["train"].items():
             # a run made before an option existed had its default
             then = before.get(name, defaults.get(name))
