@@ -366,7 +366,7 @@ def test_held_out_batches_pair_each_sample_with_another_group(photos, tmp_path):
     "changes",
     [
         dict(conditioning="both", align=0.1),
-        dict(conditions=2, scales=(16, 32), checkpointing=True),
+        dict(conditions=2, scales=(16, 32), checkpointing=True, checkpointing_keeps="products"),
         dict(encoder="dinov2", encoder_size=28, repa=0.5),
     ],
     ids=str,
