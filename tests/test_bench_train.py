@@ -14,7 +14,7 @@ import torch
 from semantica.benchmarks.harness import sources, store
 from semantica.benchmarks.harness import suite as harness_suite
 from semantica.benchmarks.harness.arithmetic import tf32
-from semantica.benchmarks.harness.process import Entrant, Wrong, serve
+from semantica.benchmarks.harness.process import Entrant, Process, Wrong, serve
 from semantica.benchmarks.harness.suite import run
 from semantica.benchmarks.harness.table import cells, page
 from semantica.benchmarks.quality.web import draw_web
@@ -179,6 +179,17 @@ def test_every_bench_computes_fp32_in_fp32(monkeypatch):
         use()
         answers.append(tf32())
     assert answers == [False, False]
+
+
+def test_a_contender_that_was_killed_is_closed_like_any_other(tmp_path):
+    contender = Process("this", "gone", tmp_path)
+    contender.process.wait()
+    contender.process.stdout.read()
+    with pytest.raises(Wrong, match="its process ended with code 0"):
+        contender.ask("steps", count=1)
+    # twice, as in a race: when it fails, and when all are closed
+    contender.close()
+    contender.close()
 
 
 def suite_bench(request):

@@ -1,5 +1,6 @@
 """Other arithmetic in training: fp16 with a scaled loss, float8, and blocks that keep their products."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from semantica import UserError, UViT
-from semantica.model.float8 import to_float8
+from semantica.model.float8 import check_float8, to_float8
 from semantica.model.recompute import is_product, keeping_products
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
@@ -93,10 +94,15 @@ def test_what_does_not_go_together_is_one_line(photos, tmp_path, changes, words)
     assert "\n" not in str(caught.value)
 
 
-def test_float8_is_for_cards_that_have_it(photos, tmp_path):
+def test_float8_is_for_cards_that_have_it(photos, tmp_path, monkeypatch):
     settings = config(photos, tmp_path / "run", float8=True, compile=True, precision="bf16")
     with pytest.raises(UserError, match="--float8 needs a GPU of compute capability 8.9 or newer, not cpu"):
-        to_float8(build(settings, torch.device("cpu"))[0])
+        train(settings)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--float8 needs torchao: pip install"):
+        check_float8(torch.device("cuda"))
 
 
 def test_float8_rounds_the_transformers_products_and_nothing_else():

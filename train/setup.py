@@ -17,7 +17,7 @@ from semantica.kernels import implementations
 from semantica.model.attention import set_attention
 from semantica.model.compile import compile_in_place
 from semantica.model.cost import count_parameters, step_flops
-from semantica.model.float8 import to_float8
+from semantica.model.float8 import check_float8, to_float8
 from semantica.model.recompute import keeping_products
 from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.build import alignment, begin_with, build
@@ -107,6 +107,8 @@ def prepare(config: TrainConfig, world: World) -> Training:
         device = run_device(config, world)
         if config.graph and device.type != "cuda":
             raise UserError(f"--graph records what a GPU does, and the device is {device}: leave it out")
+        if config.float8:
+            check_float8(device)
         data, held, bad = open_sets(config)
     config = dataclasses.replace(config, mode=data.mode)
     world.require_same({"the pictures in --data": data.digest(), "those held out": held and held.digest()})

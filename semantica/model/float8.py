@@ -4,6 +4,8 @@ Micikevicius et al., arXiv 2209.05433: E4M3 for weights and activations, E5M2 fo
 and so does everything that is saved. Not yet run on a GPU.
 """
 
+import importlib.util
+
 import torch
 from torch import nn
 
@@ -14,6 +16,14 @@ from semantica.model.uvit import UViT
 CAPABILITY, SIDE = (8, 9), 16
 
 
+def check_float8(device: torch.device) -> None:
+    """Raises `UserError` where torchao is missing, or the device multiplies no float8."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        raise UserError(f"--float8 needs a GPU of compute capability 8.9 or newer, not {device}: leave it out")
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError('--float8 needs torchao: pip install "semantica-diffusion[float8]"')
+
+
 def to_float8(model: UViT, emulate: bool = False) -> list[str]:
     """Make the transformer's linear layers multiply in float8, in place; returns their names.
 
@@ -22,16 +32,8 @@ def to_float8(model: UViT, emulate: bool = False) -> list[str]:
 
     Args:
         emulate: multiply in fp32 what was rounded to float8, where the device has no float8.
-
-    Raises:
-        UserError: torchao is missing, or the device multiplies no float8.
     """
-    if not emulate and (model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < CAPABILITY):
-        raise UserError(f"--float8 needs a GPU of compute capability 8.9 or newer, not {model.device}: leave it out")
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError as error:
-        raise UserError('--float8 needs torchao: pip install "semantica-diffusion[float8]"') from error
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     def served(layer: nn.Module, name: str) -> bool:
         stays = name.endswith("modulation") or ".to_kv." in name
