@@ -41,7 +41,7 @@ def current(device: torch.device) -> AbstractContextManager:
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of autocast: bf16 where the processor has instructions for it, unless told otherwise."""
     if name != "auto":
-        return torch.bfloat16 if name == "bf16" else torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
     if device.type == "cuda":
         with current(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
