@@ -21,8 +21,9 @@ from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.build import alignment, build
 from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import held_out_batches
+from semantica.train.data.loading import batches
 from semantica.train.data.open import open_data
-from semantica.train.data.pairs import Pairs, batches
+from semantica.train.data.pairs import Pairs
 from semantica.train.data.source import Source
 from semantica.train.heads import PairHead
 from semantica.train.objective import Objective

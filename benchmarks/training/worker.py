@@ -23,7 +23,8 @@ from semantica.model.cost import step_flops
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
 from semantica.train.data.folders import scan
-from semantica.train.data.pairs import Pairs, batches
+from semantica.train.data.loading import batches
+from semantica.train.data.pairs import Pairs
 from semantica.train.objective import Objective
 from semantica.train.state import TrainState
 
