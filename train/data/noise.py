@@ -84,7 +84,7 @@ def noise(seed: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     blocks = -(-size // 4)
     key = key_of(seed, NOISE)
     result = torch.empty(len(index), blocks, 4, device=index.device)
-    step = AT_ONCE[index.device.type]
+    step = AT_ONCE["cpu" if index.device.type == "cpu" else "cuda"]
     zero = torch.zeros((), dtype=torch.int64, device=index.device)
     rows = max(1, step // blocks)
     for row in range(0, len(index), rows):
