@@ -1,6 +1,7 @@
 """Which device and which precision to use."""
 
 import torch
+from torch import Tensor
 
 from semantica.errors import UserError, first_line
 
@@ -32,3 +33,13 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     else:
         native = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if native else torch.float32
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for what the device still has to do.
+
+    From pageable memory the copy would wait; pinned memory is kept from reuse until the copy is done.
+    """
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

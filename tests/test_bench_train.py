@@ -1,17 +1,24 @@
 """`semantica bench train`: rungs train alike, wrong ones are caught, a step's time is told apart by kind of work."""
 
+import io
 import math
+import os
 import subprocess
+import types
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from semantica.benchmarks.harness import sources, store
-from semantica.benchmarks.harness.process import Entrant, Wrong
+from semantica.benchmarks.harness import suite as harness_suite
+from semantica.benchmarks.harness.arithmetic import tf32
+from semantica.benchmarks.harness.process import Entrant, Wrong, serve
 from semantica.benchmarks.harness.suite import run
 from semantica.benchmarks.harness.table import cells, page
 from semantica.benchmarks.quality.web import draw_web
-from semantica.benchmarks.training import scaling, tables
+from semantica.benchmarks.training import scaling, suite, tables
 from semantica.benchmarks.training.suite import TrainingBench, compare_losses
 from semantica.benchmarks.training.worker import Switches, Trainer, group_of, rungs
 from semantica.cli import main
@@ -19,10 +26,10 @@ from semantica.errors import ArtifactError, UserError
 
 
 def test_rungs_are_cumulative_and_the_last_has_everything():
-    assert rungs("cpu").keys() - rungs("cuda").keys() == {"+ kept memory"}
-    ladder = rungs("cpu")
+    assert rungs("cpu").keys() ^ rungs("cuda").keys() == {"+ kept memory", "+ recorded"}
+    ladder = rungs("cuda")
     assert vars(ladder.pop("strong")) == vars(Switches(compile=True, bf16=True, whole_network=True))
-    switches = [list(vars(s).values()) for s in ladder.values()]
+    switches = [[on for name, on in vars(s).items() if name != "kept_memory"] for s in ladder.values()]
     assert not any(switches[0]) and all(switches[-1])
     assert all(sum(b) == sum(a) + 1 for a, b in zip(switches, switches[1:]))
 
@@ -79,10 +86,84 @@ def test_rungs_train_alike(tmp_path):
         assert len(answer["seconds"]) == len(answer["waits"]) == 2, rung
         assert all(0 <= wait < seconds for wait, seconds in zip(answer["waits"], answer["seconds"]))
     assert found["plain"]["losses"][0] != found["plain"]["losses"][1]
+    weights = {name: p.detach().clone() for name, p in trainer.objective.named_parameters()}
+    assert trainer.park() == {"parked_bytes": 0}
+    networks = [trainer.objective, *trainer.state.ema.values()]
+    assert sum(p.untyped_storage().nbytes() for network in networks for p in network.parameters()) == 0
+    assert not trainer.state.optimizer.state and all(p.grad is None for p in trainer.objective.parameters())
+    steps, trainer.steps = trainer.steps, lambda count: None
+    trainer.wake()
+    assert all(torch.equal(p, weights[name]) for name, p in trainer.objective.named_parameters())
+    assert all(p.stride() == weights[name].stride() for name, p in trainer.objective.named_parameters())
+    trainer.steps = steps
+    assert all(math.isfinite(loss) for loss in trainer.steps(1)["losses"])
     shares = trainer.shares(1)
     assert {"convolution", "matrix products", "group_norm"} <= set(shares["kinds"])
     assert sum(seconds for _, seconds, _ in shares["operators"]) <= sum(shares["kinds"].values()) * 1.001
     assert tables.shares(shares)[0][2].endswith("%")
+
+
+@pytest.mark.parametrize(("device", "parks"), [("cuda", True), ("cpu", False)])
+def test_a_gpu_holds_one_contender_at_a_time(device, parks, tmp_path, monkeypatch):
+    """Every rung's memory is that of one: from its start, through its turns, and where it fails."""
+    assert TrainingBench("tiny", 2, 10, device, 0, ("plain",)).parks == parks
+    resident, most = set(), []
+
+    class Fake:
+        def __init__(self, module, name, place):
+            self.name, self.turns = name, 0
+
+        def ask(self, what, **arguments):
+            if what == "park":
+                resident.discard(self.name)
+                return {"parked_bytes": 7}
+            resident.add(self.name)
+            most.append(len(resident))
+            if what == "steps":
+                self.turns += 1
+                if self.name == "third" and self.turns == 3:
+                    raise Wrong("out of memory")
+            count = arguments.get("count", 0)
+            values = {"seconds": [1.0] * count, "waits": [0.0] * count, "losses": [1.0] * count, "peak_bytes": 1}
+            return {**values, "arithmetic": "fp32", "flops_per_image": 1, "kinds": {}, "operators": []}
+
+        def close(self):
+            resident.discard(self.name)
+
+    monkeypatch.setattr(suite, "Process", Fake)
+    # the ceilings are this machine's own
+    plan = TrainingBench("tiny", 2, 6, "cpu", 0, ("plain", "second", "third"), parks=parks)
+    outcomes = plan.run(("tiny batch 2",), "race")
+    assert max(most) == (1 if parks else 3) and outcomes["third"] == "out of memory"
+    assert len(outcomes["second"][0]) == 6 and outcomes["second"][1]["parked"] == parks
+    assert outcomes["plain"][1]["parked_bytes"] == (7 if parks else 0)
+
+
+def test_every_bench_computes_fp32_in_fp32(monkeypatch):
+    """In the process that measures and in those of contenders; PyTorch starts with TF32 on in convolutions."""
+    answers = []
+    for use in (lambda: next(suite_bench(types.SimpleNamespace(config=None, module=None))), serve_one):
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        assert tf32()
+        monkeypatch.setattr(harness_suite, "bench_of", lambda *_: TrainingBench("tiny", 1, 1, "cpu", 0, ()))
+        use()
+        answers.append(tf32())
+    assert answers == [False, False]
+
+
+def suite_bench(request):
+    return harness_suite.bench.__wrapped__(request)
+
+
+def serve_one():
+    seen = []
+    with (
+        patch("sys.stdin", io.StringIO('["ask", {}]\n')),
+        patch("os.dup2"),
+        patch("os.dup", lambda _: os.open(os.devnull, os.O_WRONLY)),
+    ):
+        serve({"ask": lambda: seen.append(tf32()) or {}})
+    assert seen == [False]
 
 
 def test_figures_follow_from_the_samples():
@@ -155,7 +236,7 @@ def test_scaling_is_read_from_the_log_of_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_race_of_two_rungs(tmp_path):
-    plan = TrainingBench("tiny", 2, 3, "cpu", 0, ("plain", "strong", "+ channels last"))
+    plan = TrainingBench("tiny", 2, 3, "cpu", 0, ("plain", "strong", "+ channels last"), parks=True)
     content = run(plan)
     rows = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
     assert [row["impl"] for row in rows] == ["plain", "strong", "+ channels last"] and not plan.wrong

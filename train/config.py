@@ -28,6 +28,7 @@ FREE = {
     "device",
     "parallel",
     "checkpointing",
+    "graph",
     "timeout",
 }
 
@@ -111,6 +112,9 @@ class TrainConfig:
     compile_scope: Literal["blocks", "network"] = "blocks"
     """What is compiled as one: each kind of repeated block, in seconds, or the whole step's forward and backward pass,
     in a minute or more for a few percent of speed; such a run stays in one process."""
+    graph: bool = False
+    """On a GPU: record the forward and backward pass as one CUDA graph at the first step and replay it, for models so
+    small that their kernels take longer to launch than to run. For one process."""
     checkpointing: bool = False
     """Compute the repeated blocks again in the backward pass instead of keeping their activations: less memory, up to
     a third more computing."""
@@ -122,13 +126,16 @@ class TrainConfig:
     """Seconds after which a process that does not answer ends the run."""
     attention: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """Self-attention backend of diffusers' dispatcher, or "auto" for the best that works."""
+    deterministic: bool = False
+    """On a GPU: compute the same bits each time, also where a run is continued, for some speed. A CPU always does."""
     val: str | None = None
     """Folder or shards for held-out figures; by default groups or pages are held out of --data."""
     held_out: float = 0.05
     """Share of groups or pages held out where there is no --val; 0 = none."""
     seed: int = 0
     workers: int | None = None
-    """Processes that load data; by default half of the processors, at most 8."""
+    """Processes that load data; by default as many as the step can use, by a measurement at the start, as far as there
+    are processors and shared memory."""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     log_every: int = 20
     save_every: int = 1000
@@ -153,6 +160,8 @@ class TrainConfig:
                 raise UserError("--compile-scope network is nothing without --compile: give that too")
             if processes > 1 or self.parallel in ("fsdp", "hsdp"):
                 raise UserError("--compile-scope network is for one process that holds all weights: leave it out")
+        if self.graph and (processes > 1 or self.parallel != "auto"):
+            raise UserError("--graph is for one process: leave it out")
         shares = [("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1)]
         for name, low, high in shares + ([("crop", 1e-3, 1)] if self.crop != "centre" else []):
             if not low <= getattr(self, name) <= high:

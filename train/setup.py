@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from semantica.train.data.loading import batches
 from semantica.train.data.open import open_data
 from semantica.train.data.pairs import Pairs
 from semantica.train.data.source import Source
+from semantica.train.data.workers import BEST_MFU, choose
 from semantica.train.heads import PairHead
 from semantica.train.objective import Objective
 from semantica.train.processes import Vote, World, identity, local_device
@@ -103,7 +103,9 @@ def prepare(config: TrainConfig, world: World) -> Training:
         config.check(world.size)
     world.require_same(identity(config, world))
     with world.consensus():
-        device = pick_device(local_device(config.device, world))
+        device = run_device(config, world)
+        if config.graph and device.type != "cuda":
+            raise UserError(f"--graph records what a GPU does, and the device is {device}: leave it out")
         data, held, bad = open_sets(config)
     config = dataclasses.replace(config, mode=data.mode)
     world.require_same({"the pictures in --data": data.digest(), "those held out": held and held.digest()})
@@ -113,7 +115,10 @@ def prepare(config: TrainConfig, world: World) -> Training:
     with world.consensus():
         unet, encoder, scheduler = build(config, parallel.built_on)
         repa, teacher = alignment(config, unet, encoder, device)
-        attention = set_attention(nn.ModuleList([unet, encoder]), config.attention, device, dtype)
+        networks = nn.ModuleList([unet, encoder])
+        attention = set_attention(
+            networks, config.attention, device, dtype, compiled=config.compile, deterministic=config.deterministic
+        )
     run = Run(config, data.digest(), world)
     run.bad_samples(bad if world.is_main else ())
     run.say(f"device {device}, {str(dtype).removeprefix('torch.')}; attention: {attention[0]} ({attention[1]})")
@@ -146,6 +151,9 @@ def prepare(config: TrainConfig, world: World) -> Training:
         data, seed=config.seed, **sizes, conditions=config.conditions, global_batch=config.batch, drop=config.drop,
         flip=config.flip, crop=None if config.crop == "centre" else config.crop, target_tokens=config.repa_from_store,
     )  # fmt: skip
+    measure = Measure(config, device, dtype, flops, world)
+    if measure.peak is None:
+        run.say(f"no MFU: {measure.peak_source}")
     return Training(
         config=config,
         world=world,
@@ -157,12 +165,20 @@ def prepare(config: TrainConfig, world: World) -> Training:
         objective=parallel.wrap(objective),
         averaged=Objective(state.ema["unet"], state.ema.get("encoder", encoder), config.loss, config.scales).eval(),
         pairs=pairs,
-        feed=Feed(loaded(config, pairs, state.step, device, world), world),
+        feed=Feed(loaded(config, pairs, state.step, device, world, measure, run.say), world),
         held=fixed,
         run=run,
         saver=saver,
-        measure=Measure(config, device, dtype, flops, world),
+        measure=measure,
     )
+
+
+def run_device(config: TrainConfig, world: World) -> torch.device:
+    """This process' device. A GPU is the current one from now on: kernels are launched there, wherever tensors are."""
+    device = pick_device(local_device(config.device, world))
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def open_sets(config: TrainConfig) -> tuple[Source, Source | None, list[tuple[str, str]]]:
@@ -209,14 +225,12 @@ def resume(state: TrainState, root: Path, world: World, say: Callable[[str], Non
         say(f"continuing from step {state.step}")
 
 
-def loaded(config: TrainConfig, pairs: Pairs, step: int, device: torch.device, world: World) -> Iterator[dict]:
+def loaded(
+    config: TrainConfig, pairs: Pairs, step: int, device: torch.device, world: World, measure: Measure, say: Callable
+) -> Iterator[dict]:
     """This process' parts of the batches from a step on."""
-    share = (os.cpu_count() or 2) // 2 // world.local_size
-    return batches(
-        pairs,
-        first_index=step * config.batch,
-        batch=config.batch // config.accumulate,
-        device=device,
-        workers=config.workers if config.workers is not None else max(1, min(8, share)),
-        part=(world.rank, world.size),
-    )
+    batch, first = config.batch // config.accumulate, step * config.batch
+    demand = None if measure.peak is None else BEST_MFU * measure.peak / world.size / max(1, measure.flops)
+    workers, why = choose(pairs, first, batch // world.size, config.workers, demand, world.local_size, device.type)
+    say(why)
+    return batches(pairs, first_index=first, batch=batch, device=device, workers=workers, part=(world.rank, world.size))

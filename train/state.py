@@ -50,7 +50,8 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # a recorded step adds to gradients where they are
+        self.optimizer.zero_grad(set_to_none=not self.config.graph)
         with torch.no_grad():
             averages, current = ([local(p) for p in ps] for ps in (self._averages, parameters))
             torch._foreach_lerp_(averages, current, 1 - ema_decay(self.config, self.step))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from semantica.benchmarks.harness.arithmetic import exact_fp32
 from semantica.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def serve(handlers: dict[str, Callable[..., dict]]) -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         what, arguments = json.loads(line)
+        exact_fp32()
         try:
             answer = handlers[what](**arguments)
         # whatever an implementation raises is its own failure: the race goes on without it

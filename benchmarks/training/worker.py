@@ -15,6 +15,7 @@ import torch
 from semantica.benchmarks.harness.ladder import cumulative
 from semantica.benchmarks.harness.process import peak_memory, serve
 from semantica.benchmarks.sampling.stock import rebuild
+from semantica.device import sent
 from semantica.diffusion import noise_levels
 from semantica.memory import keep_freed_memory
 from semantica.model.attention import set_attention
@@ -25,7 +26,9 @@ from semantica.train.config import TrainConfig
 from semantica.train.data.folders import scan
 from semantica.train.data.loading import batches
 from semantica.train.data.pairs import Pairs
+from semantica.train.graph import StepGraph
 from semantica.train.objective import Objective
+from semantica.train.run.measure import drained
 from semantica.train.state import TrainState
 
 STRONG = "strong"
@@ -43,12 +46,14 @@ class Switches:
     kept_memory: bool = False
     whole_network: bool = False
     """Compiled as one graph, not by block."""
+    recorded: bool = False
+    """Forward and backward pass replayed as one CUDA graph."""
 
 
 def rungs(device: str) -> dict[str, Switches]:
     """The ladder, and after the plain loop what most would write first: that loop in bf16, compiled as a whole. What
-    the host does with freed memory is nothing to a GPU."""
-    ladder = cumulative(Switches, ("kept_memory",) if device == "cuda" else ())
+    the host does with freed memory is nothing to a GPU, and graphs are recorded on one only."""
+    ladder = cumulative(Switches, ("kept_memory",) if device == "cuda" else ("recorded",))
     return {"plain": ladder.pop("plain"), STRONG: Switches(compile=True, bf16=True, whole_network=True), **ladder}
 
 
@@ -80,7 +85,9 @@ class Trainer:
         self.device = torch.device(device)
         if switches.kept_memory:
             keep_freed_memory()
-        config = TrainConfig(Path(data), Path("unused"), preset=preset, batch=batch, workers=workers)
+        config = TrainConfig(
+            data, Path("unused"), preset=preset, batch=batch, workers=workers, graph=switches.recorded
+        )
         unet, encoder, scheduler = build(config, self.device)
         self.flops = step_flops(unet, encoder)
         unet = rebuild(unet, norm=not switches.fused_group_norm, cross=not switches.fused_attention)
@@ -88,10 +95,12 @@ class Trainer:
             unet, encoder = (copy.deepcopy(m).to(memory_format=torch.contiguous_format) for m in (unet, encoder))
         dtype = torch.bfloat16 if switches.bf16 else torch.float32
         if switches.fused_attention:
-            set_attention(torch.nn.ModuleList([unet, encoder]), "auto", self.device, dtype)
+            networks = torch.nn.ModuleList([unet, encoder])
+            set_attention(networks, "auto", self.device, dtype, compiled=switches.compile)
         self.autocast = functools.partial(torch.autocast, device, dtype) if switches.bf16 else nullcontext
         self.state = TrainState(config, {"unet": unet, "encoder": encoder})
         self.objective = Objective(unet, encoder, config.loss).train()
+        self.record()
         if switches.compile:
             compile_in_place(self.objective, "network" if switches.whole_network else "blocks")
         pairs = Pairs(
@@ -108,24 +117,75 @@ class Trainer:
         began = time.perf_counter()
         batch = next(self.feed)
         waited = time.perf_counter() - began
-        logsnr = noise_levels(batch["u"], self.schedule).to(self.device)
+        logsnr = sent(noise_levels(batch["u"], self.schedule), self.device)
+        images = (batch[name] for name in ("condition", "target", "noise"))
+        (loss,) = self.gradients(*images, logsnr, batch["drop"])
+        self.state.update()
+        return loss, waited
+
+    def backward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor]:
         with self.autocast():
-            losses, *_ = self.objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])
+            losses, *_ = self.objective(*inputs)
         loss = losses.mean()
         loss.backward()
-        self.state.update()
-        return loss.detach(), waited
+        return (loss.detach(),)
+
+    def record(self) -> None:
+        """Where that is its rung, the next step is recorded as a graph."""
+        graph = functools.partial(StepGraph, self.backward, self.state.parameters.values(), self.device)
+        self.gradients = graph() if self.state.config.graph else self.backward
 
     def steps(self, count: int) -> dict:
-        """Run some steps: seconds of each on the wall, device included."""
-        seconds, waits, losses = [], [], []
+        """Run some steps: seconds of each on the wall, device included.
+
+        A GPU runs behind the host, as in training, and is waited for after the last one: each step then has an equal
+        share of the time.
+        """
+        ends, waits, losses = [time.perf_counter()], [], []
         for _ in range(count):
-            began = time.perf_counter()
             loss, waited = self.step()
-            losses.append(loss.item())
-            seconds.append(time.perf_counter() - began)
+            losses.append(loss)
             waits.append(waited)
-        return {"seconds": seconds, "waits": waits, "losses": losses, "peak_bytes": peak_memory()}
+            ends.append(time.perf_counter())
+        if self.device.type == "cuda":
+            drained(self.device)
+            each = (time.perf_counter() - ends[0]) / count
+            ends = [ends[0] + i * each for i in range(count + 1)]
+        seconds = [after - before for before, after in zip(ends, ends[1:])]
+        return {
+            "seconds": seconds, "waits": waits, "losses": torch.stack(losses).tolist(), "peak_bytes": peak_memory()
+        }  # fmt: skip
+
+    def park(self) -> dict:
+        """Leave the device to others: weights go to the host; gradients, moments and averages are dropped.
+
+        Returns what stays allocated there, in bytes.
+        """
+        # a graph keeps memory of its own, and the addresses of weights: it is recorded anew
+        self.record()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.state.clear()
+        held = [*self.objective.parameters(), *self.objective.buffers()]
+        self.parked = [(tensor, tensor.detach().cpu().clone()) for tensor in held]
+        averages = [p for module in self.state.ema.values() for p in module.parameters()]
+        for tensor in (*held, *averages):
+            tensor.data = tensor.new_empty(0)
+        if self.device.type != "cuda":
+            return {"parked_bytes": 0}
+        torch.cuda.empty_cache()
+        return {"parked_bytes": torch.cuda.memory_allocated()}
+
+    def wake(self) -> dict:
+        """Go on after `park`, with two steps that are not timed: moments and averages begin anew, which takes no other
+        time, and allocators and caches are warm again."""
+        for tensor, kept in self.parked:
+            tensor.data = kept.to(self.device)
+        for name, module in self.state.trained.items():
+            for average, weight in zip(self.state.ema[name].parameters(), module.parameters(), strict=True):
+                average.data = weight.detach().clone()
+        self.parked = []
+        self.steps(2)
+        return {}
 
     def shares(self, count: int) -> dict:
         """Seconds of a step by operator, and by kind of work, as PyTorch's profiler sees them."""
@@ -147,4 +207,4 @@ class Trainer:
 
 if __name__ == "__main__":
     trainer = Trainer()
-    serve({"build": trainer.build, "steps": trainer.steps, "shares": trainer.shares})
+    serve({name: getattr(trainer, name) for name in ("build", "steps", "park", "wake", "shares")})

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 
 from semantica.condition import Condition
-from semantica.model.attention import attend_by_products
-from semantica.model.layers import GroupNormAct, ResBlock, TransformerBlock
+from semantica.model.attention import attend_by_products, set_attention
+from semantica.model.layers import GroupNormAct, ResBlock, SelfAttention, TransformerBlock
 from semantica.model.uvit import UViT
 
 
@@ -120,8 +121,11 @@ class PartingBlock(TransformerBlock):
         return super().attend(torch.cat((x, x)) if x.shape[0] < rows else x, (keys, values), sizes, lengths)
 
 
-def rearrange(net: UViT) -> None:
-    """Put the blocks above in the places of the network's own, and matrix products in those of attention on a CPU."""
+def rearrange(net: UViT, dtype: torch.dtype) -> None:
+    """Put the blocks above in the places of the network's own, and matrix products in those of attention on a CPU.
+
+    On a GPU self-attention runs on the backend that was set, else on the fastest that can do what sampling does.
+    """
     for level in net.up_blocks:
         for i, block in enumerate(level):
             level[i] = UpBlock(block)
@@ -129,6 +133,10 @@ def rearrange(net: UViT) -> None:
         net.transformer_blocks[i] = PartingBlock(block)
     if net.device.type == "cpu":
         attend_by_products(net)
+    elif net.device.type == "cuda":
+        chosen = {m.processor._attention_backend for m in net.modules() if isinstance(m, SelfAttention)} - {None}
+        name = AttentionBackendName(chosen.pop()).value if chosen else "auto"
+        set_attention(net, name, net.device, dtype, backward=False, compiled=True)
 
 
 def merge(projections: list[nn.Linear]) -> nn.Linear:
@@ -151,7 +159,7 @@ class FastDenoiser(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.net = net = copy.deepcopy(unet).eval()
-        rearrange(net)
+        rearrange(net, dtype)
         down, inner, up = net.blocks
         projections = [block.film for block in (*down, *up)] + [block.modulation for block in inner]
         self.widths = tuple(projection.out_features for projection in projections)
