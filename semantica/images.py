@@ -6,9 +6,10 @@ Everything here takes hostile files for granted: a picture either becomes 8-bit 
 import functools
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
@@ -97,26 +98,31 @@ def load_pixels(file: str | os.PathLike | BinaryIO, *, min_side: int = 2, near: 
         BadImage: as `load_image`.
     """
     with _opened(file, min_side) as image:
+        whole = image.size
         if near is not None:
             image.draft(None, (near, near))
         if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) not in UPRIGHT:
-            pixels = _libjpeg(image)
+            pixels = _libjpeg(image, whole)
             if pixels is not None:
                 return pixels
         image.load()
         return np.array(to_rgb(image))
 
 
-def _libjpeg(image: Image.Image) -> np.ndarray | None:
+def _libjpeg(image: Image.Image, whole: tuple[int, int]) -> np.ndarray | None:
     """What Pillow would make of a JPEG whose header it has read; None where that is left to Pillow."""
-    decode = jpeg_decoder()
-    if decode is None:
+    library = jpeg_decoder()
+    if library is None:
         return None
     image.fp.seek(0)
+    data = image.fp.read()
     width, height = image.size
     try:
-        # the smallest scale that is not below both is the one that Pillow has chosen
-        pixels = decode(image.fp.read(), "RGB", min_height=height, min_width=width, min_factor=1)
+        # what was judged by its size must be what is decoded
+        if library.decode_jpeg_header(data)[:2] != whole[::-1]:
+            return None
+        # the smallest scale that is below neither is the one that Pillow has chosen
+        pixels = library.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=1)
     # stricter than Pillow, which may still read it, and knows what to say if not
     except ValueError:
         return None
@@ -124,13 +130,13 @@ def _libjpeg(image: Image.Image) -> np.ndarray | None:
 
 
 @functools.cache
-def jpeg_decoder() -> Callable | None:
+def jpeg_decoder() -> ModuleType | None:
     """libjpeg-turbo straight into arrays, where that package is installed."""
     try:
-        from simplejpeg import decode_jpeg
+        import simplejpeg
     except ImportError:
         return None
-    return decode_jpeg
+    return simplejpeg
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
