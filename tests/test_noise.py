@@ -85,3 +85,24 @@ def test_the_layout_of_counters_is_what_is_written():
     counter = tuple(torch.tensor([part]) for part in (1, 0, 11, 2**8))
     words = torch.cat(philox(counter, key_of(9, NOISE)))
     assert torch.equal(made[4:8], normals(words))
+
+
+def test_the_triton_kernel_draws_the_same_bits(interpreted):
+    pytest.importorskip("triton")
+    interpreted("interpreted/noise.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_the_triton_kernel_writes_whole_lines_and_spills_nothing(arch):
+    pytest.importorskip("triton")
+    from semantica.benchmarks.kernels.compile_only import inspect
+    from semantica.kernels.noise import plan_noise
+
+    shapes = dict(out=((64, 3 * 256 * 256), torch.float32), index=((64,), torch.int64), key=((1,), torch.int64))
+    shapes |= dict.fromkeys(("ends", "falls"), ((16385,), torch.int32))
+    tensors = {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in shapes.items()}
+    launch = plan_noise(**tensors, within=module.WITHIN, fraction=module.FRACTION)
+    row = inspect("noise", launch, arch)
+    assert row["spill_loads_bytes"] == row["spill_stores_bytes"] == 0 and set(row["stores"]) == {"128"}, row
+    assert row["registers"] <= 64, row

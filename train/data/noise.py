@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semantica.kernels import launch
 from semantica.train.data.draws import NOISE
 
 # Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011)
@@ -75,12 +76,30 @@ def key_of(seed: int, purpose: int) -> tuple[int, int]:
     return first, second
 
 
+@functools.cache
+def key_tensor(seed: int, device: torch.device) -> Tensor:
+    """The key of a seed's noise as one number, int64 `[1]`: the first word is its lower half."""
+    return torch.from_numpy(np.array(key_of(seed, NOISE), np.uint32).view(np.int64)).to(device)
+
+
 def noise(seed: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise of samples, fp32 `[B, *shape]` on the device of `index` `[B]`, their numbers in the run.
 
     Word `i` of sample `n` is word `i % 4` of the counter (i // 4, 0, n mod 2^32, n // 2^32).
     """
     size = int(np.prod(shape))
+    if launch.DEVICE == index.device.type:
+        # one launch in the place of some hundred
+        from semantica.kernels.noise import fill
+
+        filled = torch.empty(len(index), size, device=index.device)
+        fill(filled, index, key_tensor(seed, index.device), *quantiles(index.device), WITHIN, FRACTION)
+        return filled.view(len(index), *shape)
+    return plain_noise(seed, index, size).view(len(index), *shape)
+
+
+def plain_noise(seed: int, index: Tensor, size: int) -> Tensor:
+    """`noise` as `[B, size]`, by torch's operators."""
     blocks = -(-size // 4)
     key = key_of(seed, NOISE)
     result = torch.empty(len(index), blocks, 4, device=index.device)
@@ -94,4 +113,4 @@ def noise(seed: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
             words = philox((block, zero, samples & LOW, samples >> 32), key)
             for part, word in zip(result[row : row + rows, start : start + step].unbind(-1), words):
                 part.copy_(normals(word))
-    return result.flatten(1)[:, :size].reshape(len(index), *shape).contiguous()
+    return result.flatten(1)[:, :size].contiguous()

@@ -119,6 +119,8 @@ class Pairs(Dataset):
 
     def batch(self, indices: Iterable[int], device: torch.device | str = "cpu") -> dict[str, Any]:
         """These samples as the trainer takes them, see `semantica.train.data.batch.finish`, loaded here and now."""
+        indices = list(indices)
+        self.prefetch(indices)
         items = [self[index] for index in indices]
         batch = empty(self.layout(), len(items))
         stack(items, batch)
