@@ -3,6 +3,8 @@
 One program per (run of counters, sample): Philox4x32-10 gives four words of each, a table turns them into normals.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -68,5 +70,5 @@ def plan_noise(
 def fill(out: Tensor, index: Tensor, key: Tensor, ends: Tensor, falls: Tensor, within: int, fraction: int) -> None:
     """As `plan_noise` says, on the current stream of the tensors' device."""
     if out.numel():
-        with torch.cuda.device(out.device) if out.is_cuda else torch.no_grad():
+        with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
             plan_noise(out, index, key, ends, falls, within, fraction).run()

@@ -1,7 +1,5 @@
-import gc
 import itertools
 import math
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -426,26 +424,6 @@ def test_options_out_of_range(folder):
     for wrong in ({"drop": 1.5}, {"drop": -0.1}, {"crop": 0.0}, {"crop": 1.2}):
         with pytest.raises(UserError, match="out of range"):
             pairs(data, **wrong)
-
-
-def test_workers_end_with_the_iterator_and_with_an_exception(folder):
-    dataset = pairs(scan(folder, "folders"))
-    before = set(multiprocessing.active_children())
-    stream = batches(dataset, first_index=0, batch=2, workers=2)
-    next(stream)
-    assert len(set(multiprocessing.active_children()) - before) == 2
-    stream.close()
-    assert set(multiprocessing.active_children()) <= before
-
-    def consume():
-        for _ in batches(dataset, first_index=0, batch=2, workers=2):
-            raise KeyError("the consumer fails")
-
-    with pytest.raises(KeyError) as caught:
-        consume()
-    del caught
-    gc.collect()
-    assert set(multiprocessing.active_children()) <= before
 
 
 def test_large_jpegs_feed_small_sizes(tmp_path):

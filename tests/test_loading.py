@@ -1,7 +1,10 @@
 """Loading: memory that workers share, how many of them there are, and what a container leaves them."""
 
+import gc
 import itertools
+import multiprocessing
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from semantica.train.data import loading, workers
 from semantica.train.data.folders import scan
 from semantica.train.data.loading import PLACES, Fetch, batches, host_batches, worker_bytes
 from semantica.train.data.pairs import Pairs
-from semantica.train.loop import train
+from semantica.train.processes import World
+from semantica.train.setup import loaded
 
 
 @pytest.fixture
@@ -42,6 +46,25 @@ def test_a_place_is_not_written_again_before_it_was_read(pairs):
         raw.close()
 
 
+def test_workers_end_with_the_iterator_and_with_an_exception(pairs):
+    before = set(multiprocessing.active_children())
+    stream = batches(pairs, first_index=0, batch=2, workers=2)
+    next(stream)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    stream.close()
+    assert set(multiprocessing.active_children()) <= before
+
+    def consume():
+        for _ in batches(pairs, first_index=0, batch=2, workers=2):
+            raise KeyError("the consumer fails")
+
+    with pytest.raises(KeyError) as caught:
+        consume()
+    del caught
+    gc.collect()
+    assert set(multiprocessing.active_children()) <= before
+
+
 def test_what_crosses_are_bytes(pairs):
     # 16 x 16 x 3 bytes twice, two flips, a level, a drop and a number
     assert worker_bytes(pairs, 4) == PLACES * 4 * (2 * 16 * 16 * 3 + 2 + 8 + 1 + 8)
@@ -49,14 +72,18 @@ def test_what_crosses_are_bytes(pairs):
     assert len(memory) == 2 and {tensor.shape[:2] for tensor in memory[0].values()} == {(PLACES, 4)}
 
 
-def test_no_room_for_shared_memory_is_said_before_a_worker_dies_of_it(pairs, photos, tmp_path, monkeypatch, capsys):
+def test_no_room_for_shared_memory_is_said_before_a_worker_dies_of_it(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "shared_room", lambda: 10_000.0)
     with pytest.raises(UserError, match=r"2 workers share 0 MiB .* has room for 0: give it more \(docker: --shm-size"):
         next(batches(pairs, first_index=0, batch=4, workers=2))
     assert next(batches(pairs, first_index=0, batch=4, workers=0))["index"].tolist() == [0, 1, 2, 3]
+    # without --workers it is worked with
     monkeypatch.setattr(workers, "shared_room", lambda: 10_000.0)
-    train(TrainConfig(str(photos), tmp_path / "run", steps=1, batch=4, held_out=0.0, device="cpu"))
-    assert "0 workers; shared memory has no room for more" in capsys.readouterr().out
+    config, said = TrainConfig("data", tmp_path, batch=4), []
+    measure = SimpleNamespace(peak=1e12, flops=1)
+    feed = loaded(config, pairs, 2, torch.device("cpu"), World(), measure, said.append)
+    assert next(feed)["index"].tolist() == [8, 9, 10, 11]
+    assert len(said) == 1 and "0 workers; shared memory has no room for more" in said[0]
 
 
 @pytest.mark.parametrize(
