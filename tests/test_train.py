@@ -23,7 +23,7 @@ from semantica import SemanticaPipeline, UserError
 from semantica.train.config import TrainConfig, ema_decay, learning_rate
 from semantica.train.data.folders import scan
 from semantica.train.data.heldout import held_out_batches, partners
-from semantica.train.data.pairs import Pairs, collate
+from semantica.train.data.pairs import Pairs
 from semantica.train.loop import train
 from semantica.train.objective import Objective
 from semantica.train.processes import World
@@ -106,7 +106,7 @@ def test_weights_and_their_average_follow_the_definition(photos, tmp_path):
     pairs = Pairs(scan(photos, "folders"), seed=0, image_size=32, global_batch=4, drop=0.0)
     objective = Objective(unet, encoder)
     for step in range(2):
-        batch = collate([pairs[i] for i in range(step * 4, step * 4 + 4)])
+        batch = pairs.batch(range(step * 4, step * 4 + 4))
         logsnr = noise_levels(batch["u"], scheduler.schedule)
         objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])[0].mean().backward()
         torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0)

@@ -146,7 +146,8 @@ class TrainConfig:
     """Share of groups or pages held out where there is no --val; 0 = none."""
     seed: int = 0
     workers: int | None = None
-    """Processes that load data; by default half of the processors, at most 8."""
+    """Processes that load data; by default as many as the step can use, by a measurement at the start, as far as there
+    are processors and shared memory."""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     log_every: int = 20
     save_every: int = 1000

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,9 +22,11 @@ from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.build import alignment, begin_with, build
 from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import held_out_batches
+from semantica.train.data.loading import batches
 from semantica.train.data.open import open_data
-from semantica.train.data.pairs import Pairs, batches
+from semantica.train.data.pairs import Pairs
 from semantica.train.data.source import Source
+from semantica.train.data.workers import BEST_MFU, choose
 from semantica.train.heads import PairHead
 from semantica.train.objective import Objective
 from semantica.train.processes import Vote, World, identity, local_device
@@ -174,7 +175,7 @@ def prepare(config: TrainConfig, world: World) -> Training:
         objective=parallel.wrap(objective),
         averaged=Objective(state.ema["unet"], state.ema.get("encoder", encoder), config.loss, config.scales).eval(),
         pairs=pairs,
-        feed=Feed(loaded(config, pairs, state.step, device, world), world),
+        feed=Feed(loaded(config, pairs, state.step, device, world, measure, run.say), world),
         held=fixed,
         run=run,
         saver=saver,
@@ -238,14 +239,12 @@ def resume(state: TrainState, root: Path, world: World, say: Callable[[str], Non
         say(f"continuing from step {state.step}")
 
 
-def loaded(config: TrainConfig, pairs: Pairs, step: int, device: torch.device, world: World) -> Iterator[dict]:
+def loaded(
+    config: TrainConfig, pairs: Pairs, step: int, device: torch.device, world: World, measure: Measure, say: Callable
+) -> Iterator[dict]:
     """This process' parts of the batches from a step on."""
-    share = (os.cpu_count() or 2) // 2 // world.local_size
-    return batches(
-        pairs,
-        first_index=step * config.batch,
-        batch=config.batch // config.accumulate,
-        device=device,
-        workers=config.workers if config.workers is not None else max(1, min(8, share)),
-        part=(world.rank, world.size),
-    )
+    batch, first = config.batch // config.accumulate, step * config.batch
+    demand = None if measure.peak is None else BEST_MFU * measure.peak / world.size / max(1, measure.flops)
+    workers, why = choose(pairs, first, batch // world.size, config.workers, demand, world.local_size, device.type)
+    say(why)
+    return batches(pairs, first_index=first, batch=batch, device=device, workers=workers, part=(world.rank, world.size))

@@ -28,8 +28,9 @@ from semantica.model.compile import compile_in_place
 from semantica.model.cost import step_flops
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
-from semantica.train.data.folders import scan
-from semantica.train.data.pairs import Pairs, batches
+from semantica.train.data.loading import batches
+from semantica.train.data.open import open_data
+from semantica.train.data.pairs import Pairs
 from semantica.train.graph import StepGraph
 from semantica.train.objective import Objective
 from semantica.train.run.measure import drained
@@ -129,11 +130,11 @@ class Trainer:
         self.record()
         if switches.compile:
             compile_in_place(self.objective, "network" if switches.whole_network else "blocks")
-        pairs = Pairs(
-            scan(config.data, "folders"), seed=0, image_size=unet.config.image_size,
+        self.pairs = Pairs(
+            open_data(config.data), seed=0, image_size=unet.config.image_size,
             condition_size=encoder.image_size, global_batch=batch, drop=config.drop, flip=True, crop=1.0,
         )  # fmt: skip
-        self.feed = batches(pairs, first_index=0, batch=batch, workers=workers, device=self.device)
+        self.feed = batches(self.pairs, first_index=0, batch=batch, workers=workers, device=self.device)
         self.schedule = scheduler.schedule
         return {"flops_per_image": self.flops, "arithmetic": "bf16" if switches.bf16 else "fp32"}
 

@@ -20,6 +20,7 @@ from semantica.model.uvit import UViT
 from semantica.pipelines.networks import NetworkPipeline
 from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.config import FORMAT, FREE, TrainConfig
+from semantica.train.data.draws import DRAWS
 from semantica.train.data.pairs import bad_record
 from semantica.train.objective import take
 from semantica.train.processes import World
@@ -49,7 +50,7 @@ class Run:
 
     def _open(self, data_digest: str) -> None:
         record = {"format": FORMAT, "semantica": semantica.__version__, "torch": torch.__version__}
-        record |= {"train": self.config.record(), "data_digest": data_digest}
+        record |= {"train": self.config.record(), "data_digest": data_digest, "draws": DRAWS}
         path = self.out / "config.json"
         if path.exists():
             self._compare(path, record)
@@ -79,6 +80,8 @@ class Run:
             if name not in free and then != now:
                 option = name.replace("_", "-")
                 raise UserError(f"{self.out} was made with --{option} {then}, not {now}: choose another --out")
+        if old.get("draws", 1) != DRAWS:
+            self.say(f"{self.out} was begun by a version that drew noise and crops in another way: from here on as now")
         if seen != record["data_digest"]:
             raise UserError(
                 f"the pictures in {self.config.data} changed since {self.out} was made: choose another --out"
