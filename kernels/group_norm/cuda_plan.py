@@ -1,7 +1,7 @@
 """How the CUDA kernels of group_norm cut a tensor into blocks: from sizes and a card's limits alone.
 
-A unit is one sample's `width` channels, of whole groups, by all its pixels. Where the blocks of a cluster can hold a unit in
-their shared memory, x is read once. Where they cannot, blocks meet across the whole grid, keep what fits, and read the rest
+A unit is one sample's `width` channels, of whole groups, by all its pixels. Where the blocks of a cluster can hold it
+in their shared memory, x is read once. Elsewhere blocks meet across the whole grid, keep what fits, and read the rest
 again.
 """
 
@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-THREADS, WARP = 512, 32
+WARP = 32
 # bytes: of one access, and of adjacent channels that fill a sector of memory
 ACCESS, SECTOR = 16, 32
 # sums of each channel, and copies ahead in each thread's ring, by the number of operands; as in csrc/cuda
@@ -21,11 +21,15 @@ LEAST_PIXELS = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a card: multiprocessors, bytes of shared memory of a block, blocks of a cluster (1 where there are none)."""
+    """Of a card: multiprocessors, bytes of shared memory of a block, blocks of a cluster (1 where there are none).
+
+    threads: of a block, at most 512, which is what the kernels are compiled for.
+    """
 
     multiprocessors: int
     shared: int
     cluster: int
+    threads: int = 512
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,9 @@ def cut(groups, channels, pixels, width, vector, chunks, itemsize, operands, lim
     """Rows, slots and bytes of shared memory of one block; None where it has no room."""
     columns, share = width // vector, math.ceil(pixels / chunks)
     rows = WARP // math.gcd(columns, WARP)
-    if columns * rows > THREADS:
+    if columns * rows > limits.threads:
         return None
-    while columns * rows * 2 <= THREADS and rows < share:
+    while columns * rows * 2 <= limits.threads and rows < share:
         rows *= 2
     sums = SUMS[operands]
     tables = 4 * (sums * (rows // 2) * width + (2 * sums + 3) * width + 2 * (width // (channels // groups)))

@@ -84,7 +84,9 @@ int main() {
         }
       }
     }
-    for (auto& result : first) std::fwrite(result.data(), 1, result.size(), stdout);
+    for (auto& result : first) {
+      if (!result.empty()) std::fwrite(result.data(), 1, result.size(), stdout);
+    }
     std::fflush(stdout);
   }
 }
