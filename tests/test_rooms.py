@@ -20,7 +20,7 @@ FLOORS = {
     "semantica": [[""], ["model"], ["sampling"], ["engines"], ["pipelines"]],
     "train": [["data"], ["pages"], ["run"], [""]],
     "export": [["builders"], [""]],
-    "benchmarks": [["harness"], ["kernels", "quality"], ["sampling"], ["training"], [""]],
+    "benchmarks": [["harness"], ["kernels", "loading", "quality"], ["sampling"], ["training"], [""]],
 }
 # files of a house that stand above its rooms, and values that the rooms of a house share
 ABOVE = {"semantica/doctor.py", "semantica/cli.py"}
