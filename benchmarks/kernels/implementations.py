@@ -133,22 +133,24 @@ def by_kernels(module: str) -> Callable[..., Tensor]:
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, groups, weight, bias, scale, shift, activation):
-            y, mean, rstd = kernels.forward(x, groups, weight, bias, scale, shift, activation, 1e-5)
-            ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+        def forward(ctx, x, groups, weight, bias, scale, shift, activation, addend):
+            y, mean, rstd = kernels.forward(x, groups, weight, bias, scale, shift, activation, 1e-5, addend)
+            ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, addend)
             ctx.settings = groups, activation
             return y
 
         @staticmethod
         def backward(ctx, dy):
-            x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
+            x, mean, rstd, weight, bias, scale, shift, addend = ctx.saved_tensors
             groups, activation = ctx.settings
-            made = backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation)
-            film = (None if a is None else gradient for a, gradient in zip((scale, shift), made[3:5]))
-            return made[0], None, made[1], made[2], *film, None
+            dx, dweight, dbias, *rest = backward(
+                dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend
+            )
+            dscale, dshift, daddend = (None if a is None else d for a, d in zip((scale, shift, addend), rest))
+            return dx, None, dweight, dbias, dscale, dshift, None, daddend
 
-    def group_norm(x, groups, weight, bias, scale, shift, activation):
-        return Function.apply(x, groups, weight, bias, scale, shift, activation)
+    def group_norm(x, groups, weight, bias, scale, shift, activation, addend=None):
+        return Function.apply(x, groups, weight, bias, scale, shift, activation, addend)
 
     return group_norm
 
