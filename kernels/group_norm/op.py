@@ -4,6 +4,8 @@
 GroupNorm: Wu & He, arXiv 1803.08494, eq. 1. FiLM: Perez et al., arXiv 1709.07871, eq. 2.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -175,8 +177,21 @@ def kernels(forward_module: str, backward_module: str) -> dict[str, tuple]:
     }
 
 
+def rivals() -> dict[str, tuple[str, str]]:
+    """The CUDA kernels, and who says whether a call is theirs, beside each of Triton's."""
+    package = "semantica.kernels.group_norm"
+    return {
+        f"{package}.{name}:{name}": (f"{package}.cuda:{name}", f"{package}.cuda:serves_{name}")
+        for name in ("forward", "backward")
+    }
+
+
 dispatch.register_triton(
-    "group_norm", supports(torch.float32, torch.float16, torch.bfloat16), kernels("forward", "backward")
+    "group_norm",
+    supports(torch.float32, torch.float16, torch.bfloat16),
+    kernels("forward", "backward"),
+    Path(__file__).with_name("choice.json"),
+    rivals(),
 )
 if launch.DEVICE != "cpu" and (instructions := dispatch.cpp_instructions()):
     status = ("C++", f"semantica._C with {instructions}; fp16 and fp64 in plain torch")
