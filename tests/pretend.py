@@ -225,6 +225,8 @@ class PretendedCuda:
             "is_current_stream_capturing": lambda: self.current_stream().graph is not None,
             "get_device_capability": lambda device=None: (9, 0),
             "get_device_name": lambda device=None: "Pretended Card",
+            # what is drawn comes from the host's generator
+            "get_rng_state": lambda device=None: torch.zeros(1), "set_rng_state": lambda state, device=None: None,
         }  # fmt: skip
         for name, function in {**ready, **replaced}.items():
             monkeypatch.setattr(torch.cuda, name, function)
