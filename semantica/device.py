@@ -34,7 +34,7 @@ def numbered(device: torch.device) -> torch.device:
 
 
 def current(device: torch.device) -> AbstractContextManager:
-    """Makes a CUDA device the current one, for what runs there whatever its tensors say: Triton, graphs, TensorRT."""
+    """Makes a CUDA device the current one: graphs, TensorRT and kernels from elsewhere look at nothing else."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
