@@ -27,7 +27,7 @@ def pick_device(name: str) -> torch.device:
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of autocast: bf16 where the processor has instructions for it, unless told otherwise."""
     if name != "auto":
-        return torch.bfloat16 if name == "bf16" else torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -36,10 +36,12 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for what the device still has to do.
+    """A tensor on a device; one of the host gets there without waiting for what the device still has to do.
 
     From pageable memory the copy would wait; pinned memory is kept from reuse until the copy is done.
     """
-    if device.type == "cuda":
+    host = tensor.device.type == "cpu"
+    if host and device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    # what comes from a device must have arrived
+    return tensor.to(device, non_blocking=host)

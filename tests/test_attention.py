@@ -148,7 +148,7 @@ def test_sampling_on_a_gpu_takes_the_backend_that_was_set_or_chooses(monkeypatch
         device = torch.device("cuda")
 
     calls = []
-    monkeypatch.setattr(fast, "set_attention", lambda net, name, *rest, **how: calls.append((name, *rest, how)))
+    monkeypatch.setattr(attention, "set_attention", lambda net, name, *rest, **how: calls.append((name, *rest, how)))
     for name in (None, "_native_flash"):
         net = OnGpu(image_size=16, channels=(32,), depths=(1,), width=64, depth=2, heads=2, streams={"image": 16})
         if name:

@@ -14,13 +14,13 @@ import torch
 from semantica.benchmarks.harness import sources, store
 from semantica.benchmarks.harness import suite as harness_suite
 from semantica.benchmarks.harness.arithmetic import tf32
-from semantica.benchmarks.harness.process import Entrant, Wrong, serve
+from semantica.benchmarks.harness.process import Entrant, Process, Wrong, serve
 from semantica.benchmarks.harness.suite import run
 from semantica.benchmarks.harness.table import cells, page
 from semantica.benchmarks.quality.web import draw_web
 from semantica.benchmarks.training import scaling, suite, tables
 from semantica.benchmarks.training.suite import TrainingBench, compare_losses
-from semantica.benchmarks.training.worker import Switches, Trainer, group_of, rungs
+from semantica.benchmarks.training.worker import Switches, Trainer, group_of, rungs, seconds_by_name
 from semantica.cli import main
 from semantica.errors import ArtifactError, UserError
 
@@ -65,11 +65,41 @@ def test_another_loss_is_wrong(losses, arithmetic, reason):
         ("aten::_foreach_lerp_", "optimizer and averages"),
         ("triton_poi_fused_add_mul_3", "compiled, fused"),
         ("aten::copy_", "the rest"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolution"),
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
+        ("ampere_bf16_s16816gemm_bf16_128x64_ldg8_f2f_stages_64x4_tn", "matrix products"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", "attention"),
+        ("resident_backward_kernel", "group_norm"),
+        ("dkv_kernel", "attention"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>",
+         "optimizer and averages"),
+        ("Memcpy DtoD (Device -> Device)", "the rest"),
         ("aten::comm_thing", "the rest"),
     ],
 )
 def test_operators_are_told_apart(name, kind):
     assert group_of(name) == kind
+
+
+def test_a_gpu_s_time_is_counted_once():
+    """The profiler has a kernel's time in its own row and in that of the operator that launched it."""
+
+    def event(key: str, where, cpu: float, device: float, annotated: bool = False):
+        return types.SimpleNamespace(
+            key=key, device_type=where, self_cpu_time_total=cpu, self_device_time_total=device, count=2,
+            is_user_annotation=annotated,
+        )  # fmt: skip
+
+    host, gpu = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    events = [
+        event("aten::mm", host, 7e3, 3e6),
+        event("nvjet_hsh", gpu, 0, 3e6),
+        event("ProfilerStep", gpu, 0, 5e6, annotated=True),
+        event("dq_kernel", gpu, 0, 1e6),
+    ]
+    assert [*seconds_by_name(events, cuda=True)] == [("nvjet_hsh", 3.0, 2), ("dq_kernel", 1.0, 2)]
+    assert [*seconds_by_name(events, cuda=False)] == [("aten::mm", 7e-3, 2)]
 
 
 def test_rungs_train_alike(tmp_path):
@@ -149,6 +179,17 @@ def test_every_bench_computes_fp32_in_fp32(monkeypatch):
         use()
         answers.append(tf32())
     assert answers == [False, False]
+
+
+def test_a_contender_that_was_killed_is_closed_like_any_other(tmp_path):
+    contender = Process("this", "gone", tmp_path)
+    contender.process.wait()
+    contender.process.stdout.read()
+    with pytest.raises(Wrong, match="its process ended with code 0"):
+        contender.ask("steps", count=1)
+    # twice, as in a race: when it fails, and when all are closed
+    contender.close()
+    contender.close()
 
 
 def suite_bench(request):

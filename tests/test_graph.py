@@ -1,5 +1,6 @@
 """A recorded training step: the same training as by calls, on the CPU with a recording that runs the function again."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from semantica.condition import Stream
 from semantica.errors import ArtifactError
 from semantica.train.config import TrainConfig
 from semantica.train.graph import StepGraph
-from semantica.train.loop import train
+from semantica.train.loop import NEVER, run_steps, train
+from semantica.train.processes import joined
+from semantica.train.setup import prepare
 
 CPU = torch.device("cpu")
 
@@ -109,6 +112,27 @@ def test_a_replay_that_computes_something_else_is_not_kept(spoils):
     empty = StepGraph(passes(net), net.parameters(), CPU, lambda run: (run(), lambda: None))
     with pytest.raises(ArtifactError, match="gradient norm is 0, "):
         empty(*given(0))
+
+
+def test_the_trainer_records_its_step_and_trains_the_same(photos, tmp_path, monkeypatch):
+    """Two parts to a batch; the encoder trained along, REPA and stored tokens are trees of tensors like these."""
+    record = Recording()
+    monkeypatch.setattr("semantica.train.graph.cuda_graph", record)
+    ends = []
+    for name, graph in (("called", False), ("recorded", True)):
+        settings = TrainConfig(
+            str(photos), tmp_path / name, steps=3, batch=4, accumulate=2, warmup=0, precision="fp32", held_out=0.0,
+            align=0.1, workers=0, device="cpu",
+        )  # fmt: skip
+        with joined(settings) as world:
+            t = prepare(settings, world)
+            # what only a GPU may ask for
+            t.state.config = dataclasses.replace(settings, graph=graph)
+            run_steps(dataclasses.replace(t, config=t.state.config), NEVER)
+        ends.append(t.state.tensors())
+    called, recorded = ends
+    assert record.made == 1 and called.keys() == recorded.keys() and len(called) > 500
+    assert all(torch.equal(called[key], value) for key, value in recorded.items())
 
 
 def test_a_graph_is_for_one_process_on_a_gpu(photos, tmp_path):

@@ -318,7 +318,8 @@ def pins() -> dict[str, str]:
 def test_constraints_pin_what_make_installs():
     project, pinned = PROJECT["project"], pins()
     extras = project["optional-dependencies"]
-    assert set(extras) == {"train", "pairs", "export", "bench", "flash", "tensorrt", "tensorrt-rtx", "ray", "test"}
+    named = {"train", "pairs", "export", "bench", "flash", "float8", "tensorrt", "tensorrt-rtx", "ray", "test"}
+    assert set(extras) == named
     lines = [*project["dependencies"], *extras["train"], *extras["bench"], *extras["pairs"], *extras["test"]]
     needs = {need.name: need for need in map(Requirement, [*lines, *PROJECT["build-system"]["requires"]])}
     # a CUDA build of torch pins its own triton; a range says which versions the kernels are for

@@ -257,13 +257,6 @@ def test_impossible_options_write_nothing(photos, tmp_path, changes, message):
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("parallel", "processes"), [("auto", 2), ("ddp", 2), ("fsdp", 1)])
-def test_one_graph_is_for_one_whole_process(photos, tmp_path, parallel, processes):
-    settings = config(photos, tmp_path, compile=True, compile_scope="network", parallel=parallel)
-    with pytest.raises(UserError, match="--compile-scope network is for one process"):
-        settings.check(processes)
-
-
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(photos, tmp_path):
     settings = config(photos, tmp_path / "run")
     measure = Measure(settings, torch.device("cpu"), torch.float32, 10**9, World())
@@ -373,7 +366,7 @@ def test_held_out_batches_pair_each_sample_with_another_group(photos, tmp_path):
     "changes",
     [
         dict(conditioning="both", align=0.1),
-        dict(conditions=2, scales=(16, 32), checkpointing=True),
+        dict(conditions=2, scales=(16, 32), checkpointing=True, checkpointing_keeps="products"),
         dict(encoder="dinov2", encoder_size=28, repa=0.5),
     ],
     ids=str,

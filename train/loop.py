@@ -25,6 +25,7 @@ from semantica.train.repeatable import repeatable
 from semantica.train.run.folder import SAMPLE_CONDITIONS
 from semantica.train.setup import Training, prepare
 from semantica.train.sharding import gathered
+from semantica.train.state import TrainState
 
 NEVER = Stop()
 
@@ -109,7 +110,7 @@ def run_steps(t: Training, stop: Stop) -> None:
                 t.measure.stop()
             if logs:
                 row = t.measure.row(step, state.optimizer.param_groups[0]["lr"])
-                t.run.log(row)
+                t.run.log(row | scale(state))
                 bar.set_postfix(loss=f"{row['loss']:.4f}", images_s=f"{row['images_per_s']:.0f}")
             if evaluates:
                 held = held_out_loss(t.averaged, t.held, t.scheduler.schedule, t.autocast)
@@ -128,6 +129,20 @@ def run_steps(t: Training, stop: Stop) -> None:
                 t.measure.start()
 
 
+def scale(state: TrainState) -> dict[str, float]:
+    """The scale of the loss, for the log; nothing without one.
+
+    Raises:
+        FloatingPointError: it fell so low that what overflows is not its doing.
+    """
+    if state.scaler is None:
+        return {}
+    found = state.scaler.get_scale()
+    if found < 1:
+        raise FloatingPointError("gradients overflow in fp16 with any scale: give --precision fp32, or a lower --lr")
+    return {"loss_scale": found}
+
+
 def inputs(t: Training, batch: dict) -> tuple[Prepared | Tensor | None, ...]:
     """What the objective takes of a part of a batch, on the device."""
     logsnr = sent(noise_levels(batch["u"], t.scheduler.schedule), t.device)
@@ -144,7 +159,7 @@ def backward(t: Training, *inputs: Prepared | Tensor | None) -> tuple[Tensor, Te
     for weight, other in ((t.config.align, pairing), (t.config.repa, alignment)):
         if other is not None:
             total = total + weight * other
-    total.backward()
+    (total if t.state.scaler is None else t.state.scaler.scale(total)).backward()
     return denoising.detach(), torch.zeros_like(denoising) if alignment is None else alignment.detach()
 
 
@@ -177,6 +192,9 @@ def finish(t: Training) -> None:
     if step < t.config.steps:
         t.run.say(f"stopped: {out} is saved at step {step} of {t.config.steps}; the same command continues it")
         return
-    unet, encoder = gathered(t.averaged.unet, t.world), gathered(t.averaged.encoder, t.world)
-    t.run.publish(unet, encoder, t.scheduler)
+    for decay, modules in t.state.averages.items():
+        # a frozen encoder has no average
+        networks = (modules["unet"], modules.get("encoder", t.averaged.encoder))
+        place = None if modules is t.state.ema else f"ema-{decay}"
+        t.run.publish(*(gathered(network, t.world) for network in networks), t.scheduler, place)
     t.run.say(f"done: {out} after {step} steps")

@@ -16,8 +16,10 @@ from semantica.kernels import implementations
 from semantica.model.attention import set_attention
 from semantica.model.compile import compile_in_place
 from semantica.model.cost import count_parameters, step_flops
+from semantica.model.float8 import check_float8, to_float8
+from semantica.model.recompute import keeping_products
 from semantica.sampling.scheduler import SemanticaScheduler
-from semantica.train.build import alignment, build
+from semantica.train.build import alignment, begin_with, build
 from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import held_out_batches
 from semantica.train.data.loading import batches
@@ -106,6 +108,8 @@ def prepare(config: TrainConfig, world: World) -> Training:
         device = run_device(config, world)
         if config.graph and device.type != "cuda":
             raise UserError(f"--graph records what a GPU does, and the device is {device}: leave it out")
+        if config.float8:
+            check_float8(device)
         data, held, bad = open_sets(config)
     config = dataclasses.replace(config, mode=data.mode)
     world.require_same({"the pictures in --data": data.digest(), "those held out": held and held.digest()})
@@ -113,7 +117,11 @@ def prepare(config: TrainConfig, world: World) -> Training:
     dtype = pick_precision(config.precision, device)
     parallel = parallelize(world, device, dtype)
     with world.consensus():
-        unet, encoder, scheduler = build(config, parallel.built_on)
+        unet, encoder, scheduler = build(config, parallel.built_on, parallel.building)
+        # where the run continues, its own weights replace these anyway
+        begins = config.init and not checkpoint.folders(config.out / "checkpoints")
+        if begins and not unet.conv_in.weight.is_meta:
+            begin_with(config.init, unet, encoder)
         repa, teacher = alignment(config, unet, encoder, device)
         networks = nn.ModuleList([unet, encoder])
         attention = set_attention(
@@ -133,7 +141,9 @@ def prepare(config: TrainConfig, world: World) -> Training:
         # frozen, it stays whole: it has neither gradients nor moments, and to gather it would cost every step
         encoder.to(device)
     modules = {"unet": unet, "encoder": encoder, "head": head, "repa": repa}
-    state = TrainState(config, {name: module for name, module in modules.items() if module is not None}, parallel.shard)
+    modules = {name: module for name, module in modules.items() if module is not None}
+    scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
+    state = TrainState(config, modules, scaler, parallel.copies)
     objective = compiled(config, Objective(unet, encoder, config.loss, config.scales, head, repa, teacher).train())
     saver = checkpoint.Saver(run.out / "checkpoints", world, config.keep, device)
     resume(state, saver.root, world, run.say)
@@ -205,12 +215,15 @@ def millions(module: nn.Module) -> str:
 
 
 def compiled(config: TrainConfig, objective: Objective) -> Objective:
-    """The objective, its blocks compiled and checkpointed in place where that was asked for."""
+    """The objective, its blocks in float8, compiled and checkpointed in place where that was asked for."""
+    if config.float8:
+        # after the averages were copied: those are evaluated and published as they are
+        to_float8(objective.unet)
     if config.compile:
         compile_in_place(objective, config.compile_scope)
     trained = (objective.unet, objective.encoder) if objective.encoder.trainable else (objective.unet,)
     for module in trained if config.checkpointing else ():
-        module.enable_gradient_checkpointing()
+        module.enable_gradient_checkpointing(keeping_products if config.checkpointing_keeps == "products" else None)
     return objective
 
 
@@ -220,8 +233,9 @@ def resume(state: TrainState, root: Path, world: World, say: Callable[[str], Non
     found = checkpoint.load_newest(root, world, say)
     if found:
         record, reader = found
-        checkpoint.load(reader, state.prepare(reader.metadata.state_dict_metadata.keys()), world.saving)
-        state.step = record["step"]
+        tensors = state.prepare(reader.metadata.state_dict_metadata.keys())
+        checkpoint.load(reader, tensors, world.saving)
+        state.resumed(record["step"], tensors)
         say(f"continuing from step {state.step}")
 
 

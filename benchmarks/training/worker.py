@@ -5,18 +5,23 @@ The step is the trainer's, with one switch for each rung of the ladder: the last
 
 import copy
 import functools
+import re
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 from semantica.benchmarks.harness.ladder import cumulative
 from semantica.benchmarks.harness.process import peak_memory, serve
 from semantica.benchmarks.sampling.stock import rebuild
 from semantica.device import sent
 from semantica.diffusion import noise_levels
+from semantica.kernels import OPERATORS
 from semantica.memory import keep_freed_memory
 from semantica.model.attention import set_attention
 from semantica.model.compile import compile_in_place
@@ -57,24 +62,46 @@ def rungs(device: str) -> dict[str, Switches]:
     return {"plain": ladder.pop("plain"), STRONG: Switches(compile=True, bf16=True, whole_network=True), **ladder}
 
 
+@functools.cache
+def own_kernels() -> dict[str, str]:
+    """Names of this package's Triton kernels, and the operator that each is part of."""
+    files = [(operator.name, path) for operator in OPERATORS.values() for path in operator.sources(gpu=True)]
+    return {kernel: name for name, path in files for kernel in re.findall(r"def (\w+_kernel)\(", path.read_text())}
+
+
 def group_of(name: str) -> str:
-    """What kind of work an operator of PyTorch is."""
+    """What kind of work an operator of PyTorch is, or a kernel of a GPU."""
     kinds = {
-        "convolution": ("conv",),
+        "convolution": ("conv", "fprop", "dgrad", "wgrad"),
         "matrix products": ("mm", "addmm", "bmm", "linear", "gemm", "matmul"),
         "group_norm": ("group_norm",),
-        "attention": ("attention", "softmax"),
-        "optimizer and averages": ("adam", "foreach", "lerp"),
+        "attention": ("attention", "softmax", "flash_", "fmha"),
+        "optimizer and averages": ("adam", "foreach", "lerp", "multi_tensor_apply"),
         "compiled, fused": ("fused", "triton", "compiledfx", "graph_"),
     }
-    low = name.lower()
+    low = own_kernels().get(name, name).lower()
     # attention and norms are named more exactly than the products inside them
     for kind in ("attention", "group_norm", "convolution", "optimizer and averages", "compiled, fused"):
         if any(word in low for word in kinds[kind]):
             return kind
     if any(word in low.split("::")[-1].split("_") or low.endswith(f"::{word}") for word in kinds["matrix products"]):
         return "matrix products"
-    return "the rest"
+    # cuBLAS' own names
+    return "matrix products" if any(word in low for word in ("gemm", "nvjet", "cutlass")) else "the rest"
+
+
+def seconds_by_name(events: Iterable[Any], cuda: bool) -> Iterator[tuple[str, float, int]]:
+    """Name, seconds and calls of what took time on the device, from averages of PyTorch's profiler.
+
+    On a GPU these are its kernels alone: each operator's row has the time of the kernels that it launched once more,
+    and what a graph launches no operator has.
+    """
+    for event in events:
+        if cuda and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
+            continue
+        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if spent:
+            yield event.key, spent / 1e6, event.count
 
 
 class Trainer:
@@ -194,11 +221,8 @@ class Trainer:
         cuda = self.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
             self.steps(count)
-        rows = []
-        for event in found.key_averages():
-            spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-            if spent:
-                rows.append((event.key, spent / 1e6 / count, event.count / count))
+        events = seconds_by_name(found.key_averages(), cuda)
+        rows = [(name, seconds / count, calls / count) for name, seconds, calls in events]
         kinds: dict[str, float] = {}
         for name, seconds, _ in rows:
             kinds[group_of(name)] = kinds.get(group_of(name), 0.0) + seconds

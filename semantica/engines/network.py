@@ -12,6 +12,7 @@ from semantica.engines.base import Engine
 from semantica.engines.bundle import WEIGHTS, Bundle
 from semantica.errors import UserError
 from semantica.inputs import samples_in
+from semantica.model.attention import sampling_attention
 from semantica.model.conditioner import encode, from_plain, placed
 from semantica.model.uvit import UViT
 
@@ -53,6 +54,7 @@ class TorchEngine(Engine):
         self.arithmetic = bundle.precision
         self.unet, self.encoder = build(bundle, device)
         self.unet.to(memory_format=torch.channels_last)
+        sampling_attention(self.unet, device, self.unet.dtype)
 
     @torch.inference_mode()
     def encode(self, inputs: Mapping[str, Tensor]) -> Condition:

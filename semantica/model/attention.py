@@ -94,6 +94,19 @@ def set_attention(
     return name, reason
 
 
+def sampling_attention(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Where a model that only samples runs on a GPU: the backend that was set, else the best one, compiled or not.
+
+    Raises:
+        UserError: the backend that was set cannot run there.
+    """
+    if device.type == "cuda":
+        layers = (m for m in model.modules() if isinstance(m, SelfAttention))
+        chosen = {m.processor._attention_backend for m in layers} - {None}
+        name = AttentionBackendName(chosen.pop()).value if chosen else "auto"
+        set_attention(model, name, device, dtype, backward=False, compiled=True)
+
+
 def choose(
     device: torch.device | str, wanted: Sequence[Use] = (Use(),), deterministic: bool = False
 ) -> tuple[str, str]:

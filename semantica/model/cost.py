@@ -118,6 +118,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
         if rate is None:
             return None, f"no data sheet's rate is known here for {named} on {card!r}"
         return rate, f"{card} data sheet, dense {named}"
+    if dtype == torch.float16:
+        # PyTorch's product in it takes seconds, and nobody trains so
+        return None, "fp16 is for GPUs"
     a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
     times = []
     for _ in range(8):

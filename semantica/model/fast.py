@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 
 from semantica.condition import Condition
-from semantica.model.attention import attend_by_products, set_attention
-from semantica.model.layers import GroupNormAct, ResBlock, SelfAttention, TransformerBlock
+from semantica.model.attention import attend_by_products, sampling_attention
+from semantica.model.layers import GroupNormAct, ResBlock, TransformerBlock
 from semantica.model.uvit import UViT
 
 
@@ -122,10 +121,7 @@ class PartingBlock(TransformerBlock):
 
 
 def rearrange(net: UViT, dtype: torch.dtype) -> None:
-    """Put the blocks above in the places of the network's own, and matrix products in those of attention on a CPU.
-
-    On a GPU self-attention runs on the backend that was set, else on the fastest that can do what sampling does.
-    """
+    """Put the blocks above in the places of the network's own, and matrix products in those of attention on a CPU."""
     for level in net.up_blocks:
         for i, block in enumerate(level):
             level[i] = UpBlock(block)
@@ -133,10 +129,7 @@ def rearrange(net: UViT, dtype: torch.dtype) -> None:
         net.transformer_blocks[i] = PartingBlock(block)
     if net.device.type == "cpu":
         attend_by_products(net)
-    elif net.device.type == "cuda":
-        chosen = {m.processor._attention_backend for m in net.modules() if isinstance(m, SelfAttention)} - {None}
-        name = AttentionBackendName(chosen.pop()).value if chosen else "auto"
-        set_attention(net, name, net.device, dtype, backward=False, compiled=True)
+    sampling_attention(net, net.device, dtype)
 
 
 def merge(projections: list[nn.Linear]) -> nn.Linear:

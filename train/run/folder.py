@@ -73,6 +73,7 @@ class Run:
         # other parts add up to the same, unless each is compared within itself
         free = FREE if self.config.align else FREE | {"accumulate"}
         defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
         for name, now in record["train"].items():
             # a run made before an option existed had its default
             then = before.get(name, defaults.get(name))
@@ -187,16 +188,25 @@ class Run:
         (self.out / "samples").mkdir(exist_ok=True)
         save_png(grid(rows, apart=1), self.out / "samples" / f"step-{step:08d}.png")
 
-    def publish(self, unet: UViT | None, encoder: nn.Module | None, scheduler: SemanticaScheduler) -> None:
+    def publish(
+        self, unet: UViT | None, encoder: nn.Module | None, scheduler: SemanticaScheduler, place: str | None = None
+    ) -> None:
         """Write the pipeline, on the first process, which has the whole networks; its index, which makes the folder
-        usable, comes last. All processes call this."""
-        self._write(self._publish, unet, encoder, scheduler)
+        usable, comes last. All processes call this.
 
-    def _publish(self, unet: UViT, encoder: nn.Module, scheduler: SemanticaScheduler) -> None:
+        place: a folder of its own in the run folder, for another one than the run's.
+        """
+        self._write(self._publish, unet, encoder, scheduler, place)
+
+    def _publish(self, unet: UViT, encoder: nn.Module, scheduler: SemanticaScheduler, place: str | None) -> None:
         # what it imports of diffusers takes as long as PyTorch, and only this needs it
         from semantica.pipelines.variations import SemanticaPipeline
 
         pipeline, index = SemanticaPipeline(unet, encoder, scheduler), self.out / "model_index.json"
+        if place:
+            with written(self.out / place) as folder:
+                pipeline.save_pretrained(folder, safe_serialization=True)
+            return
         index.unlink(missing_ok=True)
         aside = self.out / "pipeline"
         with written(aside) as folder:

@@ -38,7 +38,7 @@ class Measure:
         drain: Callable[[torch.device], None] = drained,
     ):
         self.config, self.device, self.flops, self.world = config, device, flops, world
-        self.clock, self.drain = clock, drain
+        self.clock, self.drain, self.skips = clock, drain, dtype == torch.float16
         self.peak, self.peak_source = peak_flops(device, dtype)
         if self.peak is not None:
             self.peak *= world.size
@@ -71,7 +71,8 @@ class Measure:
         self.norms.append(norm)
         if aligned is not None:
             self.aligned.append(aligned)
-        self.finite &= torch.isfinite(loss) & torch.isfinite(norm)
+        # a step whose gradients overflow in fp16 was skipped, and the next has a lower scale
+        self.finite &= torch.isfinite(loss) & (torch.isfinite(norm) | self.skips)
         self.steps += 1
 
     def check(self) -> None:
@@ -84,11 +85,12 @@ class Measure:
 
     def row(self, step: int, rate: float) -> dict:
         self.check()
+        norms = torch.stack(self.norms)
         images = self.steps * self.config.batch / max(self.busy, 1e-9)
         row = {
             "step": step,
             "loss": self.world.mean(torch.stack(self.losses).mean()).item(),
-            "grad_norm": torch.stack(self.norms).mean().item(),
+            "grad_norm": (norms[norms.isfinite()] if self.skips else norms).mean().item(),
             "lr": rate,
             "images_per_s": images,
             "data_wait": self.waited / max(self.busy, 1e-9),
