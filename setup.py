@@ -1,15 +1,24 @@
-"""Builds semantica._C from csrc/ with pybind11 and a plain C++17 compiler; everything else is in pyproject.toml."""
+"""Builds semantica._C from csrc/ with a C++17 compiler, semantica._cuda from csrc/cuda with nvcc, both with pybind11.
+
+`csrc/backend.py` says what pip can be told about it; everything else is in pyproject.toml.
+"""
 
 import hashlib
+import importlib.util
 import os
 import sys
+import sysconfig
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError, ExecError, LinkError, PlatformError
+from setuptools.errors import CompileError, ExecError, LinkError, OptionError, PlatformError
 
 # (compile flags, link flags)
 OPENMP = {
@@ -18,20 +27,54 @@ OPENMP = {
 }.get(sys.platform, (["-fopenmp"], ["-fopenmp"]))
 # what every source in csrc/ needs: the headers of python and a c++17 library
 PROBE = '#include <Python.h>\n#include <string_view>\n{header}\nextern "C" int probe() {{ return {value}; }}\n'
+C, CUDA = "semantica._C", "semantica._cuda"
+
+
+def load(name, path):
+    """A file of the package as a module by itself: the package needs what is not installed yet."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+nvcc = load("semantica_nvcc", Path(__file__).parent / "semantica" / "nvcc.py")
 
 
 class OptionalBuild(build_ext):
-    """With no working C++ compiler the package is installed without `_C`; with one, an error in csrc/ is an error."""
+    """With no working compiler the package is installed without `_C` or `_cuda`; an error in csrc/ is an error.
+
+    CUDA that was asked for by name and cannot be built is an error too.
+    """
+
+    # otherwise options are looked up under the name of the class, once it is initialized again for an editable install
+    command_name = "build_ext"
+    user_options = [
+        *build_ext.user_options,
+        ("cuda=", None, "auto (for the GPUs here, if any), no, all, or architectures such as sm_90a,sm_120a"),
+        ("cuda-compiler=", None, "path of nvcc; by default CUDA_HOME's, PATH's or the one that pip installed"),
+    ]
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.cuda, self.cuda_compiler = "auto", None
+
+    def finalize_options(self):
+        super().finalize_options()
+        try:
+            self.architectures = nvcc.wanted(self.cuda, nvcc.cards() if self.cuda == "auto" else ())
+        except ValueError as error:
+            raise OptionError(str(error)) from error
 
     def build_extension(self, ext):
+        if ext.name == CUDA:
+            self.build_cuda(ext)
+            return
         if self.compiler.compiler_type != "msvc":
             ext.extra_compile_args.append("-O3")
         complaint = self.probe(ext, "", "0", [], [])
-        # an optional extension may be missing, but its errors are hidden too: decide before compiling
-        ext.optional = complaint is not None
-        if ext.optional:
-            self.warn(f"semantica is installed without semantica._C: no C++17 program can be built here ({complaint})")
-            self.remove_older(ext)
+        if complaint is not None:
+            self.leave_out(ext, f"no C++17 program can be built here ({complaint})")
             return
         if self.probe(ext, "#include <omp.h>", "omp_get_max_threads()", *OPENMP) is None:
             ext.extra_compile_args += OPENMP[0]
@@ -59,28 +102,89 @@ class OptionalBuild(build_ext):
                 return str(error)
         return None
 
-    def remove_older(self, ext):
+    def leave_out(self, ext, why):
+        """Go on without an extension, in one line."""
+        # an optional extension may be missing, but its errors are hidden too: decided before compiling
+        ext.optional = True
+        self.warn(f"semantica is installed without {ext.name}: {why}")
         # otherwise an editable install would go on loading what was built from other sources
-        if self.editable_mode:
-            older, _ = self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
-            if os.path.exists(older):
-                os.remove(older)
+        if older := self.older(ext):
+            os.remove(older)
+
+    def older(self, ext):
+        """What an earlier editable install has left, if anything."""
+        if not self.editable_mode:
+            return None
+        path, _ = self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
+        return path if os.path.exists(path) else None
+
+    def build_cuda(self, ext):
+        """Compile every source for all architectures, and link: nvcc knows its own headers and libraries best."""
+        if not self.architectures:
+            why = "no NVIDIA GPU of compute capability 8.0 or newer is here; to build for one elsewhere: -C cuda=all"
+            self.leave_out(ext, "it was not asked for (cuda=no)" if self.cuda == "no" else why)
+            return
+        try:
+            compiler = nvcc.compiler(Path(self.cuda_compiler) if self.cuda_compiler else None)
+        except nvcc.Unusable as error:
+            if self.cuda != "auto":
+                raise CompileError(f"semantica._cuda was asked for (cuda={self.cuda}), but {error}") from error
+            self.leave_out(ext, str(error))
+            return
+        target, names = Path(self.get_ext_fullpath(ext.name)), " ".join(self.architectures)
+        version = ".".join(map(str, compiler.version))
+        built = f"{digest(ext.depends)} {version} {target.name} {names}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        older = self.older(ext)
+        # minutes of compiling, for what is there already
+        if older and built.encode() in Path(older).read_bytes():
+            self.copy_file(older, str(target))
+            return
+        folder, began, jobs = Path(self.build_temp), time.monotonic(), len(os.sched_getaffinity(0))
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = [*nvcc.FLAGS, f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+        macros = {"SOURCES": digest(ext.depends), "ARCHITECTURES": names, "COMPILER": version, "BUILT": built}
+        flags += [f'-DSEMANTICA_{name}="{value}"' for name, value in macros.items()]
+        flags += [*nvcc.gencode(self.architectures), f"--threads={max(1, jobs // len(ext.sources))}"]
+
+        def compile(source):
+            made = folder / f"{Path(source).name}.o"
+            done = compiler.run("-c", *flags, source, "-o", made)
+            if done.returncode:
+                raise CompileError(f"{source} does not compile:\n{done.stderr}{done.stdout}")
+            return made
+
+        with ThreadPoolExecutor(min(jobs, len(ext.sources))) as pool:
+            objects = list(pool.map(compile, ext.sources))
+        # the runtime goes in: the module needs the driver alone, whatever CUDA torch was built with
+        done = compiler.run("-shared", "-cudart=static", "-cudadevrt=none", *objects, "-o", target)
+        if done.returncode:
+            raise LinkError(f"semantica._cuda does not link:\n{done.stderr}{done.stdout}")
+        took = time.monotonic() - began
+        self.warn(f"semantica._cuda: {len(objects)} files for {names} by {compiler} in {took:.0f} s on {jobs} cores")
 
 
 def digest(paths):
     """Of names and contents: what was built says what it was built from."""
     found = hashlib.sha256()
-    for path in paths:
+    for path in sorted(paths):
         with open(path, "rb") as file:
             found.update(os.path.basename(path).encode() + file.read())
     return found.hexdigest()[:16]
 
 
-extension = Pybind11Extension(
-    "semantica._C",
-    sorted(glob("csrc/*.cpp")),
-    depends=glob("csrc/*.h"),
-    define_macros=[("SEMANTICA_SOURCES", "h" + digest(sorted(glob("csrc/*.cpp") + glob("csrc/*.h"))))],
-    cxx_std=17,
-)
-setup(ext_modules=[extension], cmdclass={"build_ext": OptionalBuild})
+extensions = [
+    Pybind11Extension(
+        C,
+        sorted(glob("csrc/*.cpp")),
+        depends=glob("csrc/*.h"),
+        define_macros=[("SEMANTICA_SOURCES", "h" + digest(glob("csrc/*.cpp") + glob("csrc/*.h")))],
+        cxx_std=17,
+    ),
+    Extension(
+        CUDA,
+        [*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/module.cpp"],
+        depends=[path for kind in ("cu", "cuh", "h", "cpp") for path in glob(f"csrc/cuda/*.{kind}")],
+    ),
+]
+setup(ext_modules=extensions, cmdclass={"build_ext": OptionalBuild})

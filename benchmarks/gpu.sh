@@ -1,142 +1,281 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in slices that each end within ten minutes on a data-centre card.
+# Everything that needs an NVIDIA GPU, in slices, for a machine that is lent for half an hour and has no network.
 #
-#   benchmarks/gpu.sh list                 print the slices
-#   benchmarks/gpu.sh SLICE... | all       run them; results go to $OUT, by default benchmarks/results/<device>
-#   WHEELS=folder benchmarks/gpu.sh ...    install the wheels in that folder first; nothing is downloaded
+#   benchmarks/gpu.sh list                    the slices: commands of at most ten minutes, seconds, what each is for
+#   benchmarks/gpu.sh pack FOLDER [LIST]      fetch the wheels that such a machine lacks; needs a network and no GPU
+#   benchmarks/gpu.sh rehearse [SLICE...]     the same on this processor, with small sizes: no result of anything
+#   benchmarks/gpu.sh [OPTIONS] SLICE...      run slices; first, second and third are the commands of one loan, in
+#                                             order: correctness first; more is what a longer one can add
 #
-# PYTHON chooses the interpreter (default python3). It must hold torch with CUDA, and setuptools and pybind11 to build.
+#   --wheels FOLDER   install the wheels in that folder first; nothing is downloaded
+#   --archive FILE    keep all results in one file too, from slice to slice; where it is there, go on from it
+#   --again           run slices that are done, and measure rows that are there
+#
+# A slice that is done is skipped, one that was killed goes on with the rows that it lacks. Results go to $OUT, by
+# default benchmarks/results/<device>. PYTHON chooses the interpreter (default python3): it must hold torch with CUDA.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-SLICES=(doctor tests sanitize compiled tune-norm-1 tune-norm-2 tune-norm-3 tune-attention norm-1 norm-2 norm-3 norm-4
-        attention-1 attention-2 train-small train-base sample-small sample-base ladder-base)
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
+# command, slice, seconds that it may take, what for; those to install are reckoned for each command, and the loan's for
+# a machine to start as well
+INSTALL=75
+START=120
+LOAN=1800
+TABLE='
+first  doctor          30 what the machine has, and what will run on it
+first  tests          110 the tests that need a GPU, both kinds of kernels among them
+first  memcheck       100 reads and writes past the end of a tensor, in every kernel
+first  racecheck      140 threads of a block that meet without a barrier, in every kernel
+first  compiled        60 registers, spills and access widths, as compiled there
+second norm           140 group_norm beside its rivals, Triton and CUDA
+second attention       60 cross_attention beside its rivals
+second sample         300 whole runs of `small`, every engine raced
+third  train          250 training steps of `small`, from a plain loop to the trainer
+third  nccl            75 one process under torchrun with NCCL: DDP, then the same run under FSDP
+third  export          80 a bundle in bf16, checked against the network, and pictures of it by every engine
+third  build          100 engines of that bundle, each checked, and pictures by it
+more   sample-base    590 whole runs of `base`, every engine raced
+more   train-base     590 training steps of `base`
+more   ladder-base    590 sampling of `base`, each optimisation in turn
+more   tune-norm-1    590 launch tables for this card, beside the results: copy them over kernels/*/ladder.json
+more   tune-norm-2    590 as tune-norm-1
+more   tune-norm-3    590 as tune-norm-1
+more   tune-attention 590 as tune-norm-1
+'
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
+complain() { echo "gpu.sh: $1" >&2; exit 2; }
+slices_of() { awk -v want="$1" '$1 == want { print $2 }' <<< "$TABLE"; }
+seconds_of() { awk -v want="$1" '$2 == want { print $3 }' <<< "$TABLE"; }
 
-if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then usage; exit 0; fi
-if [[ $1 == list ]]; then printf '%s\n' "${SLICES[@]}"; exit 0; fi
-# tuning changes what is measured after it, so it is asked for by name
-if [[ $1 == all ]]; then
-  set --
-  for slice in "${SLICES[@]}"; do if [[ $slice != tune-* ]]; then set -- "$@" "$slice"; fi; done
-fi
-for slice in "$@"; do
-  if [[ " ${SLICES[*]} " != *" $slice "* ]]; then
-    echo "gpu.sh: unknown slice '$slice': choose some of ${SLICES[*]}" >&2; exit 2
-  fi
+list() {
+  local command sum=$START
+  for command in first second third more; do
+    local total=$INSTALL slice
+    while read -r slice; do total=$((total + $(seconds_of "$slice"))); done < <(slices_of "$command")
+    if [[ $command == more ]]; then
+      echo more
+    else
+      echo "$command: $total s, $INSTALL of them to install"
+      sum=$((sum + total))
+    fi
+    while read -r slice; do
+      awk -v want="$slice" '
+        $2 == want { cost = $3; $1 = $2 = $3 = ""; printf "  %-15s %4d s %s\n", want, cost, substr($0, 3) }' <<< "$TABLE"
+    done < <(slices_of "$command")
+  done
+  echo "first to third with $START s for a machine to start: $sum of $LOAN s"
+}
+
+again=""; rehearsal=0; WHEELS=""; ARCHIVE=""; one=""
+case ${1:-} in
+  "" | -h | --help) usage; exit 0 ;;
+  list) list; exit 0 ;;
+  pack) shift; exec "$PYTHON" -P -m semantica.benchmarks.pack "$@" ;;
+  rehearse) rehearsal=1; shift; [[ $# -gt 0 ]] || set -- first second third ;;
+esac
+while [[ ${1:-} == --* ]]; do
+  case $1 in
+    --again) again=1; shift ;;
+    --one) one=1; shift ;;
+    --wheels) WHEELS=${2:?}; shift 2 ;;
+    --archive) ARCHIVE=${2:?}; shift 2 ;;
+    *) complain "unknown option $1: see --help" ;;
+  esac
 done
+chosen=()
+for name in "$@"; do
+  case $name in
+    first | second | third | more) mapfile -t -O ${#chosen[@]} chosen < <(slices_of "$name") ;;
+    *)
+      [[ -n $(seconds_of "$name") ]] || complain "unknown slice '$name': see benchmarks/gpu.sh list"
+      chosen+=("$name") ;;
+  esac
+done
+[[ ${#chosen[@]} -gt 0 ]] || complain "no slice was named: see benchmarks/gpu.sh list"
+[[ -z $WHEELS ]] || compgen -G "$WHEELS/*.whl" > /dev/null || complain "--wheels $WHEELS: there are no wheels in it"
 
-device=$("$PYTHON" -P -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))' 2> /dev/null) || {
-  echo "gpu.sh: $PYTHON finds no GPU through torch" >&2; exit 2
+# the one place that knows a card from a processor that stands in for it
+card() {
+  case $1$( ((rehearsal)) && echo -rehearsed) in
+    name) "$PYTHON" -P -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))' 2> /dev/null ;;
+    name-rehearsed) echo rehearsal ;;
+    arch) "$PYTHON" -P -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())' ;;
+    arch-rehearsed) echo sm_90 ;;
+    state) nvidia-smi ;;
+    state-rehearsed) echo "no card: a rehearsal" ;;
+    sanitizer) shift; compute-sanitizer --error-exitcode 9 "$@" ;;
+    sanitizer-rehearsed) shift; while [[ $1 == --* ]]; do shift 2; done; "$@" ;;
+  esac
 }
+if ((rehearsal)); then
+  # small sizes, few rounds, and what a processor can do of each
+  DEVICE=cpu; QUICK=(--quick); SMALL=tiny; STEPS=2; LEVELS=2; BACKENDS=(inductor);
+  COMPILED=(--filter "group_norm forward [8, 48, 16, 16]")
+  SAMPLERS=(--only "plain,torch-eager,onnxruntime" --batch 1 --steps 2)
+else
+  DEVICE=cuda; QUICK=(); SMALL=small; STEPS=20; LEVELS=16; BACKENDS=(inductor tensorrt); COMPILED=()
+  SAMPLERS=(--batch 1 8 --steps 20)
+fi
+
+device=$(card name) || complain "$PYTHON finds no GPU through torch"
 OUT=${OUT:-benchmarks/results/$device}
-mkdir -p "$OUT"
+mkdir -p "$OUT/done"
 OUT=$(cd "$OUT" && pwd)
-
-# builds csrc too; the packages that torch's image lacks come from WHEELS
-prepare() {
-  local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps)
-  if [[ -n ${WHEELS:-} ]]; then "${pip[@]}" "$WHEELS"/*.whl; fi
-  "${pip[@]}" --no-build-isolation -e .
-}
+RESUME=(--resume)
+[[ -z $again ]] || RESUME=()
 
 semantica() { "$PYTHON" -P -m semantica.cli "$@"; }
 
-# rows of one operator, a part of its problems at a time: $1 operator, $2 part
-kernels() {
-  local name="$OUT/$1-${2%/*}"
-  semantica bench kernels --op "$1" --device cuda --part "$2" \
+# what a suite of semantica bench writes: $1 name of the files, then the verb and its options
+bench() {
+  local name="$OUT/$1"; shift
+  semantica bench "$@" --device $DEVICE ${RESUME[@]+"${RESUME[@]}"} \
     --json "$name.json" --html "$name.html" --png "$name.png" | tee "$name.txt"
 }
-
-# ladders of one operator's launch table: $1 operator, then ladders; each slice goes on from what the one before wrote
+kernels() { bench "$1" kernels --op "$1" ${QUICK[@]+"${QUICK[@]}"}; }
+sampling() { bench "$1" sample --models "$2" --seconds 5 "${@:3}" ${QUICK[@]+"${QUICK[@]}"}; }
+training() { bench "$1" train --preset "$2" --batch "$3" --steps $STEPS --workers "$(($(nproc) / 8))"; }
+# ladders of one operator's launch table; each slice goes on from what the one before wrote
 tuning() {
   local op=$1; shift
   semantica bench tune --op "$op" --kernel "$@" --out "$OUT/tuned/$op.json" | tee -a "$OUT/tune-$op.txt"
 }
 
-# training steps, from a plain loop to the trainer: $1 preset, $2 batch
-training() {
-  local name="$OUT/train-$1"
-  semantica bench train --preset "$1" --batch "$2" --device cuda --workers "$(($(nproc) / 8 + 1))" \
-    --json "$name.json" --html "$name.html" --png "$name.png" | tee "$name.txt"
+# every case of the table by every implementation of ours, forward and backward; each tensor has an allocation of its
+# own, so that no overrun hides in a neighbour
+checked() {
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 card sanitizer --tool "$1" --log-file "$OUT/$1.txt" "$PYTHON" -P -c '
+import sys
+from semantica.benchmarks.kernels.exercise import exercise
+print(exercise(sys.argv[1]), "calls")' $DEVICE
+  [[ ! -e $OUT/$1.txt ]] || tail -n 1 "$OUT/$1.txt"
 }
 
-# whole sampling runs: $1 name of the files, then options of semantica bench sample
-sampling() {
-  local name="$OUT/$1"; shift
-  semantica bench sample --device cuda --seconds 5 "$@" \
-    --json "$name.json" --html "$name.html" --png "$name.png" | tee "$name.txt"
-}
-
-# every case of the table, forward and backward, each tensor in an allocation of its own so that no overrun hides
-sanitize() {
-  if ! command -v compute-sanitizer > /dev/null; then
-    echo "gpu.sh: compute-sanitizer is not on the path" >&2; return 1
-  fi
-  local program='
-import torch
-from semantica.benchmarks.kernels.verify import evaluate
-from semantica.kernels import OPERATORS
-from semantica.kernels.group_norm.cases import GroupNormCase
-# beyond one tile: statistics in chunks, merged by the apply pass, and by a launch of their own
-split = [
-    GroupNormCase(shape, groups, channels_last=last)
-    for shape, groups in (((1, 64, 128, 128), 8), ((2, 30, 67, 129), 3), ((1, 8, 256, 256), 1))
-    for last in (False, True)
-]
-for name, operator in OPERATORS.items():
-    for case in [*operator.cases.values(), *(split if name == "group_norm" else [])]:
-        inputs = case.inputs(torch.bfloat16, "cuda")
-        evaluate(operator.function, inputs, torch.ones_like(operator.output(case, torch.bfloat16), device="cuda"))
-torch.cuda.synchronize()'
-  for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 280 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      --log-file "$OUT/$tool.txt" "$PYTHON" -P -c "$program"
-    tail -n 1 "$OUT/$tool.txt"
+# the same steps in one process under torchrun: DDP, then FSDP, which goes on from the checkpoint
+nccl() {
+  local place="$OUT/.run" mode
+  rm -rf "$place"; mkdir -p "$place"
+  "$PYTHON" -P -c '
+import pathlib, sys
+from semantica.benchmarks.quality.web import draw_web
+draw_web(pathlib.Path(sys.argv[1]), groups=8, images_per_group=8)' "$place/web"
+  for mode in ddp fsdp; do
+    "$PYTHON" -P -m torch.distributed.run --standalone --nproc-per-node 1 --no-python "$PYTHON" -P -m semantica.cli \
+      train --data "$place/web/train" --out "$place/run" --preset $SMALL --device $DEVICE --parallel $mode --batch 8 \
+      --steps "$((STEPS * (1 + (${#mode} == 4))))" | tee "$OUT/nccl-$mode.txt"
   done
+  cp "$place/run/log.jsonl" "$OUT/nccl.jsonl" 2> /dev/null || true
+  rm -rf "$place"
+}
+
+# a bundle of the model that is raced, kept for the slice that builds
+bundle() {
+  [[ -e $OUT/.bundle/manifest.json ]] && return
+  rm -rf "$OUT/.model" "$OUT/.bundle"
+  "$PYTHON" -P -c '
+import pathlib, sys
+from semantica.benchmarks.sampling.models import folder_of
+folder_of(sys.argv[1], pathlib.Path(sys.argv[2]))' $SMALL "$OUT/.model"
+  semantica export --model "$OUT/.model/$SMALL" --out "$OUT/.bundle" --precision "$1" --levels $LEVELS --steps $STEPS
+}
+pictures() {
+  [[ -e $OUT/picture.png ]] || "$PYTHON" -P -c '
+import sys
+import numpy, PIL.Image
+pixels = numpy.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=numpy.uint8).repeat(64, 0).repeat(64, 1)
+PIL.Image.fromarray(pixels).save(sys.argv[1])' "$OUT/picture.png"
+  semantica sample --model "$OUT/.bundle" --image "$OUT/picture.png" --out "$OUT/pictures-$1.png" --engine "$1" \
+    --device $DEVICE -n 2 --steps $STEPS
 }
 
 run() {
   case $1 in
-    doctor) nvidia-smi | tee "$OUT/nvidia-smi.txt"; semantica doctor | tee "$OUT/doctor.txt" ;;
-    tests) "$PYTHON" -P -m pytest -q -m gpu --junitxml "$OUT/tests.xml" ;;
-    sanitize) sanitize ;;
+    doctor) card state | tee "$OUT/card.txt"; semantica doctor | tee "$OUT/doctor.txt" ;;
+    tests)
+      local files several=()
+      mapfile -t files < <(grep -l 'mark\.gpu' tests/*.py)
+      # most of their time is compiling, which every core can do
+      if "$PYTHON" -P -c 'import xdist' 2> /dev/null; then several=(-n 8); fi
+      "$PYTHON" -P -m pytest -q -p no:cacheprovider -m gpu --junitxml "$OUT/tests.xml" ${several[@]+"${several[@]}"} \
+        "${files[@]}" | tee "$OUT/tests.txt" ;;
+    memcheck | racecheck) checked "$1" ;;
     compiled)
-      local arch
-      arch=$("$PYTHON" -P -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())')
-      semantica bench kernels --compile-only --arch "$arch" --workers "$(nproc)" \
-        --json "$OUT/compiled.json" --html "$OUT/compiled.html" | tee "$OUT/compiled.txt" ;;
-    # launch tables for this device, beside the results: copy them over kernels/*.json to ship them
+      semantica bench kernels --compile-only --arch "$(card arch)" --workers "$(nproc)" \
+        ${COMPILED[@]+"${COMPILED[@]}"} --json "$OUT/compiled.json" --html "$OUT/compiled.html" \
+        | tee "$OUT/compiled.txt" ;;
+    norm) kernels group_norm ;;
+    attention) kernels cross_attention ;;
+    sample) sampling sample-$SMALL $SMALL "${SAMPLERS[@]}" ;;
+    sample-base) sampling sample-base base "${SAMPLERS[@]}" ;;
+    ladder-base) sampling ladder-base base --ladder --batch 1 --steps 20 ;;
+    train) training train-$SMALL $SMALL "$([[ $DEVICE == cuda ]] && echo 64 || echo 2)" ;;
+    train-base) training train-base base 16 ;;
+    nccl) nccl ;;
+    export)
+      bundle "$([[ $DEVICE == cuda ]] && echo bf16 || echo fp32)"
+      # a backend that is not installed says so in one line, and the next has its turn
+      local engine
+      for engine in torch torch-compile onnxruntime; do pictures $engine || [[ $? -eq 2 ]]; done ;;
+    build)
+      bundle "$([[ $DEVICE == cuda ]] && echo bf16 || echo fp32)"
+      local backend code
+      for backend in "${BACKENDS[@]}"; do
+        code=0; semantica build "$OUT/.bundle" --backend $backend || code=$?
+        case $code in 0) pictures $backend ;; 2) ;; *) return $code ;; esac
+      done ;;
     tune-norm-1) tuning group_norm resident resident_backward merge merge_backward ;;
     tune-norm-2) tuning group_norm partial apply ;;
     tune-norm-3) tuning group_norm partial_backward apply_backward ;;
     tune-attention) tuning cross_attention forward dq dkv ;;
-    norm-*) kernels group_norm "${1#norm-}/4" ;;
-    attention-*) kernels cross_attention "${1#attention-}/2" ;;
-    train-small) training small 64 ;;
-    train-base) training base 16 ;;
-    sample-small) sampling sample-small --models small ;;
-    sample-base) sampling sample-base --models base --steps 20 ;;
-    ladder-base) sampling ladder-base --models base --steps 20 --batch 1 --ladder ;;
   esac
 }
 
-prepare
+# a slice by itself, in a process that can be ended when its time is over
+if [[ -n $one ]]; then run "${chosen[0]}"; exit; fi
+
+# csrc and the packages that the image lacks: once on each machine
+prepare() {
+  local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps) stamp
+  stamp=$(cat setup.py csrc/*.* csrc/cuda/* pyproject.toml semantica/nvcc.py | cksum)
+  [[ "$("$PYTHON" -P -c 'import semantica, sys; print(sys.prefix, semantica.__path__[0])' 2> /dev/null) $stamp" != \
+    "$(cat "$OUT/.installed" 2> /dev/null)" ]] || return 0
+  if [[ -n $WHEELS ]]; then "${pip[@]}" "$WHEELS"/*.whl; fi
+  "${pip[@]}" --no-build-isolation -e .
+  echo "$("$PYTHON" -P -c 'import semantica, sys; print(sys.prefix, semantica.__path__[0])') $stamp" > "$OUT/.installed"
+}
+
+# what can be made again, and what is true of this machine alone, is left out
+keep() {
+  [[ -z $ARCHIVE ]] || tar -czf "$ARCHIVE" -C "$OUT" --exclude .installed --exclude .model --exclude .run --exclude .bundle .
+}
+
+if [[ -n $ARCHIVE && -e $ARCHIVE ]]; then tar -xzf "$ARCHIVE" -C "$OUT"; fi
+if ! ((rehearsal)); then prepare; fi
 failed=()
-for slice in "$@"; do
+for slice in "${chosen[@]}"; do
+  if [[ -z $again && -e $OUT/done/$slice ]]; then
+    echo "== $slice: done before ($(cat "$OUT/done/$slice"))"
+    continue
+  fi
+  rm -f "$OUT/done/$slice"
   echo "== $slice"
-  began=$SECONDS
-  # a slice that fails must not cost the results of the others; a subshell of its own keeps set -e in force
-  set +e
-  (set -e; run "$slice")
-  code=$?
-  set -e
-  if [[ $code -ne 0 ]]; then failed+=("$slice"); fi
-  echo "== $slice: $((SECONDS - began)) s, exit code $code"
+  began=$SECONDS limit=$(($(seconds_of "$slice") * (rehearsal ? 4 : 1))) options=() code=0
+  if ((rehearsal)); then options+=(rehearse); fi
+  if [[ -n $again ]]; then options+=(--again); fi
+  # what is complete is written as it comes, so that ending it costs little; one that fails costs no other its results
+  OUT=$OUT timeout --kill-after=15 "$limit" \
+    bash "$PWD/benchmarks/gpu.sh" ${options[@]+"${options[@]}"} --one "$slice" || code=$?
+  said="$((SECONDS - began)) of $limit s"
+  case $code in
+    0) echo "$said" > "$OUT/done/$slice" ;;
+    124 | 137) said+=", out of time: what is complete is kept, the rest next time"; failed+=("$slice") ;;
+    *) said+=", exit code $code"; failed+=("$slice") ;;
+  esac
+  echo "== $slice: $said"
+  keep
 done
 if [[ ${#failed[@]} -gt 0 ]]; then
-  echo "gpu.sh: failed: ${failed[*]}" >&2
+  echo "gpu.sh: not done: ${failed[*]}" >&2
   exit 1
 fi

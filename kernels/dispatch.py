@@ -44,14 +44,15 @@ def register_triton(name: str, supports: Callable[[Tensor], bool], kernels: dict
     if launch.INTERPRETED:
         status = ("Triton, interpreted", "TRITON_INTERPRET=1; what does not fit is computed in plain torch")
     else:
-        status = ("Triton", "compiled at first use; fp64 in plain torch; these kernels have not yet run on a GPU")
+        elsewhere = "fp64, and cards below 8.0, in plain torch"
+        status = ("Triton", f"compiled at first use; {elsewhere}; these kernels have not yet run on a GPU")
     if launch.DEVICE is not None:
         register_kernels(name, launch.DEVICE, supports, kernels, status)
 
 
 def lazy_kernel(target: str, supports: Callable[[Tensor], bool], plain: Callable) -> Callable:
     def kernel(first: Tensor, *rest):
-        function = load(target) if supports(first) else plain
+        function = load(target) if supports(first) and launch.modern(first.device) else plain
         return function(first, *rest)
 
     return kernel

@@ -136,5 +136,13 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.cache
+def modern(device: torch.device) -> bool:
+    """Whether a device runs the kernels for GPUs: of NVIDIA's from compute capability 8.0 on, the first with bf16."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
 def _capability(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -4,7 +4,7 @@ import os
 import sys
 
 from semantica import __version__
-from semantica.errors import ArtifactError, UserError
+from semantica.errors import ArtifactError, UserError, device_failure
 from semantica.options import Verb
 
 VERBS: dict[str, Verb] = {}
@@ -100,6 +100,11 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(str(error), 2)
     except (ArtifactError, FloatingPointError) as error:
         return fail(str(error), 1)
+    except RuntimeError as error:
+        # a fault of the program keeps its traceback
+        if (message := device_failure(error)) is None:
+            raise
+        return fail(message, 1)
     except BrokenPipeError:
         # who read the output has left, and whatever is still buffered must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

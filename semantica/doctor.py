@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from semantica import native
+from semantica.errors import device_failure, first_line
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -91,21 +92,49 @@ def devices() -> Iterator[tuple[str, str, Status]]:
     )
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
+        old = "; the fused kernels need 8.0: plain torch serves" * (card.major < 8)
         yield (
             f"cuda:{index}",
             f"{card.name}, {card.total_memory / 2**30:.1f} GiB memory, compute capability {card.major}.{card.minor}, "
-            f"{card.multi_processor_count} multiprocessors",
-            "ok",
+            f"{card.multi_processor_count} multiprocessors{old}",
+            "warning" if old else "ok",
         )
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        why = f"this torch is built for {built}, but finds no GPU" if built else "this torch is built for the CPU only"
+        why = f"this torch is built for {built}, but {no_gpu()}" if built else "this torch is built for the CPU only"
         yield "cuda", f"none: {why}", "note"
     if torch.backends.mps.is_available():
         yield "mps", "available", "ok"
 
 
+def no_gpu() -> str:
+    """Why a torch that was built for GPUs finds none, in its own words: no driver, or one that is too old."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"finds no GPU: {device_failure(error) or first_line(error)}"
+    return "finds no GPU"
+
+
 def compiled() -> Iterator[tuple[str, str, Status]]:
+    yield from cpp()
+    module, reason = native.load("_cuda")
+    if module is None:
+        yield "semantica._cuda", reason, "note"
+        return
+    info, driver, trouble = module.build_info(), module.driver(), module.trouble()
+    what = f"{info['compiler']}, for {', '.join(info['architectures'])}; CUDA {info['runtime']} inside"
+    if trouble is None:
+        yield "semantica._cuda", f"loaded; {what}, the driver knows {driver}", "ok"
+    elif driver is None:
+        yield "semantica._cuda", f"loaded, for machines with a GPU: there is no driver here; {what}", "note"
+    else:
+        yield "semantica._cuda", f"does not run: {trouble}; {what}, the driver knows {driver}: update it", "warning"
+
+
+def cpp() -> Iterator[tuple[str, str, Status]]:
     module, reason = native.load()
     if module is None:
         yield "semantica._C", reason, "note"

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # folder -> import name, and what each may import besides itself
 LAYERS = {
-    "kernels": ("semantica.kernels", ("semantica._C",)),
+    "kernels": ("semantica.kernels", ("semantica._C", "semantica._cuda")),
     "semantica": ("semantica", ("semantica.kernels",)),
     "train": ("semantica.train", ("semantica", "semantica.kernels")),
     "export": ("semantica.export", ("semantica", "semantica.kernels")),
@@ -58,8 +58,8 @@ def pip(*arguments: str, **env: str) -> str:
 
 
 def modules(folder: Path, package: str) -> set[str]:
-    """The paths that the Python files and launch tables of a source folder have in a wheel."""
-    tables = folder.glob("*/ladder.json") if folder.name == "kernels" else ()
+    """The paths that the Python files and tables of a source folder have in a wheel."""
+    tables = folder.glob("*/*.json") if folder.name == "kernels" else ()
     files = (path.relative_to(folder) for path in (*folder.rglob("*.py"), *tables))
     return {f"{package.replace('.', '/')}/{path.as_posix()}" for path in files}
 
@@ -117,7 +117,7 @@ for module in (semantica, semantica.kernels, semantica.train, semantica.export, 
 
 def test_sdist_holds_every_source(sdist):
     for folder in (*LAYERS, "csrc", "tests"):
-        suffixes = (".py", ".cpp", ".cu", ".h", ".sh") + (".json",) * (folder == "kernels")
+        suffixes = (".py", ".cpp", ".cu", ".cuh", ".h", ".sh", ".txt") + (".json",) * (folder == "kernels")
         here = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.suffix in suffixes}
         there = {p.relative_to(sdist) for p in (sdist / folder).rglob("*") if p.suffix in suffixes}
         assert here == there and here
@@ -228,7 +228,7 @@ def imports(source: str) -> list[tuple[str, bool]]:
 
 def layer_of(module: str) -> str | None:
     """The sub-package a module of ours belongs to, None for somebody else's."""
-    if module == "semantica._C":
+    if module in ("semantica._C", "semantica._cuda"):
         return module
     for name in (*UPPER, "semantica"):
         if module == name or module.startswith(name + "."):
@@ -246,7 +246,7 @@ def wrong_imports(path: str, source: str) -> list[str]:
             continue
         layer = layer_of(module)
         lazy_verb = path == "semantica/cli.py" and not eager
-        if layer and layer not in (own, "semantica._C", *allowed) and not lazy_verb:
+        if layer and layer not in (own, "semantica._C", "semantica._cuda", *allowed) and not lazy_verb:
             wrong.append(module)
     return wrong
 
@@ -318,9 +318,9 @@ def pins() -> dict[str, str]:
 def test_constraints_pin_what_make_installs():
     project, pinned = PROJECT["project"], pins()
     extras = project["optional-dependencies"]
-    named = {"train", "pairs", "export", "bench", "flash", "float8", "tensorrt", "tensorrt-rtx", "ray", "test"}
-    assert set(extras) == named
-    lines = [*project["dependencies"], *extras["train"], *extras["bench"], *extras["pairs"], *extras["test"]]
+    named = {"train", "pairs", "export", "bench", "cuda-build", "flash", "float8", "tensorrt", "tensorrt-rtx", "ray"}
+    assert set(extras) == {*named, "test"}
+    lines = sum((extras[name] for name in ("train", "bench", "pairs", "test", "cuda-build")), project["dependencies"])
     needs = {need.name: need for need in map(Requirement, [*lines, *PROJECT["build-system"]["requires"]])}
     # a CUDA build of torch pins its own triton; a range says which versions the kernels are for
     assert str(needs.pop("triton").specifier) == "<3.10,>=3.6" and "triton" not in pinned

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -40,11 +40,14 @@ class Bench:
         races: the names of implementations in each race, in the order in which they are run. A race is known by its
             problem, and by its direction where there are several.
         absent: implementations that are not raced, and why. wrong: rows that were not timed, and why.
+        rows: what the file will hold of those that were. keep: is given the file as it stands, after each row.
     """
 
     races: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     wrong: list[dict] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+    keep: Callable[[dict], None] = lambda content: None
     outcomes: dict[tuple[str, ...], dict[str, Outcome]] = field(default_factory=dict)
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     began: float = field(default_factory=time.perf_counter)
@@ -71,8 +74,12 @@ class Bench:
             self.outcomes[race] = self.run(race, f"{' '.join(race)} ({run + 1} of {every}{left})")
         return self.outcomes[race][name]
 
+    def content(self) -> dict:
+        """What the file holds beside what pytest-benchmark says of the machine."""
+        return {"benchmarks": self.rows, "semantica": {"wrong": self.wrong, "absent": self.absent, **self.more()}}
+
     def pytest_benchmark_update_json(self, output_json: dict) -> None:
-        output_json["semantica"] = {"wrong": self.wrong, "absent": self.absent, **self.more()}
+        output_json["semantica"] = self.content()["semantica"]
         output_json["machine_info"].get("cpu", {}).pop("flags", None)
         for benchmark in output_json["benchmarks"] if not self.keeps_samples else ():
             del benchmark["stats"]["data"]
@@ -114,11 +121,14 @@ def test_row(race, impl, bench, benchmark):
     outcome = bench.outcome(race, impl)
     if isinstance(outcome, str):
         bench.wrong.append({**dict(zip(("problem", "direction"), race)), "impl": impl, "reason": outcome})
+        bench.keep(bench.content())
         pytest.fail(f"{impl}: {outcome}", pytrace=False)
     seconds, row = outcome
     benchmark.group = " ".join(race)
     replay.play(benchmark, seconds)
     benchmark.extra_info.update(row)
+    bench.rows.append(benchmark.stats.as_dict(include_data=bench.keeps_samples))
+    bench.keep(bench.content())
 
 
 def run(bench: Bench) -> dict:
@@ -142,7 +152,7 @@ def run(bench: Bench) -> dict:
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or (code and not bench.wrong):
             raise RuntimeError(f"the suite broke:\n{said.getvalue()}")
         if not stored.exists() or not stored.stat().st_size:
-            return {"benchmarks": [], "semantica": {"wrong": bench.wrong, "absent": bench.absent, **bench.more()}}
+            return bench.content()
         content = json.loads(stored.read_text())
         # results are published, host names are not
         for name in ("node", "release"):

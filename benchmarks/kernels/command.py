@@ -32,7 +32,7 @@ class KernelsConfig(Outputs):
     quick: bool = False
     """A few small shapes and few rounds: to try things out, not to be quoted."""
     compile_only: bool = False
-    """Compile the Triton kernels instead of running anything; needs no GPU."""
+    """Compile the Triton kernels, and with nvcc those of csrc/cuda, instead of running anything; needs no GPU."""
     arch: str = "sm_80,sm_90,sm_100,sm_120"
     """Architectures to compile for."""
     workers: int = 1
@@ -235,11 +235,23 @@ def compile_only(config: KernelsConfig) -> int:
     """Table, JSON and page of what the compiler makes of every launch; 1 when one does not compile or does not fit."""
     from tqdm import tqdm
 
+    from semantica.benchmarks.kernels import compile_cuda
     from semantica.benchmarks.kernels.compile_only import SHIPPED, architectures, jobs, run
+    from semantica.nvcc import Unusable
 
     words = config.filter.split() + ([config.op] if config.op != "all" else [])
-    todo = jobs(config.impl or (SHIPPED,), architectures(config.arch), words)
+    archs = architectures(config.arch)
+    todo = jobs(config.impl or (SHIPPED,), archs, words)
     rows = list(tqdm(run(todo, config.workers), total=len(todo), unit=" kernels", leave=False, disable=None))
+    if not config.impl and (files := compile_cuda.sources()):
+        try:
+            found = compile_cuda.run(archs, words, config.workers)
+            total = len(files) * len(archs)
+            rows += sum(tqdm(found, total=total, unit=" CUDA files", leave=False, disable=None), [])
+        except Unusable as error:
+            print(f"CUDA kernels are not compiled: {error}", file=sys.stderr)
+    if not rows:
+        raise UserError(f"no kernel has {' '.join(words)!r} in its name")
     if config.json is not None:
         write_json(config.json, {"compiled": rows})
     whole, worst = (heads(COMPILED), cells(COMPILED, rows)), worst_by_kernel(rows)

@@ -122,6 +122,11 @@ RIVALS = [
 ]
 
 
+def ours(op: str) -> list[Implementation]:
+    """The fused operator, as its users get it."""
+    return [Implementation("fused", op, lambda: OPERATORS[op].function, leeway=OWN_LEEWAY)]
+
+
 def implementations(op: str) -> list[Implementation]:
     """The fused operator, its reference, that compiled, and the rivals."""
     operator = OPERATORS[op]
@@ -130,7 +135,7 @@ def implementations(op: str) -> list[Implementation]:
         return torch.compile(operator.reference, fullgraph=True, dynamic=False)
 
     return [
-        Implementation("fused", op, lambda: operator.function, leeway=OWN_LEEWAY),
+        *ours(op),
         Implementation("eager", op, lambda: operator.reference),
         Implementation("compile", op, compiled, compiled=True),
         *(rival for rival in RIVALS if rival.op == op),

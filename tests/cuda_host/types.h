@@ -1,0 +1,58 @@
+// Vectors and 16-bit floats of CUDA, with its rounding: to nearest, ties to even, NaN kept.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+struct alignas(4) uchar4 { unsigned char x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct __nv_bfloat16 { uint16_t bits; };
+struct __half { uint16_t bits; };
+
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float __bfloat162float(__nv_bfloat16 a) { return __uint_as_float(unsigned(a.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  unsigned bits = __float_as_uint(value);
+  if (value != value) return {0x7fff};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+inline float __half2float(__half a) {
+  unsigned sign = unsigned(a.bits & 0x8000) << 16, exponent = a.bits >> 10 & 31, fraction = a.bits & 0x3ff;
+  if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | fraction << 13);
+  if (exponent) return __uint_as_float(sign | (exponent + 112) << 23 | fraction << 13);
+  float tiny = float(fraction) * 0x1p-24f;
+  return sign ? -tiny : tiny;
+}
+inline __half __float2half_rn(float value) {
+  unsigned bits = __float_as_uint(value), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return {0x7fff};
+  // half of the last step above the largest number rounds up to infinity
+  if (size >= 0x477ff000) return {uint16_t(sign | 0x7c00)};
+  if (size < 0x38800000) {
+    // a denormal is a multiple of 2^-24: the addition rounds as the processor does, to even
+    float sum = __uint_as_float(size) + 0.5f;
+    return {uint16_t(sign | (__float_as_uint(sum) - 0x3f000000))};
+  }
+  unsigned odd = size >> 13 & 1;
+  return {uint16_t(sign | (size - 0x38000000 + 0xfff + odd) >> 13)};
+}
