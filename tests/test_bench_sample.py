@@ -16,6 +16,7 @@ from semantica.benchmarks.harness import sources, store
 from semantica.benchmarks.harness.process import Process, Wrong
 from semantica.benchmarks.kernels import command as bench_kernels
 from semantica.benchmarks.sampling import models as sample_models
+from semantica.benchmarks.sampling import suite
 from semantica.benchmarks.sampling.contenders import CONTENDERS, Build, builder_of, ladder_names
 from semantica.benchmarks.sampling.race import BOUND, GUIDANCE, ModelRace, judge, psnr
 from semantica.cli import main
@@ -144,6 +145,17 @@ def test_who_has_no_bundle_does_not_start(model):
     results, _ = race.race(1, 3, FEW)
     assert results["engine"].reason == "export failed" and not results["honest"].reason
     assert set(race.samplers) == {"reference", "honest"}
+
+
+def test_engines_are_built_for_the_batches_that_are_raced(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(suite, "semantica", lambda *arguments: asked.append(arguments))
+    bench = suite.SamplingBench(("tiny",), (1, 8), (4,), ("inductor",), "cpu")
+    bench.folder = tmp_path / "model"
+    assert set(bench.export(tmp_path / "race")[0]) == {"inductor"}
+    # guidance doubles them
+    assert asked[-1][0] == "build" and asked[-1][-4:] == ("--batches", 1, 2, 16)
+    bench.closing.close()
 
 
 def test_no_two_calls_have_the_same_inputs(model, monkeypatch):

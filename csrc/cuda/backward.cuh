@@ -21,7 +21,7 @@ __device__ __forceinline__ float before_silu(float dy, float h) {
   return dy * s * fmaf(h, 1.0f - s, 1.0f);
 }
 
-// A thread's sums for each element of its vector. For fp32 results every 16 items are summed by themselves: one running sum
+// A thread's sums for each element of its vector. For fp32 results every 4 items are summed by themselves: one running sum
 // of hundreds would be less exact than what it is for.
 template <typename T, int V>
 struct Running {
@@ -34,7 +34,7 @@ struct Running {
     for (int v = 0; v < V; v++) {
       now[0][v] += g[v], now[1][v] = fmaf(g[v], x[v], now[1][v]), now[2][v] += x[v];
     }
-    if (CAREFUL && ++count == 16) settle();
+    if (CAREFUL && ++count == 4) settle();
   }
   __device__ __forceinline__ void settle() {
     if constexpr (CAREFUL) {
@@ -123,12 +123,16 @@ __global__ void __launch_bounds__(512, 1)
     tables.fill<T>(p, plan, spot);
     __syncthreads();
 
-    float offset[W], inverse[W], factor[W], term[W];
+    // in fp32 the addend is added by itself: rounding one difference for a whole channel would show in sums over it
+    constexpr bool APART = sizeof(T) == 4;
+    constexpr int A = APART ? W : 1;
+    float addend[A] = {}, offset[W], inverse[W], factor[W], term[W];
     auto constants = [&](const Cursor& at) {
 #pragma unroll
       for (int v = 0; v < W; v++) {
         const int c = channel_of<LAST, V>(plan, spot, at, v), g = LAST ? c / extent.depth : 0;
-        offset[v] = __ldg(mean + spot.group_at(p, g)) - tables.addend[c];
+        offset[v] = __ldg(mean + spot.group_at(p, g)) - (APART ? 0.0f : tables.addend[c]);
+        if (APART) addend[v % A] = tables.addend[c];
         inverse[v] = __ldg(rstd + spot.group_at(p, g));
         factor[v] = tables.a[c], term[v] = tables.b[c];
       }
@@ -139,6 +143,7 @@ __global__ void __launch_bounds__(512, 1)
       unpack<T>(slot[plan.threads], g);
 #pragma unroll
       for (int v = 0; v < V; v++) {
+        if (APART) x[v] += addend[v % A];
         x[v] = (x[v] - offset[v % W]) * inverse[v % W];
       }
       if (p.silu) {
