@@ -177,7 +177,7 @@ def trials(dtype: torch.dtype, names=PROVEN, card=SMALL) -> list[Trial]:
         for last in (False, True) if len(case.shape) > 3 else (False,):
             for path in (RESIDENT, GRID, PLAIN):
                 turn = len(found)
-                addend, aligned = case.addend or (turn % 2 == 0 and not case.mean), turn % 7 != 3
+                addend, aligned = case.addend or (turn % 2 == 0 and name in MORE), turn % 7 != 3
                 one = dataclasses.replace(case, channels_last=last, addend=addend)
                 if plans := planned(one, dtype, path, card, aligned):
                     mixed = dtype != torch.float32 and turn % 5 == 2

@@ -17,8 +17,9 @@ constexpr int SUMS = 3;
 
 template <typename T>
 __device__ __forceinline__ float before_silu(float dy, float h) {
-  const float s = sigmoid<T>(h);
-  return dy * s * fmaf(h, 1.0f - s, 1.0f);
+  // 1 - s would have few digits where h is large; exp(80) is far from overflow, and the gradient there is 0
+  const float e = exponential<T>(fminf(-h, 80.0f)), s = __fdividef(1.0f, 1.0f + e);
+  return dy * s * fmaf(h, e * s, 1.0f);
 }
 
 // A thread's sums for each element of its vector. For fp32 results every 4 items are summed by themselves: one running sum
@@ -123,16 +124,12 @@ __global__ void __launch_bounds__(512, 1)
     tables.fill<T>(p, plan, spot);
     __syncthreads();
 
-    // in fp32 the addend is added by itself: rounding one difference for a whole channel would show in sums over it
-    constexpr bool APART = sizeof(T) == 4;
-    constexpr int A = APART ? W : 1;
-    float addend[A] = {}, offset[W], inverse[W], factor[W], term[W];
+    float offset[W], inverse[W], factor[W], term[W];
     auto constants = [&](const Cursor& at) {
 #pragma unroll
       for (int v = 0; v < W; v++) {
         const int c = channel_of<LAST, V>(plan, spot, at, v), g = LAST ? c / extent.depth : 0;
-        offset[v] = __ldg(mean + spot.group_at(p, g)) - (APART ? 0.0f : tables.addend[c]);
-        if (APART) addend[v % A] = tables.addend[c];
+        offset[v] = __ldg(mean + spot.group_at(p, g)) - tables.addend[c];
         inverse[v] = __ldg(rstd + spot.group_at(p, g));
         factor[v] = tables.a[c], term[v] = tables.b[c];
       }
@@ -143,7 +140,6 @@ __global__ void __launch_bounds__(512, 1)
       unpack<T>(slot[plan.threads], g);
 #pragma unroll
       for (int v = 0; v < V; v++) {
-        if (APART) x[v] += addend[v % A];
         x[v] = (x[v] - offset[v % W]) * inverse[v % W];
       }
       if (p.silu) {
