@@ -113,7 +113,8 @@ class Stream:
         return self.clock[self]
 
     def join(self, clock: dict) -> None:
-        for stream, number in clock.items():
+        # a copy, since other threads go on
+        for stream, number in dict(clock).items():
             self.clock[stream] = max(number, self.clock.get(stream, 0))
 
     def wait_stream(self, other: "Stream") -> None:
