@@ -325,6 +325,10 @@ class PretendedCuda:
         with self.lock:
             made = self.record(func, inner, options, stream) if stream.graph else func(*inner, **options)
             if not stream.graph:
+                # memory of the host is no stream's, also where a device's tensor had the address before
+                for t in tensors:
+                    if t.device.type == "cpu":
+                        self.accesses.pop(t.untyped_storage().data_ptr(), None)
                 self.access(stream, func, (inner, options), tree_flatten(made)[0])
         given = {id(t.inner): t for t in tensors if isinstance(t, Elsewhere)}
 
