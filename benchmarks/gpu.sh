@@ -61,7 +61,8 @@ list() {
     fi
     while read -r slice; do
       awk -v want="$slice" '
-        $2 == want { cost = $3; $1 = $2 = $3 = ""; printf "  %-15s %4d s %s\n", want, cost, substr($0, 3) }' <<< "$TABLE"
+        $2 == want { cost = $3; $1 = $2 = $3 = ""; printf "  %-15s %4d s %s\n", want, cost, substr($0, 3) }
+      ' <<< "$TABLE"
     done < <(slices_of "$command")
   done
   echo "first to third with $START s for a machine to start: $sum of $LOAN s"
@@ -247,7 +248,8 @@ prepare() {
 
 # what can be made again, and what is true of this machine alone, is left out
 keep() {
-  [[ -z $ARCHIVE ]] || tar -czf "$ARCHIVE" -C "$OUT" --exclude .installed --exclude .model --exclude .run --exclude .bundle .
+  local left=(--exclude .installed --exclude .model --exclude .run --exclude .bundle)
+  [[ -z $ARCHIVE ]] || tar -czf "$ARCHIVE" -C "$OUT" "${left[@]}" .
 }
 
 if [[ -n $ARCHIVE && -e $ARCHIVE ]]; then tar -xzf "$ARCHIVE" -C "$OUT"; fi

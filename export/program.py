@@ -122,8 +122,8 @@ def examples(encoder: nn.Module, count: int) -> dict[str, Tensor]:
 def decompositions() -> dict:
     """Fused operator -> its reference; results that inference drops are left empty."""
 
-    def group_norm(x, groups, weight, bias, scale, shift, activation, eps):
-        y = group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps)
+    def group_norm(x, groups, weight, bias, scale, shift, activation, eps, addend=None):
+        y = group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps, addend)
         return y, statistics_like(x, groups), statistics_like(x, groups)
 
     def cross_attention(q, k, v, sizes, lengths, gates, q_weight, return_lse=False):

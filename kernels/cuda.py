@@ -50,11 +50,16 @@ def chosen(path: Path, direction: str, x: Tensor, layout: str) -> bool:
     return next((row["use"] == "cuda" for row in fits), False)
 
 
+def has_rows(path: Path) -> bool:
+    """Whether CUDA kernels are built, and any call may be theirs."""
+    return module() is not None and any(choice(path)[direction] for direction in ("forward", "backward"))
+
+
 def status(path: Path) -> str:
     """For the user: whether CUDA kernels serve an operator, and why."""
     if module() is None:
         return "CUDA kernels are not built"
+    if not has_rows(path):
+        return "CUDA kernels are built and serve no call: not yet measured on a GPU"
     measured = sorted({arch for direction in ("forward", "backward") for arch in choice(path)[direction]})
-    if not measured:
-        return "CUDA kernels are built and serve nothing: not yet measured on a GPU"
     return f"CUDA kernels serve sizes measured on {', '.join(measured)}"

@@ -443,3 +443,21 @@ def test_save_png_is_all_or_nothing(tmp_path):
 def test_importing_needs_no_torch():
     code = "import sys, semantica.images; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
+
+
+@pytest.mark.slow
+def test_cut_makes_the_same_bytes_on_every_processor():
+    """Torch has loops for vectors of 512 and 256 bits, and plain ones."""
+    script = (
+        "import hashlib, numpy as np; from semantica.images import cut\n"
+        "pixels = np.random.default_rng(0).integers(0, 256, (211, 300, 3), dtype=np.uint8)\n"
+        "print(hashlib.sha256(b''.join(cut(pixels, size).tobytes() for size in (64, 128, 250))).hexdigest())"
+    )
+    found = set()
+    for kind in ("avx512", "avx2", "default"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": kind}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        found.add(done.stdout)
+    assert len(found) == 1

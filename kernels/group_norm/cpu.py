@@ -4,16 +4,17 @@ import torch
 from torch import Tensor
 
 from semantica import _C
+from semantica.kernels.group_norm.op import over_pixels, plus
 
 TARGET = _C.group_norm_targets()[0]
 
 
 def forward(
-    x, groups, weight, bias, scale, shift, activation, eps, target: str = TARGET
+    x, groups, weight, bias, scale, shift, activation, eps, addend=None, target: str = TARGET
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result like `x`, mean and 1/std `[B, groups]` in fp32; `x` is fp32 or bf16 and not empty."""
     y, mean, rstd = torch.empty_like(x), *(x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
-    source, channels_last = dense(x)
+    source, channels_last = dense(plus(x, addend))
     # memory that is neither contiguous nor channels-last is written on the way back
     result = y if y.stride() == source.stride() else torch.empty_like(source)
     parameters = [None if a is None else plain(a) for a in (weight, bias, scale, shift)]
@@ -25,10 +26,10 @@ def forward(
     return (y if result is y else y.copy_(result)), mean, rstd
 
 
-def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, target: str = TARGET):
-    """Gradients of x, weight, bias, scale, shift; absent ones are empty."""
+def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend=None, target: str = TARGET):
+    """Gradients of x, weight, bias, scale, shift, addend; absent ones are empty."""
     dx = torch.empty_like(x)
-    source, channels_last = dense(x)
+    source, channels_last = dense(plus(x, addend))
     dy = dy if dy.stride() == source.stride() else torch.empty_like(source).copy_(dy)
     result = dx if dx.stride() == source.stride() else torch.empty_like(source)
     parameters = [None if a is None else plain(a) for a in (weight, bias, scale, shift)]
@@ -39,7 +40,7 @@ def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, 
     )
     dx = dx if result is dx else dx.copy_(result)
     pairs = zip(gradients, (weight, bias, scale, shift), strict=True)
-    return dx, *(x.new_empty(0) if a is None else g.to(a.dtype) for g, a in pairs)
+    return dx, *(x.new_empty(0) if a is None else g.to(a.dtype) for g, a in pairs), over_pixels(dx, addend)
 
 
 def dense(x: Tensor) -> tuple[Tensor, bool]:
