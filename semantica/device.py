@@ -34,7 +34,7 @@ def numbered(device: torch.device) -> torch.device:
 
 
 def current(device: torch.device) -> AbstractContextManager:
-    """Makes a CUDA device the current one, for what runs there whatever its tensors say: Triton, graphs, TensorRT."""
+    """Makes a CUDA device the current one: graphs, TensorRT and kernels from elsewhere look at nothing else."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -51,10 +51,12 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; one of the host gets to a GPU without waiting for what that still has to do.
+    """A tensor on a device; one of the host gets there without waiting for what the device still has to do.
 
     From pageable memory the copy would wait; pinned memory is kept from reuse until the copy is done.
     """
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    host = tensor.device.type == "cpu"
+    if host and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    # what comes from a device must have arrived
+    return tensor.to(device, non_blocking=host)

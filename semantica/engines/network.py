@@ -66,7 +66,8 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def null(self, batch: int) -> Condition:
-        return self.unet.null(batch).fill(self.bundle.sizes)
+        with current(self.place):
+            return self.unet.null(batch).fill(self.bundle.sizes)
 
     @property
     def module(self) -> UViT:

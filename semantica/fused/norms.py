@@ -5,7 +5,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from semantica.kernels import group_norm
-from semantica.kernels.group_norm.op import per_channel
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -17,8 +16,8 @@ class FusedGroupNorm(nn.GroupNorm):
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, addend: Tensor | None = None
     ) -> Tensor:
         """`x [B, C, *spatial]`; `scale`, `shift`, `addend` `[B, C]`: see `semantica.kernels.group_norm`."""
-        x = x if addend is None else x + per_channel(addend, x)
-        return group_norm(x, self.num_groups, self.weight, self.bias, scale, shift, self.activation, self.eps)
+        affine = self.weight, self.bias
+        return group_norm(x, self.num_groups, *affine, scale, shift, self.activation, self.eps, addend)
 
 
 class FusedGroupNormSiLU(FusedGroupNorm):
