@@ -1,5 +1,6 @@
 """Which implementation runs an operator on a device: what is registered with torch's dispatcher, and why."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -110,12 +111,15 @@ def differentiable(arguments: tuple) -> bool:
 def lazy_kernel(
     target: str, supports: Callable[[Tensor], bool], plain: Callable, rival: tuple[str, str] | None = None
 ) -> Callable:
+    # even an import of what is there takes time
+    loaded = functools.cache(lambda name: load(name))
+
     def kernel(first: Tensor, *rest):
         if not supports(first) or not launch.modern(first.device):
             return plain(first, *rest)
-        if rival is not None and load(rival[1])(first, *rest):
-            return load(rival[0])(first, *rest)
-        return load(target)(first, *rest)
+        if rival is not None and loaded(rival[1])(first, *rest):
+            return loaded(rival[0])(first, *rest)
+        return loaded(target)(first, *rest)
 
     return kernel
 

@@ -5,7 +5,7 @@ bytes from others. All of that is the key, so a plan that is found fits, and its
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,14 +43,15 @@ class Nothing:
 
 @contextmanager
 def idle() -> Iterator[None]:
-    """Plan, allocate and fill in as ever, and start nothing: to time the host where there is no GPU. For one thread."""
+    """The processor's tensors are planned for as a GPU's, and nothing is started: to time the host. For one thread."""
     global _idle
-    before, _idle = _idle, True
+    device, launch.DEVICE = launch.DEVICE, "cpu"
+    _idle = True
     KEPT.clear()
     try:
         yield
     finally:
-        _idle = before
+        launch.DEVICE, _idle = device, False
         KEPT.clear()
 
 
@@ -95,14 +96,20 @@ class Replay:
         self.outputs = [slots[id(a)] for a in outputs]
 
     def __call__(self, arguments: tuple) -> list[Tensor]:
-        device = next(a for a in arguments if isinstance(a, Tensor)).device
+        device = arguments[0].device
         tensors = [*arguments]
         for shape, stride, dtype in self.buffers:
             tensors.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-        with current(device):
-            for start in self.starts:
-                start(tensors)
+        if is_current(device):
+            self.start(tensors)
+        else:
+            with torch.cuda.device(device):
+                self.start(tensors)
         return [tensors[slot] for slot in self.outputs]
+
+    def start(self, tensors: list) -> None:
+        for start in self.starts:
+            start(tensors)
 
 
 class Allocates(TorchDispatchMode):
@@ -121,7 +128,7 @@ def run(plan: Callable, arguments: tuple) -> tuple[bool, list[Tensor]]:
 
     Args:
         plan: from `arguments` to launches and what they fill.
-        arguments: tensors and hashable values.
+        arguments: tensors of one device and hashable values, a tensor first.
 
     Returns:
         Whether the plan takes the tensors as they are, without a copy; and what it fills.
@@ -145,24 +152,22 @@ def run(plan: Callable, arguments: tuple) -> tuple[bool, list[Tensor]]:
 def traced(plan: Callable, arguments: tuple) -> list[Tensor]:
     """Plan and start, visibly to a tracer."""
     launches, outputs = plan(*arguments)
-    with current(next(a for a in arguments if isinstance(a, Tensor)).device):
+    with torch.cuda.device_of(arguments[0]):
         launch.run(launches)
     return list(outputs)
 
 
 def signature(plan: Callable, arguments: tuple) -> tuple:
     """What a plan, and the code that is compiled for it, depend on."""
-    key: list[Any] = [plan]
+    key: list[Any] = [plan, arguments[0].device]
     for a in arguments:
         if isinstance(a, Tensor):
-            key += (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() % 16 == 0)
+            key += (a.shape, a.stride(), a.dtype, a.data_ptr() % 16 == 0)
         else:
             key.append(a)
     return tuple(key)
 
 
-def current(device: torch.device):
-    """The device made the current one, which Triton launches on; costs nothing where it is."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
+def is_current(device: torch.device) -> bool:
+    """Whether what Triton starts goes to the device: changing the current one costs more than asking."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()

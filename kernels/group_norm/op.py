@@ -148,6 +148,8 @@ def _(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend=
 def save(ctx, inputs, output):
     x, groups, weight, bias, scale, shift, activation, _, addend = inputs
     _, mean, rstd = output
+    # no gradients of zeros for what has none
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, addend)
     ctx.settings = groups, activation
