@@ -148,8 +148,6 @@ def _(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend=
 def save(ctx, inputs, output):
     x, groups, weight, bias, scale, shift, activation, _, addend = inputs
     _, mean, rstd = output
-    # no gradients of zeros for what has none
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, addend)
     ctx.settings = groups, activation
@@ -172,14 +170,16 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernel, *inputs):
-        y, mean, rstd = kernel(*inputs)
-        save(ctx, inputs, (y, mean, rstd))
-        return y, mean, rstd
+        outputs = kernel(*inputs)
+        save(ctx, inputs, outputs)
+        # zeros for the statistics would be filled in for nothing
+        ctx.set_materialize_grads(False)
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
-        return None, *backward(ctx, *gradients)
+    def backward(ctx, dy, *_):
+        return (None,) * 10 if dy is None else (None, *backward(ctx, dy))
 
 
 def supports(*dtypes: torch.dtype):
