@@ -113,7 +113,8 @@ class Stream:
         return self.clock[self]
 
     def join(self, clock: dict) -> None:
-        for stream, number in clock.items():
+        # a copy, since other threads go on
+        for stream, number in dict(clock).items():
             self.clock[stream] = max(number, self.clock.get(stream, 0))
 
     def wait_stream(self, other: "Stream") -> None:
@@ -324,6 +325,10 @@ class PretendedCuda:
         with self.lock:
             made = self.record(func, inner, options, stream) if stream.graph else func(*inner, **options)
             if not stream.graph:
+                # memory of the host is no stream's, also where a device's tensor had the address before
+                for t in tensors:
+                    if t.device.type == "cpu":
+                        self.accesses.pop(t.untyped_storage().data_ptr(), None)
                 self.access(stream, func, (inner, options), tree_flatten(made)[0])
         given = {id(t.inner): t for t in tensors if isinstance(t, Elsewhere)}
 

@@ -78,6 +78,7 @@ def test_names_are_as_they_were_written(monkeypatch):
     assert demangled(names) == names
 
 
+@pytest.mark.slow
 def test_the_verb_lists_them_beside_tritons(sources, tmp_path, monkeypatch, capsys):
     (sources / "broken.cu").write_text("__global__ void f() { no_such_name(); }\n")
     options = ["--compile-only", "--arch", "sm_90", "--json", str(tmp_path / "rows.json")]

@@ -125,3 +125,18 @@ def test_a_container_counts_by_its_share(tmp_path, monkeypatch):
         assert workers.processors() == count
     monkeypatch.setattr(workers, "CGROUP", tmp_path / "none")
     assert workers.processors() == 48
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_sees_the_same_bits(pairs):
+    """Also where the device is far behind the host, and pinned memory is used again."""
+    truth = [pairs.batch(range(4 * i, 4 * i + 4)) for i in range(24)]
+    for count in (0, 2):
+        feed = batches(pairs, first_index=0, batch=4, workers=count, device="cuda")
+        torch.cuda._sleep(200_000_000)
+        found = list(itertools.islice(feed, 24))
+        feed.close()
+        for expected, batch in zip(truth, found):
+            assert all(torch.equal(batch[name].cpu(), expected[name]) for name in expected if name != "bad")
+            assert batch["u"].device.type == "cpu" and batch["target"].is_cuda

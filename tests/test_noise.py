@@ -106,3 +106,14 @@ def test_the_triton_kernel_writes_whole_lines_and_spills_nothing(arch):
     row = inspect("noise", launch, arch)
     assert row["spill_loads_bytes"] == row["spill_stores_bytes"] == 0 and set(row["stores"]) == {"128"}, row
     assert row["registers"] <= 64, row
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_draws_the_same_bits():
+    index = torch.tensor([0, 7, 2**31 + 1, 2**40 + 11])
+    for shape in ((3, 256, 256), (3, 10, 7), (1,)):
+        expected = noise(5, index, shape)
+        assert torch.equal(noise(5, index.cuda(), shape).cpu(), expected)
+        # without Triton too
+        assert torch.equal(module.plain_noise(5, index.cuda(), expected[0].numel()).cpu(), expected.flatten(1))
