@@ -107,10 +107,17 @@ def inspect(source: Path, arch: str, compiler: nvcc.Compiler) -> list[dict]:
                 **row,
                 "kernel": kernel,
                 "constants": {str(i): value for i, value in enumerate(given)},
-                "warps": threads // 32, "ptx": version, "threads": threads, "registers": registers,
-                "stack_bytes": int(used["stack"]), "shared_bytes": shared, "dynamic_bytes": dynamic,
-                "blocks_per_sm": blocks, "bound": bound,
-                "occupancy": blocks * threads / 32 / LIMITS[arch].warps, **count(sass[used["name"]]),
+                "warps": threads // 32,
+                "ptx": version,
+                "threads": threads,
+                "registers": registers,
+                "stack_bytes": int(used["stack"]),
+                "shared_bytes": shared,
+                "dynamic_bytes": dynamic,
+                "blocks_per_sm": blocks,
+                "bound": bound,
+                "occupancy": blocks * threads / 32 / LIMITS[arch].warps,
+                **count(sass[used["name"]]),
             }  # fmt: skip
         )
     return rows

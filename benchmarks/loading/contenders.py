@@ -95,4 +95,3 @@ def store_small(photos: Path, out: Path, size: int) -> None:
 
 def pairs_of(folder: Path, size: int) -> Pairs:
     return Pairs(scan(folder, "folders"), seed=0, image_size=size, global_batch=BATCH)
-

@@ -112,9 +112,7 @@ class Trainer:
         self.device = torch.device(device)
         if switches.kept_memory:
             keep_freed_memory()
-        config = TrainConfig(
-            data, Path("unused"), preset=preset, batch=batch, workers=workers, graph=switches.recorded
-        )
+        config = TrainConfig(data, Path("unused"), preset=preset, batch=batch, workers=workers, graph=switches.recorded)
         unet, encoder, scheduler = build(config, self.device)
         self.flops = step_flops(unet, encoder)
         unet = rebuild(unet, norm=not switches.fused_group_norm, cross=not switches.fused_attention)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from semantica.kernels import replay
 from semantica.kernels.group_norm.op import over_pixels
 from semantica.kernels.group_norm.tiles import (
     Sizes,
@@ -35,7 +36,7 @@ from semantica.kernels.group_norm.tiles import (
     split,
     to_channels,
 )
-from semantica.kernels.launch import Launch, run, settings
+from semantica.kernels.launch import Launch, settings
 
 
 @triton.jit
@@ -258,7 +259,6 @@ def plan_backward(
 
 def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend=None):
     """What `semantica::group_norm_backward` computes: gradients; those of what is absent are empty."""
-    launches, (dx, *others) = plan_backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend)
-    with torch.cuda.device_of(x):
-        run(launches)
-    return restored(dx, x), *others, over_pixels(dx, addend)
+    arguments = dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend
+    kept, (dx, *others) = replay.run(plan_backward, arguments)
+    return dx if kept else restored(dx, x), *others, over_pixels(dx, addend)

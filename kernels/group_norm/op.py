@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from semantica.kernels import dispatch, launch
 from semantica.kernels.checks import check_dtype, check_tensors
@@ -156,12 +157,29 @@ def backward(ctx, dy, *_):
     x, mean, rstd, weight, bias, scale, shift, addend = ctx.saved_tensors
     groups, activation = ctx.settings
     inputs = dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend
-    dx, dweight, dbias, *rest = op_backward(*inputs)
+    dx, dweight, dbias, *rest = dispatch.call(op_backward, *inputs)
     dscale, dshift, daddend = (None if a is None else d for a, d in zip((scale, shift, addend), rest, strict=True))
     return dx, None, dweight, dbias, dscale, dshift, None, None, daddend
 
 
 op.register_autograd(backward, setup_context=save)
+
+
+class Fused(torch.autograd.Function):
+    """The op with its gradients, past torch's dispatcher: see `dispatch.direct`."""
+
+    @staticmethod
+    def forward(ctx, kernel, *inputs):
+        outputs = kernel(*inputs)
+        save(ctx, inputs, outputs)
+        # zeros for the statistics would be filled in for nothing
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        return (None,) * 10 if dy is None else (None, *backward(ctx, dy))
 
 
 def supports(*dtypes: torch.dtype):
@@ -229,8 +247,11 @@ def group_norm(
         ValueError: an argument has the wrong rank, shape, dtype or device.
     """
     check(x, groups, weight, bias, scale, shift, activation, addend)
-    y, _, _ = op(x, groups, weight, bias, scale, shift, activation, eps, addend)
-    return y
+    arguments = x, groups, weight, bias, scale, shift, activation, eps, addend
+    kernel = dispatch.direct(op, arguments)
+    if kernel is None:
+        return op(*arguments)[0]
+    return (Fused.apply(kernel, *arguments) if dispatch.differentiable(arguments) else kernel(*arguments))[0]
 
 
 def check(x, groups, weight, bias, scale, shift, activation, addend):
