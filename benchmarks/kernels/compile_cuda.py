@@ -4,6 +4,7 @@ Registers, stack and static shared memory are ptxas's own report; accesses and s
 """
 
 import functools
+import itertools
 import math
 import re
 import shutil
@@ -25,10 +26,6 @@ USED = re.compile(
     re.DOTALL,
 )
 ENTRY = re.compile(r"\.entry (\w+)\([^)]*\)\s*((?:\.\w+ [^\n]*\n)*)")
-# what plans go by: multiprocessors of the largest card of an architecture, and the most blocks of a cluster
-CARDS = {
-    "sm_80": (108, 1), "sm_86": (84, 1), "sm_89": (142, 1), "sm_90": (132, 16), "sm_100": (148, 16), "sm_120": (188, 8),
-}  # fmt: skip
 TYPES = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
 
 
@@ -60,21 +57,18 @@ def sections(text: str) -> dict[str, str]:
 @functools.cache
 def planned(arch: str) -> dict[tuple[str, ...], tuple[int, int]]:
     """The most dynamic shared memory that any plan of group_norm asks of a kernel, with the threads of such a block: by
-    the kernel's name, its type and its vector width."""
+    the kernel's name, its type, its vector width and its layout."""
     # needs Triton, as all of this does
     from semantica.kernels.group_norm.specimens import SHAPES
 
-    multiprocessors, cluster = CARDS[arch]
-    limits = cuda_plan.Limits(multiprocessors, LIMITS[arch].shared_block, cluster)
     found: dict[tuple[str, ...], tuple[int, int]] = {}
-    for (samples, channels, *spatial), groups in SHAPES:
-        for name, itemsize in TYPES.items():
-            for operands, kernel in ((1, "forward"), (2, "backward")):
-                sizes = samples, channels, groups, math.prod(spatial)
-                if (plan := cuda_plan.plan(*sizes, itemsize, operands, limits)) is not None:
-                    key = kernel, name, str(plan.vector)
-                    shared, threads = max((plan.shared, plan.threads), found.get(key, (0, 0))[::-1])
-                    found[key] = threads, shared
+    drawn = itertools.product(SHAPES, TYPES.items(), (True, False), ((1, "forward"), (2, "backward")))
+    for ((samples, channels, *spatial), groups), (name, itemsize), last, (operands, direction) in drawn:
+        problem = cuda_plan.Problem(samples, channels, groups, math.prod(spatial), itemsize, last)
+        if (plan := cuda_plan.plan(problem, operands, cuda_plan.CARDS[arch])) is not None:
+            key = f"{direction}_kernel", name, str(plan.vector), str(last).lower()
+            shared, threads = max((plan.shared, plan.threads), found.get(key, (0, 0))[::-1])
+            found[key] = threads, shared
     return found
 
 

@@ -166,12 +166,11 @@ def cuda_kernels() -> Callable[..., Tensor]:
 
 def in_cuda(problem: Problem) -> bool:
     """Whether CUDA kernels compute a problem, forward and backward; told from its sizes, before anything is drawn."""
-    if problem.device != "cuda" or not problem.case.channels_last or not cuda.code(torch.device("cuda", 0))[0]:
+    if problem.device != "cuda" or not cuda.code(torch.device("cuda", 0))[0]:
         return False
-    samples, channels, *spatial = problem.case.shape
-    of = samples, channels, problem.case.groups, math.prod(spatial)
-    found = import_module("semantica.kernels.group_norm.cuda")
-    plans = (found.planned(of, problem.dtype.itemsize, operands, torch.device("cuda", 0)) for operands in (1, 2))
+    case, found = problem.case, import_module("semantica.kernels.group_norm.cuda")
+    sizes = *case.shape[:2], case.groups, math.prod(case.shape[2:]), problem.dtype.itemsize, case.channels_last
+    plans = (found.planned(found.Problem(*sizes), operands, torch.device("cuda", 0)) for operands in (1, 2))
     return None not in plans
 
 

@@ -1,4 +1,4 @@
-"""`group_norm` through the CUDA kernels of `semantica._cuda`: tensors whose channels are innermost in memory.
+"""`group_norm` through the CUDA kernels of `semantica._cuda`: of tensors whose channels or pixels lie side by side.
 
 What it computes and what it returns is what the Triton kernels do; a call that it does not serve goes to them.
 """
@@ -10,60 +10,76 @@ import torch
 from torch import Tensor
 
 from semantica.kernels import cuda
-from semantica.kernels.group_norm.cuda_plan import ACCESS, Limits, Plan, plan
+from semantica.kernels.group_norm.cuda_plan import ACCESS, Card, Plan, Problem, plan
 
 CHOICE = Path(__file__).with_name("choice.json")
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def channels_innermost(x: Tensor) -> bool:
-    """Whether memory is `[B, *spatial, C]`, spatial in any order, and dense."""
+def layout(x: Tensor) -> str | None:
+    """ "contiguous" or "channels_last", spatial dimensions in any order; None where memory is neither, or has gaps."""
     spatial = sorted(range(2, x.ndim), key=x.stride, reverse=True)
-    return x.permute(0, *spatial, 1).is_contiguous()
+    if x.permute(0, 1, *spatial).is_contiguous():
+        return "contiguous"
+    return "channels_last" if x.permute(0, *spatial, 1).is_contiguous() else None
 
 
-def sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
-    """Samples, channels, groups, pixels."""
+def problem(x: Tensor, groups: int) -> Problem:
     samples, channels = x.shape[:2]
-    return samples, channels, groups, x.numel() // (samples * channels)
+    pixels, last = x.numel() // (samples * channels), layout(x) == "channels_last"
+    return Problem(samples, channels, groups, pixels, x.element_size(), last, x.data_ptr() % ACCESS == 0)
 
 
 @functools.cache
-def limits(device: torch.device) -> Limits:
-    """Of a card, and of the code that it runs: clusters are in what was compiled for sm_90a and newer."""
-    card, (version, _) = torch.cuda.get_device_properties(device), cuda.code(device)
-    # 16 must be asked for, and data-centre cards alone have them
-    cluster = 1 if version < 90 else 16 if version < 120 else 8
-    return Limits(card.multi_processor_count, card.shared_memory_per_block_optin, cluster)
+def card(device: torch.device) -> Card:
+    """Limits of a card, with the capability of the code that it runs: clusters are in what was compiled for sm_90a."""
+    limits, (version, _) = torch.cuda.get_device_properties(device), cuda.code(device)
+    return Card(
+        divmod(version, 10),
+        limits.multi_processor_count,
+        limits.shared_memory_per_block_optin,
+        limits.shared_memory_per_multiprocessor,
+        limits.L2_cache_size,
+    )
 
 
 @functools.cache
-def planned(of: tuple[int, int, int, int], itemsize: int, operands: int, device: torch.device) -> Plan | None:
-    return plan(*of, itemsize, operands, limits(device))
+def planned(of: Problem, operands: int, device: torch.device) -> Plan | None:
+    return plan(of, operands, card(device))
 
 
 def can(x: Tensor, groups: int, operands: int) -> bool:
     """Whether the kernels compute this call on this card."""
-    if not cuda.code(x.device)[0] or not channels_innermost(x) or x.data_ptr() % ACCESS:
+    if not cuda.code(x.device)[0] or layout(x) is None:
         return False
-    return planned(sizes(x, groups), x.element_size(), operands, x.device) is not None
+    return planned(problem(x, groups), operands, x.device) is not None
 
 
 def serves_forward(x: Tensor, groups: int, *rest) -> bool:
     """Whether the table prefers these kernels to Triton's for a call, and they can compute it."""
-    return cuda.chosen(CHOICE, "forward", x, "channels_last") and can(x, groups, 1)
+    return cuda.chosen(CHOICE, "forward", x, layout(x)) and can(x, groups, 1)
 
 
 def serves_backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int, *rest) -> bool:
     """As `serves_forward`."""
-    return cuda.chosen(CHOICE, "backward", x, "channels_last") and can(x, groups, 2)
+    return cuda.chosen(CHOICE, "backward", x, layout(x)) and can(x, groups, 2)
 
 
 @functools.cache
-def call(of: tuple[int, int, int, int], types: tuple[str, str, str], silu: bool, made: Plan, device: torch.device):
+def call(
+    of: Problem,
+    dtype: torch.dtype,
+    silu: bool,
+    f32: tuple[bool, ...],
+    strides: tuple[int, ...],
+    made: Plan,
+    device: torch.device,
+):
     """What is alike for all calls of these sizes: made once, since it costs more than a launch."""
-    names = dict(zip(("samples", "channels", "groups", "pixels"), of)) | dict(zip(("type", "affine", "film"), types))
-    return cuda.module().GroupNorm(device=index(device), silu=silu, **names, **vars(made))
+    sizes = {name: getattr(of, name) for name in ("samples", "channels", "groups", "pixels", "channels_last")}
+    cut = {name: value for name, value in vars(made).items() if name != "items"}
+    values = {"f32": f32, "strides": strides}
+    return cuda.module().GroupNorm(device=index(device), type=NAMES[dtype], silu=silu, **sizes, **values, **cut)
 
 
 def index(device: torch.device) -> int:
@@ -75,38 +91,32 @@ def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def alike(*values: Tensor | None) -> list[Tensor | None]:
-    """All of one type and dense: fp32 where they are of several."""
-    given = {a.dtype for a in values if a is not None}
-    dtype = given.pop() if len(given) == 1 else torch.float32
-    return [None if a is None else a.to(dtype).contiguous() for a in values]
-
-
-def type_of(*values: Tensor | None) -> str:
-    return next((NAMES[a.dtype] for a in values if a is not None), "float32")
+def rows(a: Tensor | None) -> Tensor | None:
+    """With channels side by side; samples may be further apart, as in views of one tensor."""
+    return a if a is None or a.stride(-1) == 1 else a.contiguous()
 
 
 def address(a: Tensor | None) -> int:
     return 0 if a is None else a.data_ptr()
 
 
-def prepared(x, groups, activation, affine, film, operands):
+def prepared(x, groups, activation, values, operands):
     """The call, and its workspace."""
-    of = sizes(x, groups)
-    made = planned(of, x.element_size(), operands, x.device)
-    types = NAMES[x.dtype], type_of(*affine), type_of(*film)
-    words = made.workspace(of[0], of[1], operands)
+    of = problem(x, groups)
+    made = planned(of, operands, x.device)
+    f32 = tuple(a is not None and a.dtype == torch.float32 for a in values)
+    strides = tuple(0 if a is None or a.ndim == 1 else a.stride(0) for a in values)
+    words = made.workspace(of, operands)
     workspace = x.new_empty(words, dtype=torch.float32) if words else None
-    return call(of, types, activation == "silu", made, x.device), workspace
+    return call(of, x.dtype, activation == "silu", f32, strides, made, x.device), workspace
 
 
 def forward(x, groups, weight, bias, scale, shift, activation, eps, addend=None):
     """y like `x`, mean and 1/std `[B, groups]` in fp32; `can(x, groups, 1)`."""
     y, mean, rstd = torch.empty_like(x), *(x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
-    affine, film = alike(weight, bias), alike(scale, shift, addend)
-    kernel, workspace = prepared(x, groups, activation, affine, film, 1)
-    inputs = map(address, (x, *affine, *film))
-    kernel.forward(stream(x.device), *inputs, eps, *map(address, (y, mean, rstd, workspace)))
+    values = list(map(rows, (weight, bias, scale, shift, addend)))
+    kernel, workspace = prepared(x, groups, activation, values, 1)
+    kernel.forward(stream(x.device), *map(address, (x, *values)), eps, *map(address, (y, mean, rstd, workspace)))
     return y, mean, rstd
 
 
@@ -115,11 +125,10 @@ def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, 
     # whatever a consumer's memory looks like, as long as it is that of x
     if dy.stride() != x.stride() or dy.data_ptr() % ACCESS:
         dy = torch.empty_like(x).copy_(dy)
-    dx, affine, film = torch.empty_like(x), alike(weight, bias), alike(scale, shift, addend)
-    gradients = [None if a is None else torch.empty_like(a) for a in (*affine, *film)]
-    partial = x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
-    kernel, workspace = prepared(x, groups, activation, affine, film, 2)
-    inputs = map(address, (dy, x, mean, rstd, *affine, *film))
-    kernel.backward(stream(x.device), *inputs, *map(address, (dx, *gradients, partial, workspace)))
-    pairs = zip(gradients, (weight, bias, scale, shift, addend), strict=True)
-    return dx, *(x.new_empty(0) if a is None else g.to(a.dtype) for g, a in pairs)
+    dx, values = torch.empty_like(x), list(map(rows, (weight, bias, scale, shift, addend)))
+    gradients = [x.new_empty(0) if a is None else a.new_empty(a.shape) for a in values]
+    kernel, workspace = prepared(x, groups, activation, values, 2)
+    # an empty one has no address
+    outputs = map(address, (dx, *gradients, workspace))
+    kernel.backward(stream(x.device), *map(address, (dy, x, mean, rstd, *values)), *outputs)
+    return dx, *gradients

@@ -1,22 +1,18 @@
-// Vectors and 16-bit floats of CUDA, with its rounding: to nearest, ties to even, NaN kept.
+// Vectors and 16-bit floats of CUDA, with its rounding: to nearest, ties to even, NaN kept; and its approximate functions.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
-struct alignas(4) uchar4 { unsigned char x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct alignas(16) float4 { float x, y, z, w; };
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { uint16_t bits; };
+struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct alignas(4) __half2 { __half x, y; };
 
 inline float __uint_as_float(unsigned bits) {
   float value;
@@ -55,4 +51,23 @@ inline __half __float2half_rn(float value) {
   }
   unsigned odd = size >> 13 & 1;
   return {uint16_t(sign | (size - 0x38000000 + 0xfff + odd) >> 13)};
+}
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+// what is off by some units in the last place on a GPU is so here: up to the error that the CUDA C++ Programming Guide
+// ("Mathematical Functions") allows, how far and which way hanging on the argument alone
+inline float off_by(float exact, unsigned units, unsigned argument) {
+  unsigned bits = __float_as_uint(exact), exponent = bits >> 23 & 255;
+  if (exponent < 2 || exponent > 253) return exact;
+  return __uint_as_float(bits + (argument * 2654435761u >> 16) % (2 * units + 1) - units);
+}
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float rsqrtf(float x) { return off_by(float(1.0 / std::sqrt(double(x))), 2, __float_as_uint(x)); }
+// 2^(x * log2 e): the rounding of the product is the larger part of the error
+inline float __expf(float x) { return off_by(std::exp2(x * 1.44269504f), 2, __float_as_uint(x)); }
+inline float __fdividef(float a, float b) {
+  // a divisor beyond 2^126 gives 0, or NaN
+  if (std::fabs(b) > 0x1p126f && !std::isinf(b)) return std::isinf(a) ? NAN : 0.0f * a;
+  return off_by(a / b, 2, __float_as_uint(a) ^ __float_as_uint(b));
 }
