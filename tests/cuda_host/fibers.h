@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -35,6 +36,13 @@ constexpr bool FRESH_SHARED = true;
 #else
 constexpr bool FRESH_SHARED = false;
 #endif
+#if defined(CUDA_HOST_TSAN)
+constexpr bool DETECTS_RACES = true;
+#else
+constexpr bool DETECTS_RACES = false;
+#endif
+// at the far end of each stack
+constexpr uint64_t UNTOUCHED = 0x6e6f626f64792121;
 
 struct Context {
   ucontext_t state{};
@@ -52,10 +60,12 @@ inline Context* switched_from = nullptr;
 inline Context* to_bury = nullptr;
 
 inline bool finished(const Context& context) { return context.over; }
+inline bool overflowed(const Context& context) { return *reinterpret_cast<volatile uint64_t*>(context.stack) != UNTOUCHED; }
 
 inline void forbid([[maybe_unused]] char* at, [[maybe_unused]] size_t bytes) {
 #if defined(CUDA_HOST_ASAN)
-  ASAN_POISON_MEMORY_REGION(at, bytes);
+  // the macro for it does nothing here, where the compiler's own part of the sanitizer is off
+  __asan_poison_memory_region(at, bytes);
 #endif
 }
 
@@ -122,17 +132,27 @@ inline void reserve([[maybe_unused]] unsigned threads) {
 #endif
 }
 
+inline void add_detector([[maybe_unused]] Context& context) {
+#if defined(CUDA_HOST_TSAN)
+  context.detector = __tsan_create_fiber(0);
+#endif
+}
+inline void drop_detector([[maybe_unused]] Context& context) {
+#if defined(CUDA_HOST_TSAN)
+  __tsan_destroy_fiber(context.detector);
+#endif
+}
+
 inline void make(Context& context, void (*entry)()) {
   context.stack = new_stack();
+  *reinterpret_cast<volatile uint64_t*>(context.stack) = UNTOUCHED;
   context.stack_bytes = STACK;
   getcontext(&context.state);
   context.state.uc_stack.ss_sp = context.stack;
   context.state.uc_stack.ss_size = STACK;
   context.state.uc_link = nullptr;
   makecontext(&context.state, entry, 0);
-#if defined(CUDA_HOST_TSAN)
-  context.detector = __tsan_create_fiber(0);
-#endif
+  add_detector(context);
 }
 
 inline void arrived() {
@@ -179,8 +199,8 @@ inline void switch_to(Context& from, Context& to) {
 }
 
 inline void drop([[maybe_unused]] Context& context) {
+  drop_detector(context);
 #if defined(CUDA_HOST_TSAN)
-  __tsan_destroy_fiber(context.detector);
   if (context.companion) __tsan_destroy_fiber(context.companion);
   munmap(context.stack, context.stack_bytes);
 #endif

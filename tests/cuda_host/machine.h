@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <memory>
 #include <random>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -22,25 +24,36 @@ struct Meeting {
   unsigned phase = 0, arrived = 0;
   std::vector<Fiber*> waiting;
   char order[2] = {};
-  const char* where = nullptr;
+  // of the first to come
+  Call call;
 };
 
+// of some warps of a block
+struct Named : Meeting {
+  unsigned expected = 0;
+  std::map<unsigned, unsigned> lanes;
+};
+
+// of the lanes of a mask: who was there, and what it brought
 struct Exchange : Meeting {
-  unsigned lanes = 0;
+  unsigned present[2] = {};
   uint64_t values[2][WARP] = {};
 };
 
 struct Warp {
-  unsigned there = 0, left = 0;
-  std::map<unsigned, Exchange> exchanges;
-  std::map<unsigned, Meeting> barriers;
+  unsigned live = 0;
+  std::map<unsigned, Exchange> meetings;
 };
 
 // shared memory of one kernel variable in one block
 struct Memory {
-  char* at;
-  size_t bytes;
+  char* at = nullptr;
+  size_t bytes = 0, align = 0;
+  char* base = nullptr;
 };
+
+// what variables lie in, and all of a block's with the gaps between them
+constexpr size_t LINE = 128, ARENA = MAX_SHARED + (16 << 10);
 
 struct MBarrier {
   unsigned phase = 0, expected = 0, pending = 0;
@@ -59,9 +72,9 @@ struct Block {
   Memory dynamic{};
   // under ThreadSanitizer all blocks have theirs from the start: what is allocated later would look like a write
   std::unique_ptr<char, void (*)(void*)> arena{nullptr, std::free};
-  size_t used = 0;
+  size_t used = 0, counted = 0;
   Meeting barrier;
-  std::map<unsigned, Meeting> named;
+  std::map<unsigned, Named> named;
   std::vector<Warp> warps;
   std::unordered_map<const void*, MBarrier> mbarriers;
   char left = 0, fenced = 0;
@@ -73,8 +86,17 @@ struct Cluster {
   Meeting barrier;
 };
 
+// copies that are committed together
 struct Group {
   unsigned unfinished = 0;
+  bool any = false;
+  char done = 0;
+  Call call;
+};
+// those that the thread has not waited for; the last one is open. `waited`: how many were before them
+struct Groups {
+  std::deque<Group> left{1};
+  size_t waited = 0;
 };
 
 struct Pending {
@@ -83,9 +105,10 @@ struct Pending {
   const void* from;
   size_t bytes;
   MBarrier* barrier;
+  Block* block;
   Fiber* owner;
   size_t group;
-  const char* where;
+  Call call;
   char order = 0;
 };
 
@@ -94,16 +117,16 @@ struct Fiber {
   Place place;
   Block* block = nullptr;
   unsigned linear = 0;
-  const char* where = "";
+  Call call{"its start"};
   // as numbers: a string's memory would be touched under the name of several threads
   const char* waits_for = nullptr;
-  long long wanted[2] = {};
+  long long wanted = 0;
+  const MBarrier* mbarrier = nullptr;
   bool in_cluster_barrier = false;
   unsigned cluster_phase = 0;
-  // groups of asynchronous copies, by kind; the last one is open
-  std::vector<Group> groups[3] = {std::vector<Group>(1), std::vector<Group>(1), std::vector<Group>(1)};
+  // of asynchronous copies, by kind
+  Groups groups[3];
   bool in_group_wait = false;
-  char copied = 0;
 
   Warp& warp() { return block->warps[linear / WARP]; }
   unsigned lane() const { return linear % WARP; }
@@ -114,7 +137,7 @@ struct Machine {
   const std::function<void()>* body;
   Copy copy;
   std::mt19937_64 random;
-  Context host;
+  Context host, read_only;
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Cluster>> clusters;
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -126,6 +149,8 @@ struct Machine {
   // drawn once: how threads are picked, how late copies are, how often a thread pauses where it need not
   unsigned order = 0;
   double copy_rate = 0, pause_rate = 0;
+  // what fills memory that nobody has written: NaN, or a number that no maximum or comparison swallows
+  char filling = char(0xff);
 
   double draw() { return double(random() >> 11) * 0x1p-53; }
   size_t below(size_t n) { return random() % n; }
@@ -142,18 +167,23 @@ struct OnHost {
 
 // scheduling: runtime.cpp
 void wake(std::vector<Fiber*>& waiting);
-void pause(const char* where);
+void pause(const Call& at);
 // lets others go ahead, or not, as drawn
-void maybe_pause(const char* where);
-void wait_in(std::vector<Fiber*>& waiting, const char* where, const char* what, long long a = 0, long long b = 0);
+void maybe_pause(const Call& at);
+void wait_in(std::vector<Fiber*>& waiting, const Call& at, const char* what, long long wanted = 0);
+std::string text(const Call& at);
 
 // shared memory: memory.cpp
-Block& block_of(const void* address, const Cluster& cluster, const char* what, const void** key, size_t* offset);
-Memory& variable(Block& block, const void* key, size_t bytes);
+Block* block_of(const void* address, const Cluster& cluster, const void** key = nullptr, size_t* offset = nullptr);
+Memory& variable(Block& block, const void* key, size_t bytes, size_t align);
 void leave(Block& block);
 
 // barriers.cpp and copies.cpp
+bool omitted(const Call& at);
 void complete(Meeting& meeting);
+// a lane, or a thread of a named barrier, comes no more
+void complete_without(Warp& warp);
 void finish_copy(size_t which);
+void check_copies(Fiber& fiber);
 
 }  // namespace cuda_host

@@ -1,17 +1,22 @@
 // Runs a grid: starts blocks, picks threads, ends copies, and says who waits for what when nothing can go on. One operating
 // system thread; the order is drawn from a seed, so that every run can be repeated.
+#include <signal.h>
+#include <sys/time.h>
+
 #include <cstdarg>
 #include <cstdio>
-#include <string>
 
 #include "machine.h"
 
 namespace cuda_host {
 
 static unsigned resident = 8;
+// seconds of processor time for which one thread may run and meet nobody
+constexpr int PATIENCE = 5;
+static volatile sig_atomic_t alone = 0;
 
-void pause(const char* where) {
-  current->where = where;
+void pause(const Call& at) {
+  current->call = at;
   switch_to(current->context, machine->host);
 }
 
@@ -20,36 +25,35 @@ void wake(std::vector<Fiber*>& waiting) {
   waiting.clear();
 }
 
-void maybe_pause(const char* where) {
+void maybe_pause(const Call& at) {
   {
     OnHost host;
     if (machine->draw() >= machine->pause_rate) return;
     machine->ready.push_back(current);
   }
-  pause(where);
+  pause(at);
 }
 
-void wait_in(std::vector<Fiber*>& waiting, const char* where, const char* what, long long a, long long b) {
+void wait_in(std::vector<Fiber*>& waiting, const Call& at, const char* what, long long wanted) {
   {
     OnHost host;
     waiting.push_back(current);
-    current->waits_for = what, current->wanted[0] = a, current->wanted[1] = b;
+    current->waits_for = what, current->wanted = wanted;
   }
-  pause(where);
+  pause(at);
 }
 
 static void finish(Fiber& fiber) {
   Block& block = *fiber.block;
   Cluster& cluster = *block.cluster;
   Warp& warp = fiber.warp();
-  unsigned bit = 1u << fiber.lane();
+  if (fiber.in_cluster_barrier) fault(fiber.call, "its thread leaves without having waited");
+  check_copies(fiber);
   detector_release(&block.left);
   {
     OnHost host;
-    warp.left |= bit;
-    for (auto& [mask, exchange] : warp.exchanges) {
-      if (mask & bit && exchange.arrived) fault("lane %u leaves while lanes of mask %08x wait for it", fiber.lane(), mask);
-    }
+    warp.live &= ~(1u << fiber.lane());
+    complete_without(warp);
     block.live--;
     cluster.live--;
     // barriers wait for those that have not left
@@ -76,7 +80,7 @@ static void start(Cluster& cluster) {
   const Grid& grid = machine->grid;
   unsigned threads = grid.block.x * grid.block.y * grid.block.z;
   for (Block* block : cluster.blocks) {
-    if (grid.shared_bytes) block->dynamic = variable(*block, machine, grid.shared_bytes);
+    if (grid.shared_bytes) block->dynamic = variable(*block, machine, grid.shared_bytes, LINE);
     block->live = threads;
     block->warps.resize((threads + WARP - 1) / WARP);
     for (unsigned i = 0; i < threads; i++) {
@@ -85,7 +89,7 @@ static void start(Cluster& cluster) {
       fiber->place = {{x, y, z}, block->place, grid.block, grid.grid};
       fiber->block = block;
       fiber->linear = i;
-      fiber->warp().there |= 1u << fiber->lane();
+      fiber->warp().live |= 1u << fiber->lane();
       make(fiber->context, thread_main);
       machine->ready.push_back(fiber.get());
       machine->fibers.push_back(std::move(fiber));
@@ -101,8 +105,12 @@ static void start(Cluster& cluster) {
   for (auto& fiber : machine->fibers) {
     if (finished(fiber->context)) continue;
     char what[128];
-    std::snprintf(what, sizeof what, fiber->waits_for ? fiber->waits_for : "to go on", fiber->wanted[0], fiber->wanted[1]);
-    std::string line = std::string(fiber->where) + " " + what;
+    if (const MBarrier* barrier = fiber->mbarrier) {
+      std::snprintf(what, sizeof what, "for %u arrivals and %lld bytes", barrier->pending, (long long)barrier->bytes);
+    } else {
+      std::snprintf(what, sizeof what, fiber->waits_for ? fiber->waits_for : "to go on", fiber->wanted);
+    }
+    std::string line = text(fiber->call) + " " + what;
     if (!found[line]++) {
       example[line] = "thread " + std::to_string(fiber->linear) + " of block " + std::to_string(fiber->block->index);
     }
@@ -110,7 +118,7 @@ static void start(Cluster& cluster) {
   for (auto& [line, count] : found) {
     std::fprintf(stderr, "cuda_host: %u threads wait at %s (%s)\n", count, line.c_str(), example[line].c_str());
   }
-  fault("deadlock");
+  fault(Call{"deadlock"}, "no thread can go on");
 }
 
 static Fiber* pick() {
@@ -128,7 +136,10 @@ static Fiber* pick() {
   return fiber;
 }
 
+static void watch(bool begin);
+
 static void schedule() {
+  uint64_t switches = 0;
   std::vector<Cluster*> queue;
   for (auto& cluster : machine->clusters) queue.push_back(cluster.get());
   std::shuffle(queue.begin(), queue.end(), machine->random);
@@ -150,7 +161,10 @@ static void schedule() {
     }
     current = pick();
     current->waits_for = nullptr;
+    alone = 0;
+    if (DETECTS_RACES && ++switches % 1000 == 0) watch(true);
     switch_to(machine->host, current->context);
+    if (overflowed(current->context)) fault(current->call, "local variables of more than %zu bytes", STACK);
     current = nullptr;
   }
 }
@@ -159,26 +173,62 @@ void set_seed(uint64_t value) { seed = value; }
 void set_resident(unsigned blocks) { resident = blocks; }
 const Place& place() { return current->place; }
 
-void fault(const char* format, ...) {
+void fault(const Call& at, const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
-  std::fprintf(stderr, "cuda_host: fault: ");
+  std::fprintf(stderr, "cuda_host: fault: %s: ", text(at).c_str());
   std::vfprintf(stderr, format, arguments);
   va_end(arguments);
-  if (current) std::fprintf(stderr, " (thread %u of block %u, seed %llu)", current->linear, current->block->index,
-                            (unsigned long long)seed);
+  if (current) {
+    std::fprintf(stderr, " (thread %u of block %u, seed %llu)", current->linear, current->block->index,
+                 (unsigned long long)seed);
+  }
   std::fprintf(stderr, "\n");
   std::fflush(stderr);
   std::_Exit(99);
 }
 
+ReadOnly::ReadOnly() { detector_switch(machine->read_only); }
+ReadOnly::~ReadOnly() { detector_switch(current->context); }
+
+static void tick(int) {
+  if (++alone > PATIENCE && current) fault(current->call, "since then a thread runs and meets nobody: it waits in a loop");
+}
+
+static void crash(int) {
+  fault(current ? current->call : Call{"the host"},
+        "since then a thread left its memory: a bad address, or local variables of more than %zu bytes", STACK);
+}
+
+// a thread that waits for another one without saying so would hang the bench
+static void watch(bool begin) {
+  if (DETECTS_RACES) {
+    // its sanitizer puts off whatever handles a signal: the signal itself ends the process
+    itimerval once{{0, 0}, {begin ? PATIENCE : 0, 0}};
+    setitimer(ITIMER_VIRTUAL, &once, nullptr);
+    return;
+  }
+  static char stack[64 << 10];
+  stack_t apart{};
+  apart.ss_sp = stack, apart.ss_size = sizeof stack;
+  sigaltstack(&apart, nullptr);
+  struct sigaction action{};
+  action.sa_handler = tick, action.sa_flags = SA_ONSTACK | SA_RESTART;
+  sigaction(SIGVTALRM, &action, nullptr);
+  // AddressSanitizer says more about it
+  action.sa_handler = crash;
+  if (!FRESH_SHARED) sigaction(SIGSEGV, &action, nullptr);
+  itimerval every{{begin, 0}, {begin, 0}};
+  setitimer(ITIMER_VIRTUAL, &every, nullptr);
+}
+
 int run(const Grid& grid, const std::function<void()>& thread, Copy copy) {
   unsigned threads = grid.block.x * grid.block.y * grid.block.z, count = grid.grid.x * grid.grid.y * grid.grid.z;
-  if (!threads || threads > MAX_THREADS || !count) return INVALID_CONFIGURATION;
+  if (!threads || threads > MAX_THREADS || !count || count > MAX_GRID) return INVALID_CONFIGURATION;
   if (!grid.cluster || grid.cluster > MAX_CLUSTER || grid.grid.x % grid.cluster) return INVALID_CONFIGURATION;
   if (grid.shared_bytes > MAX_SHARED) return INVALID_VALUE;
   if (grid.cooperative && count > resident) return COOPERATIVE_TOO_LARGE;
-  if (uint64_t(threads) * count > MAX_FIBERS) fault("%u blocks of %u threads: more than %u at once", count, threads, MAX_FIBERS);
+  if (uint64_t(threads) * count > MAX_FIBERS) fault(Call{"launch"}, "%u blocks of %u threads: more than %u threads", count, threads, MAX_FIBERS);
   Machine made;
   machine = &made;
   made.grid = grid;
@@ -188,13 +238,14 @@ int run(const Grid& grid, const std::function<void()>& thread, Copy copy) {
   made.order = made.below(4);
   made.copy_rate = made.below(3) * 0.2;
   made.pause_rate = made.below(3) * 0.3;
+  if (made.below(3) == 0) made.filling = 0x7a;
   adopt(made.host);
   for (unsigned i = 0; i < count; i++) {
     auto block = std::make_unique<Block>();
     block->index = i;
     block->place = {i % grid.grid.x, i / grid.grid.x % grid.grid.y, i / grid.grid.x / grid.grid.y};
     block->rank = i % grid.cluster;
-    if (!FRESH_SHARED) block->arena.reset(static_cast<char*>(std::aligned_alloc(128, MAX_SHARED)));
+    if (!FRESH_SHARED) block->arena.reset(static_cast<char*>(std::aligned_alloc(LINE, ARENA)));
     if (!block->rank) made.clusters.push_back(std::make_unique<Cluster>());
     block->cluster = made.clusters.back().get();
     block->cluster->blocks.push_back(block.get());
@@ -202,8 +253,12 @@ int run(const Grid& grid, const std::function<void()>& thread, Copy copy) {
   }
   reserve(threads * count);
   detector_release(&made.began);
+  add_detector(made.read_only);
+  watch(true);
   schedule();
+  watch(false);
   detector_acquire(&made.ended);
+  drop_detector(made.read_only);
   for (auto& fiber : made.fibers) drop(fiber->context);
   machine = nullptr;
   return 0;
