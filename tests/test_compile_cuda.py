@@ -110,6 +110,7 @@ def test_the_shipped_kernels_compile_for_every_architecture():
         assert row["registers"] <= 128, what
         # 16-byte accesses, and copies to shared memory that pass registers by
         assert not wide or row["loads"]["128"] >= 11 and row["stores"]["128"] >= 1, what
-        assert row["atomics"] == 0 and row["blocks_per_sm"] >= 1, what
+        # the barrier of the grid, and no other
+        assert row["atomics"] == 1 and row["blocks_per_sm"] >= 1, what
         assert row["shared_bytes"] <= LIMITS[row["arch"]].shared_block, what
     assert {row["spill_stores_bytes"] for row in rows if row["kernel"] == "finish_kernel"} == {0}

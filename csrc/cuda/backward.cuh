@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(512, 1)
         float bent = fmaf(x[v], across[v % W], along[v % W]);
         x[v] = inverse[v % W] * fmaf(factor[v % W], g[v], -bent);
       }
-      store<T>(out + walk.offset(at), x);
+      store<T>(out + walk.offset(at), x, plan.path != Path::resident);
     });
     release(plan);
     __syncthreads();

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(512, 1)
 #pragma unroll
         for (int v = 0; v < V; v++) x[v] *= sigmoid<T>(x[v]);
       }
-      store<T>(out + walk.offset(at), x);
+      store<T>(out + walk.offset(at), x, plan.path != Path::resident);
     });
     release(plan);
     __syncthreads();

@@ -64,13 +64,13 @@ __device__ __forceinline__ unsigned two(float low, float high) {
   return word;
 }
 
-// written past the L1 cache and first to leave L2, which is wanted for what will be read again
+// leaving: first to leave the L2 cache, which is wanted for what will be read again
 template <typename T>
-__device__ __forceinline__ void store(T* to, const float (&from)[1]) {
+__device__ __forceinline__ void store(T* to, const float (&from)[1], bool) {
   *to = narrow<T>(from[0]);
 }
 template <typename T, int V>
-__device__ __forceinline__ void store(T* to, const float (&from)[V]) {
+__device__ __forceinline__ void store(T* to, const float (&from)[V], bool leaving) {
   static_assert(V * sizeof(T) == 16);
   uint4 pack;
   if constexpr (sizeof(T) == 4) {
@@ -80,7 +80,11 @@ __device__ __forceinline__ void store(T* to, const float (&from)[V]) {
     pack = make_uint4(two<T>(from[0], from[1]), two<T>(from[2], from[3]), two<T>(from[V - 4], from[V - 3]),
                       two<T>(from[V - 2], from[V - 1]));
   }
-  __stcs(reinterpret_cast<uint4*>(to), pack);
+  if (leaving) {
+    __stcs(reinterpret_cast<uint4*>(to), pack);
+  } else {
+    *reinterpret_cast<uint4*>(to) = pack;
+  }
 }
 
 template <typename T>

@@ -128,9 +128,9 @@ def merge_backward_kernel(
 
     One program per LANES channels of a group; totals are its shares of sum_c a * G and sum_c a * H.
     """
-    part, parts = tl.program_id(0), tl.num_programs(0)
+    group, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c, b, p = part * LANES + tl.arange(0, LANES), tl.arange(0, SAMPLES), tl.arange(0, SPLITS)
-    channels, exists = tl.program_id(1) * GROUP + c, c < GROUP
+    channels, exists = group * GROUP + c, c < GROUP
     factor = tl.load(weight + channels, exists, 0).to(tl.float32)
     term = tl.load(bias + channels, exists, 0).to(tl.float32)
     plane = tl.cast(batch, tl.int64) * splits * CHANNELS
@@ -163,7 +163,7 @@ def merge_backward_kernel(
         sum_dbias += sum_g
         if totals is not None:
             groups = tl.cast(batch, tl.int64) * (CHANNELS // GROUP)
-            at = totals + (samples * (CHANNELS // GROUP) + tl.program_id(1)) * parts + part
+            at = totals + (samples * (CHANNELS // GROUP) + group) * parts + part
             tl.store(at, tl.sum(factor[None, :] * sum_g, 1), real)
             tl.store(at + groups * parts, tl.sum(factor[None, :] * sum_h, 1), real)
     tl.store(dweight + channels, tl.sum(sum_dweight, 0).to(dweight.dtype.element_ty), exists)
@@ -249,7 +249,8 @@ def plan_backward(
     merged |= {"sums": sums, "totals": totals, "batch": sizes.batch, "splits": tiling.splits}
     constants = {"CHANNELS": sizes.channels, "GROUP": sizes.group}
     constants |= {"LANES": lanes, "SAMPLES": samples, "SPLITS": pieces}
-    launches.append(Launch(merge_backward_kernel, (parts, groups), merged, constants, merge["warps"]))
+    # the first axis of a grid alone takes more than 65535
+    launches.append(Launch(merge_backward_kernel, (groups, parts), merged, constants, merge["warps"]))
     if not whole:
         tiling, row = split(sizes, "apply_backward", x.device)
         arguments |= {"dx": dx, "totals": totals, "rows": sizes.batch * groups, "parts": parts}

@@ -4,6 +4,7 @@ What it computes and what it returns is what the Triton kernels do; a call that 
 """
 
 import functools
+import math
 from pathlib import Path
 
 import torch
@@ -16,18 +17,34 @@ CHOICE = Path(__file__).with_name("choice.json")
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def layout(x: Tensor) -> str | None:
+@functools.cache
+def layout_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> str | None:
     """ "contiguous" or "channels_last", spatial dimensions in any order; None where memory is neither, or has gaps."""
-    spatial = sorted(range(2, x.ndim), key=x.stride, reverse=True)
-    if x.permute(0, 1, *spatial).is_contiguous():
-        return "contiguous"
-    return "channels_last" if x.permute(0, *spatial, 1).is_contiguous() else None
+    spatial = sorted(range(2, len(shape)), key=strides.__getitem__, reverse=True)
+    for name, order in (("contiguous", (0, 1, *spatial)), ("channels_last", (0, *spatial, 1))):
+        step = 1
+        for axis in reversed(order):
+            if shape[axis] > 1 and strides[axis] != step:
+                break
+            step *= shape[axis]
+        else:
+            return name
+    return None
+
+
+@functools.cache
+def problem_of(shape: tuple[int, ...], strides: tuple[int, ...], groups: int, itemsize: int, aligned: bool) -> Problem:
+    samples, channels, *spatial = shape
+    last = layout_of(shape, strides) == "channels_last"
+    return Problem(samples, channels, groups, math.prod(spatial), itemsize, last, aligned)
+
+
+def layout(x: Tensor) -> str | None:
+    return layout_of(x.shape, x.stride())
 
 
 def problem(x: Tensor, groups: int) -> Problem:
-    samples, channels = x.shape[:2]
-    pixels, last = x.numel() // (samples * channels), layout(x) == "channels_last"
-    return Problem(samples, channels, groups, pixels, x.element_size(), last, x.data_ptr() % ACCESS == 0)
+    return problem_of(x.shape, x.stride(), groups, x.element_size(), x.data_ptr() % ACCESS == 0)
 
 
 @functools.cache
@@ -68,18 +85,20 @@ def serves_backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: i
 @functools.cache
 def call(
     of: Problem,
+    operands: int,
     dtype: torch.dtype,
     silu: bool,
     f32: tuple[bool, ...],
     strides: tuple[int, ...],
-    made: Plan,
     device: torch.device,
 ):
-    """What is alike for all calls of these sizes: made once, since it costs more than a launch."""
+    """What is alike for all calls of these sizes, made once since it costs more than a launch; and its workspace."""
+    made = planned(of, operands, device)
     sizes = {name: getattr(of, name) for name in ("samples", "channels", "groups", "pixels", "channels_last")}
     cut = {name: value for name, value in vars(made).items() if name != "items"}
-    values = {"f32": f32, "strides": strides}
-    return cuda.module().GroupNorm(device=index(device), type=NAMES[dtype], silu=silu, **sizes, **values, **cut)
+    values = {"type": NAMES[dtype], "silu": silu, "f32": f32, "strides": strides}
+    kernel = cuda.module().GroupNorm(device=index(device), **sizes, **values, **cut)
+    return kernel, made.workspace(of, operands)
 
 
 def index(device: torch.device) -> int:
@@ -102,13 +121,10 @@ def address(a: Tensor | None) -> int:
 
 def prepared(x, groups, activation, values, operands):
     """The call, and its workspace."""
-    of = problem(x, groups)
-    made = planned(of, operands, x.device)
     f32 = tuple(a is not None and a.dtype == torch.float32 for a in values)
     strides = tuple(0 if a is None or a.ndim == 1 else a.stride(0) for a in values)
-    words = made.workspace(of, operands)
-    workspace = x.new_empty(words, dtype=torch.float32) if words else None
-    return call(of, x.dtype, activation == "silu", f32, strides, made, x.device), workspace
+    kernel, words = call(problem(x, groups), operands, x.dtype, activation == "silu", f32, strides, x.device)
+    return kernel, x.new_empty(words, dtype=torch.float32) if words else None
 
 
 def forward(x, groups, weight, bias, scale, shift, activation, eps, addend=None):
