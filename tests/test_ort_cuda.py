@@ -158,6 +158,26 @@ def test_sixteen_threads_get_their_own_pictures(truth, standin, cuda):
         np.testing.assert_allclose(made[0], whole[i], rtol=0, atol=1e-4, err_msg=f"picture {i}")
 
 
+def test_a_step_that_failed_leaves_no_half_of_a_condition(truth, standin, cuda, monkeypatch):
+    images, z = (a[:1] for a in truth[:2])
+    standin.cuda = cuda
+
+    def fails(*_):
+        raise RuntimeError("CUDA error")
+
+    with cuda.mode():
+        engine = BoundEngine(open_bundle(STORED), torch.device("cuda:1"))
+        picture, start, level = on("cuda:1", images, z, np.zeros(1, np.float32))
+        first, second = (engine.bind(engine.condition(p)) for p in (picture, -picture))
+        made = [second(start, level).cpu(), first(start, level).cpu()]
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(standin, "run_with_iobinding", fails)
+            second(start, level)
+        # the first condition's tensors are no longer those in the buffers
+        again = [first(start, level).cpu(), second(start, level).cpu()]
+    assert torch.equal(again[0], made[1]) and torch.equal(again[1], made[0]) and not torch.equal(made[0], made[1])
+
+
 def test_the_providers_settings(standin, cuda):
     standin.cuda = cuda
     with cuda.mode():

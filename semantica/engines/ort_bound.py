@@ -73,7 +73,7 @@ class BoundEngine(GraphEngine):
 class Buffers:
     """Tensors of a batch size by name, and the binding that holds their addresses.
 
-    fixed: the inputs of many calls that lie in them now, known again as the same object.
+    fixed: the inputs of many calls that lie in them now, known again as the same object. recorded: after a first run.
     """
 
     inputs: dict[str, Tensor]
@@ -81,6 +81,7 @@ class Buffers:
     binding: onnxruntime.IOBinding
     options: onnxruntime.RunOptions
     fixed: Mapping[str, Tensor] | None = None
+    recorded: bool = False
 
 
 class BoundSession:
@@ -124,7 +125,6 @@ class BoundSession:
     def run(
         self, batch: int, inputs: Mapping[str, Tensor], fixed: Mapping[str, Tensor] | None, made: dict[str, Tensor]
     ) -> None:
-        fresh = batch not in self.kept
         buffers = self.buffers(batch)
         given = dict(inputs)
         if fixed is not None and fixed is not buffers.fixed:
@@ -133,9 +133,9 @@ class BoundSession:
         for name, tensor in given.items():
             buffers.inputs[name].copy_(tensor)
         # the first run of a size records
-        with RECORDING if fresh and self.stream is not None else nullcontext():
+        with nullcontext() if buffers.recorded or self.stream is None else RECORDING:
             self.session.run_with_iobinding(buffers.binding, buffers.options)
-        buffers.fixed = fixed
+        buffers.fixed, buffers.recorded = fixed, True
         for name, tensor in made.items():
             tensor.copy_(buffers.outputs[name])
 
