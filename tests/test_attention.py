@@ -63,6 +63,14 @@ def test_a_backend_with_wrong_results_does_not_pass():
     assert "unknown" in probe("fastest", "cpu", [Use()]) and "native" in backends()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_that_round_otherwise_agree_in_half_precision(dtype):
+    """Two of them, or one twice where its backward pass adds in another order, differ in the last place."""
+    right = torch.linspace(0.5, 4, 100, dtype=torch.float64).to(dtype)
+    assert agree(right.nextafter(torch.full_like(right, 9)), right)
+    assert not agree(right * 1.1, right)
+
+
 def right(query, key, value, **_):
     q, k, v = (a.transpose(1, 2) for a in (query, key, value))
     return scaled_dot_product_attention(q, k, v).transpose(1, 2)

@@ -56,6 +56,10 @@ class DataParallel(Whole):
         # nothing in the model changes its buffers; the option has another name from PyTorch 2.13 on
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        # it takes no module on two devices: the frozen encoder of stored tokens stays on the CPU, and does not run
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            objective, elsewhere(objective, self.device)
+        )
         return DistributedDataParallel(
             objective,
             device_ids=[self.device] if self.device.type == "cuda" else None,
@@ -164,6 +168,11 @@ def parallelize(world: World, device: torch.device, dtype: torch.dtype) -> Whole
 def twins(module: nn.Module, count: int) -> list[nn.Module]:
     """Copies that are not trained."""
     return [copy.deepcopy(module).requires_grad_(False).eval() for _ in range(count)]
+
+
+def elsewhere(module: nn.Module, device: torch.device) -> list[str]:
+    """Names of parameters and buffers that are not on a device."""
+    return [name for name, t in (*module.named_parameters(), *module.named_buffers()) if t.device != device]
 
 
 def empty(module: nn.Module) -> None:
