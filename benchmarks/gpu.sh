@@ -166,7 +166,7 @@ draw_web(pathlib.Path(sys.argv[1]), groups=8, images_per_group=8)' "$place/web"
       train --data "$place/web/train" --out "$place/run" --preset $SMALL --device $DEVICE --parallel $mode --batch 8 \
       --steps "$((STEPS * (1 + (${#mode} == 4))))" | tee "$OUT/nccl-$mode.txt"
   done
-  cp "$place/run/log.jsonl" "$OUT/nccl.jsonl" 2> /dev/null || true
+  cp "$place/run/metrics.jsonl" "$OUT/nccl.jsonl"
   rm -rf "$place"
 }
 

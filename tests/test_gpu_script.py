@@ -14,6 +14,7 @@ import pytest
 
 from semantica.benchmarks import pack
 from semantica.errors import ArtifactError, UserError
+from semantica.train.run import folder
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
 PYTHON = """#!/bin/bash
@@ -23,6 +24,7 @@ case "$*" in
   *get_device_capability*) echo sm_90 ;;
   *"-c import semantica, sys"*) echo here ;;
   *"${FAILS:-nothing fails}"*) exit 3 ;;
+  *"train --data"*) mkdir -p "$OUT/.run/run"; echo losses > "$OUT/.run/run/metrics.jsonl" ;;
   *"${HANGS:-nothing hangs}"*) exit 124 ;;
 esac
 """
@@ -198,3 +200,10 @@ def test_the_list_of_the_stock_image_reads():
     frozen = SCRIPT.parent / "none.txt"
     with pytest.raises(UserError, match="cannot be read"):
         pack.listed(frozen)
+
+
+def test_losses_under_nccl_are_kept(machine, tmp_path):
+    """DDP's steps and those of FSDP after them; where a run writes them is `semantica.train.run.folder`'s to say."""
+    assert machine("nccl")[0].returncode == 0
+    assert (tmp_path / "out" / "nccl.jsonl").read_text() == "losses\n"
+    assert "metrics.jsonl" in Path(folder.__file__).read_text()
