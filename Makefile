@@ -1,10 +1,11 @@
 # Everything below works from a fresh clone with Python 3.11-3.13 and a C++ compiler; without the compiler it works too,
-# minus semantica._C. To take torch from another index, set pip's own PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
+# minus semantica._C. Where there is a GPU and nvcc, semantica._cuda is built for that GPU as well. To take torch from
+# another index, set pip's own PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off --no-compile -c constraints.txt
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py constraints.txt semantica/nvcc.py $(wildcard csrc/*.* csrc/cuda/*)
 
 # pip compiles nothing, which halves the install; so what is imported must be kept compiled, whatever the shell says
 unexport PYTHONDONTWRITEBYTECODE
@@ -24,7 +25,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info semantica/_C.* .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist demo *.egg-info semantica/_C.* semantica/_cuda.* .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find semantica kernels train export benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/created:

@@ -9,6 +9,7 @@ import tyro
 from semantica.benchmarks.harness.table import Column, as_markdown, cells, heads, show
 from semantica.benchmarks.kernels import command as bench_kernels
 from semantica.benchmarks.kernels import tune_command as bench_tune
+from semantica.benchmarks.loading import command as bench_loading
 from semantica.benchmarks.sampling import command as bench_sample
 from semantica.benchmarks.training import command as bench_train
 from semantica.benchmarks.training import tables as training_tables
@@ -20,6 +21,7 @@ USAGE = """usage: semantica bench kernels [options]           time the operators
        semantica bench sample [options]            time whole sampling runs: latency, throughput, accuracy
        semantica bench sample --ladder             the plain pipeline, then each optimisation added in turn
        semantica bench train [options]             time training steps: ladder, MFU, each operator's share
+       semantica bench loading [options]           samples a second from one worker, decoders and what they lose
        semantica bench compare A.json B.json       ratios of time, with the band of noise
        semantica bench table FILE.json ...         the rows as Markdown, stale ones marked
        semantica bench tune --op group_norm        tune an operator's launch table on the GPU at hand
@@ -143,6 +145,7 @@ VERBS = {
     "kernels": (bench_kernels.KernelsConfig, bench_kernels.kernels),
     "sample": (bench_sample.SamplingConfig, bench_sample.sample),
     "train": (bench_train.TrainingConfig, bench_train.train),
+    "loading": (bench_loading.LoadingConfig, bench_loading.loading),
     "compare": (CompareConfig, compare),
     "table": (TableConfig, table),
     "tune": (bench_tune.TuneConfig, bench_tune.tune),

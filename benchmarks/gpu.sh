@@ -17,44 +17,55 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 
-# command, slice, seconds that it may take, what for; the seconds to install are reckoned for each command
+# command, slice, seconds that it may take, what for; those to install are reckoned for each command, and the loan's for
+# a machine to start as well
 INSTALL=75
+START=120
+LOAN=1800
 TABLE='
-first  doctor      30 what the machine has, and what will run on it
-first  tests      150 the tests that need a GPU, both kinds of kernels among them
-first  memcheck    80 reads and writes past the end of a tensor, in every kernel
-first  racecheck  120 threads of a block that meet without a barrier, in every kernel
-first  compiled    60 registers, spills and access widths, as compiled there
-second norm       210 group_norm beside its rivals, Triton and CUDA
-second attention  110 cross_attention beside its rivals
-second sample     180 whole runs of `small`, every engine raced
-third  train      170 training steps of `small`, from a plain loop to the trainer
-third  nccl        80 one process under torchrun with NCCL: DDP, then the same run under FSDP
-third  export      80 a bundle in bf16, checked against the network, and pictures of it by every engine
-third  build      120 engines of that bundle, each checked, and pictures by it
-more   sample-base 590 whole runs of `base`, every engine raced
-more   train-base  590 training steps of `base`
-more   ladder-base 590 sampling of `base`, each optimisation in turn
-more   tune-norm-1 590 launch tables for this card, beside the results: copy them over kernels/*/ladder.json
-more   tune-norm-2 590 as tune-norm-1
-more   tune-norm-3 590 as tune-norm-1
+first  doctor          30 what the machine has, and what will run on it
+first  tests          110 the tests that need a GPU, both kinds of kernels among them
+first  memcheck       100 reads and writes past the end of a tensor, in every kernel
+first  racecheck      140 threads of a block that meet without a barrier, in every kernel
+first  compiled        60 registers, spills and access widths, as compiled there
+second norm           140 group_norm beside its rivals, Triton and CUDA
+second attention       60 cross_attention beside its rivals
+second sample         300 whole runs of `small`, every engine raced
+third  train          250 training steps of `small`, from a plain loop to the trainer
+third  nccl            75 one process under torchrun with NCCL: DDP, then the same run under FSDP
+third  export          80 a bundle in bf16, checked against the network, and pictures of it by every engine
+third  build          100 engines of that bundle, each checked, and pictures by it
+more   sample-base    590 whole runs of `base`, every engine raced
+more   train-base     590 training steps of `base`
+more   ladder-base    590 sampling of `base`, each optimisation in turn
+more   tune-norm-1    590 launch tables for this card, beside the results: copy them over kernels/*/ladder.json
+more   tune-norm-2    590 as tune-norm-1
+more   tune-norm-3    590 as tune-norm-1
 more   tune-attention 590 as tune-norm-1
 '
-LOAN=1800
-
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 complain() { echo "gpu.sh: $1" >&2; exit 2; }
 slices_of() { awk -v want="$1" '$1 == want { print $2 }' <<< "$TABLE"; }
 seconds_of() { awk -v want="$1" '$2 == want { print $3 }' <<< "$TABLE"; }
 
 list() {
-  local command
+  local command sum=$START
   for command in first second third more; do
-    awk -v want="$command" -v install=$INSTALL '
-      $1 == want { line = $2; total += $3; cost = $3; $1 = $2 = $3 = ""; rows = rows sprintf("  %-15s %4d s  %s\n", line, cost, substr($0, 4)) }
-      END { if (want == "more") print want; else printf "%s: %d s, %d of them to install\n", want, total + install, install; printf "%s", rows }
-    ' <<< "$TABLE"
+    local total=$INSTALL slice
+    while read -r slice; do total=$((total + $(seconds_of "$slice"))); done < <(slices_of "$command")
+    if [[ $command == more ]]; then
+      echo more
+    else
+      echo "$command: $total s, $INSTALL of them to install"
+      sum=$((sum + total))
+    fi
+    while read -r slice; do
+      awk -v want="$slice" '
+        $2 == want { cost = $3; $1 = $2 = $3 = ""; printf "  %-15s %4d s %s\n", want, cost, substr($0, 3) }
+      ' <<< "$TABLE"
+    done < <(slices_of "$command")
   done
+  echo "first to third with $START s for a machine to start: $sum of $LOAN s"
 }
 
 again=""; rehearsal=0; WHEELS=""; ARCHIVE=""; one=""
@@ -77,7 +88,9 @@ chosen=()
 for name in "$@"; do
   case $name in
     first | second | third | more) mapfile -t -O ${#chosen[@]} chosen < <(slices_of "$name") ;;
-    *) [[ -n $(seconds_of "$name") ]] || complain "unknown slice '$name': see benchmarks/gpu.sh list"; chosen+=("$name") ;;
+    *)
+      [[ -n $(seconds_of "$name") ]] || complain "unknown slice '$name': see benchmarks/gpu.sh list"
+      chosen+=("$name") ;;
   esac
 done
 [[ ${#chosen[@]} -gt 0 ]] || complain "no slice was named: see benchmarks/gpu.sh list"
@@ -99,7 +112,8 @@ card() {
 if ((rehearsal)); then
   # small sizes, few rounds, and what a processor can do of each
   DEVICE=cpu; QUICK=(--quick); SMALL=tiny; STEPS=2; LEVELS=2; BACKENDS=(inductor);
-  COMPILED=(--filter "group_norm forward [8, 48, 16, 16]"); SAMPLERS=(--only "plain,torch-eager,onnxruntime" --batch 1 --steps 2)
+  COMPILED=(--filter "group_norm forward [8, 48, 16, 16]")
+  SAMPLERS=(--only "plain,torch-eager,onnxruntime" --batch 1 --steps 2)
 else
   DEVICE=cuda; QUICK=(); SMALL=small; STEPS=20; LEVELS=16; BACKENDS=(inductor tensorrt); COMPILED=()
   SAMPLERS=(--batch 1 8 --steps 20)
@@ -152,7 +166,7 @@ draw_web(pathlib.Path(sys.argv[1]), groups=8, images_per_group=8)' "$place/web"
       train --data "$place/web/train" --out "$place/run" --preset $SMALL --device $DEVICE --parallel $mode --batch 8 \
       --steps "$((STEPS * (1 + (${#mode} == 4))))" | tee "$OUT/nccl-$mode.txt"
   done
-  cp "$place/run/log.jsonl" "$OUT/nccl.jsonl" 2> /dev/null || true
+  cp "$place/run/metrics.jsonl" "$OUT/nccl.jsonl"
   rm -rf "$place"
 }
 
@@ -180,13 +194,17 @@ run() {
   case $1 in
     doctor) card state | tee "$OUT/card.txt"; semantica doctor | tee "$OUT/doctor.txt" ;;
     tests)
-      local files
+      local files several=()
       mapfile -t files < <(grep -l 'mark\.gpu' tests/*.py)
-      "$PYTHON" -P -m pytest -q -p no:cacheprovider -m gpu --junitxml "$OUT/tests.xml" "${files[@]}" | tee "$OUT/tests.txt" ;;
+      # most of their time is compiling, which every core can do
+      if "$PYTHON" -P -c 'import xdist' 2> /dev/null; then several=(-n 8); fi
+      "$PYTHON" -P -m pytest -q -p no:cacheprovider -m gpu --junitxml "$OUT/tests.xml" ${several[@]+"${several[@]}"} \
+        "${files[@]}" | tee "$OUT/tests.txt" ;;
     memcheck | racecheck) checked "$1" ;;
     compiled)
-      semantica bench kernels --compile-only --arch "$(card arch)" --workers "$(nproc)" ${COMPILED[@]+"${COMPILED[@]}"} \
-        --json "$OUT/compiled.json" --html "$OUT/compiled.html" | tee "$OUT/compiled.txt" ;;
+      semantica bench kernels --compile-only --arch "$(card arch)" --workers "$(nproc)" \
+        ${COMPILED[@]+"${COMPILED[@]}"} --json "$OUT/compiled.json" --html "$OUT/compiled.html" \
+        | tee "$OUT/compiled.txt" ;;
     norm) kernels group_norm ;;
     attention) kernels cross_attention ;;
     sample) sampling sample-$SMALL $SMALL "${SAMPLERS[@]}" ;;
@@ -228,13 +246,20 @@ prepare() {
   echo "$("$PYTHON" -P -c 'import semantica, sys; print(sys.prefix, semantica.__path__[0])') $stamp" > "$OUT/.installed"
 }
 
-keep() { [[ -z $ARCHIVE ]] || tar -czf "$ARCHIVE" -C "$OUT" --exclude .installed --exclude .model --exclude .run --exclude .bundle .; }
+# what can be made again, and what is true of this machine alone, is left out
+keep() {
+  local left=(--exclude .installed --exclude .model --exclude .run --exclude .bundle)
+  [[ -z $ARCHIVE ]] || tar -czf "$ARCHIVE" -C "$OUT" "${left[@]}" .
+}
 
 if [[ -n $ARCHIVE && -e $ARCHIVE ]]; then tar -xzf "$ARCHIVE" -C "$OUT"; fi
 if ! ((rehearsal)); then prepare; fi
 failed=()
 for slice in "${chosen[@]}"; do
-  if [[ -z $again && -e $OUT/done/$slice ]]; then echo "== $slice: done before ($(cat "$OUT/done/$slice"))"; continue; fi
+  if [[ -z $again && -e $OUT/done/$slice ]]; then
+    echo "== $slice: done before ($(cat "$OUT/done/$slice"))"
+    continue
+  fi
   rm -f "$OUT/done/$slice"
   echo "== $slice"
   began=$SECONDS limit=$(($(seconds_of "$slice") * (rehearsal ? 4 : 1))) options=() code=0

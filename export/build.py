@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ def build(config: BuildConfig) -> Path:
     builder = builders.find(backend)
     arch = builder.architecture(config.arch)
     builder.check(bundle)
+    for name in ("refittable", "like"):
+        if getattr(config, name) and not builder.refits:
+            raise UserError(f"--{name}: {backend} builds no engines that take other weights; tensorrt does")
+    if config.like is not None:
+        make = partial(builder.refit, bundle, open_bundle(config.like))
+    else:
+        more = {"refittable": True} if config.refittable else {}
+        make = partial(builder.build, bundle, arch, config.batches, **more)
     out = engine_folder(bundle, backend, arch)
     if out.exists():
         raise UserError(f"{out} exists: remove it to build again")
@@ -43,7 +52,7 @@ def build(config: BuildConfig) -> Path:
             "version": VERSION,
             "backend": backend,
             "arch": arch,
-            **builder.build(bundle, arch, config.batches, folder),
+            **make(folder),
             "onnx": {name: bundle.manifest["files"][name]["sha256"] for name in SOURCES},
             "seconds": round(time.perf_counter() - began, 1),
         }

@@ -53,6 +53,10 @@ class BuildConfig:
     """GPU architecture to build for, such as sm_89; "auto" is the GPU, or for inductor the CPU, of this machine."""
     batches: tuple[int, int, int] = (1, 2, 8)
     """Smallest, usual and largest batch of one call (TensorRT); guidance takes two for each image."""
+    refittable: bool = False
+    """Engines that other weights of the same network may be put into later, see --like (tensorrt); somewhat slower."""
+    like: Path | None = None
+    """A bundle of the same network with a refittable engine: take that, put this bundle's weights into it, compare."""
 
     def check(self) -> "BuildConfig":
         """Raises `UserError` for an unknown backend or impossible numbers."""

@@ -74,6 +74,10 @@ class Network:
     def __init__(self, unet: nn.Module, encoder: nn.Module, sizes: tuple[int, ...]):
         self.unet, self.encoder, self.sizes = unet, encoder, sizes
 
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
     def condition(self, inputs: dict[str, Tensor]) -> Condition:
         made = self.unet.condition(encode(self.encoder, self.unet.stream_names, inputs))
         return made if self.unet.stream_names else made.repeat(samples_in(inputs))
@@ -83,6 +87,15 @@ class Network:
 
     def __call__(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
         return self.unet(z, logsnr, condition)
+
+
+class Apart:
+    """An engine whose branches of guidance are called one after the other: of one that takes no batch of both."""
+
+    joins = False
+
+    def __init__(self, engine: Any):
+        self.array, self.device, self.null, self.bind = engine.array, engine.device, engine.null, engine.bind
 
 
 def pictures(count: int, size: int, seed: int) -> Tensor:
@@ -160,20 +173,23 @@ def at_levels(denoiser, z: Tensor, levels: Tensor, condition: Condition, batch: 
         part = z[start : start + batch]
         count = len(part)
         rows = condition.map(lambda a, n=count: a[:n])
-        parts.append(call(denoiser, part, levels[start : start + batch], rows))
+        level = levels[start : start + batch]
+        parts.append(as_torch(denoiser(given_to(denoiser, part), given_to(denoiser, level), rows)))
     return torch.cat(parts)
 
 
 def whole_run(denoiser, noise: Tensor, condition: Condition, schedule: solvers.Schedule, settings: Sampling) -> Tensor:
     """Images of a guided run from given noise, clipped to [-1, 1]."""
-    z = noise.numpy() if denoiser.array == "numpy" else noise
-    return as_torch(sample(denoiser, z, condition, None, schedule, settings)).clamp(-1, 1)
+    most = getattr(denoiser, "max_batch", None)
+    if most is not None and most < 2 * len(noise):
+        denoiser = Apart(denoiser)
+    made = sample(denoiser, given_to(denoiser, noise), condition, None, schedule, settings)
+    return as_torch(made).clamp(-1, 1)
 
 
-def call(denoiser, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
-    if denoiser.array == "numpy":
-        return as_torch(denoiser(z.numpy(), logsnr.numpy(), condition))
-    return as_torch(denoiser(z, logsnr, condition))
+def given_to(denoiser, array: Tensor) -> Any:
+    """An array of the host as the denoiser takes it, where it computes."""
+    return array.numpy() if denoiser.array == "numpy" else array.to(denoiser.device)
 
 
 def as_torch(array: Any) -> Tensor:
@@ -184,15 +200,15 @@ def as_torch(array: Any) -> Tensor:
 def compare(engine: Any, problem: Problem, arithmetic: str) -> dict[str, Any]:
     """Errors of an artifact against the fp32 network: a row for the manifest.
 
-    engine: `semantica.engines.Engine`, or anything with its `array`, `condition`, `null` and call.
+    engine: `semantica.engines.Engine`, or anything with its `array`, `device`, `condition`, `null` and call.
     arithmetic: what the artifact really computes in, in words.
     """
-    inputs = problem.inputs
-    if engine.array == "numpy":
-        inputs = {name: array.numpy() for name, array in inputs.items()}
+    inputs = {name: given_to(engine, array) for name, array in problem.inputs.items()}
+    most = getattr(engine, "max_batch", None)
+    batches = [batch for batch in BATCHES if most is None or batch <= most]
     worst = {"condition_error": 0.0, "v_max_error": 0.0, "v_mean_error": 0.0, "psnr_db": 200.0}
     finite, worst_level = True, 0
-    for batch in BATCHES:
+    for batch in batches:
         condition = engine.condition(part_of(inputs, 0, batch))
         for actual, expected in matching(condition, problem.condition.map(lambda a, n=batch: a[:n])):
             finite = finite and bool(actual.isfinite().all())
@@ -211,7 +227,7 @@ def compare(engine: Any, problem: Problem, arithmetic: str) -> dict[str, Any]:
         worst["psnr_db"] = min(worst["psnr_db"], psnr(made, problem.made[:batch]))
     return {
         "arithmetic": arithmetic,
-        "batches": list(BATCHES),
+        "batches": batches,
         "levels": len(problem.levels),
         "steps": problem.settings.steps,
         "finite": finite,

@@ -120,10 +120,10 @@ def examples(encoder: nn.Module, count: int) -> dict[str, Tensor]:
 
 
 def decompositions() -> dict:
-    """Fused operator -> its reference; results that inference drops are left empty."""
+    """Fused operator -> its reference; results that inference drops are left empty. And what lacks kernels."""
 
-    def group_norm(x, groups, weight, bias, scale, shift, activation, eps):
-        y = group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps)
+    def group_norm(x, groups, weight, bias, scale, shift, activation, eps, addend=None):
+        y = group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps, addend)
         return y, statistics_like(x, groups), statistics_like(x, groups)
 
     def cross_attention(q, k, v, sizes, lengths, gates, q_weight, return_lse=False):
@@ -132,11 +132,31 @@ def decompositions() -> dict:
         return reference(q, k, v, sizes, None, None, q_weight), q.new_empty((0,), dtype=torch.float32)
 
     ops = torch.ops.semantica
-    return {ops.group_norm.default: group_norm, ops.cross_attention.default: cross_attention}
+    fused = {ops.group_norm.default: group_norm, ops.cross_attention.default: cross_attention}
+    return fused | {F.interpolate: interpolated, F.pixel_shuffle: shuffled}
+
+
+def interpolated(x: Tensor, size=None, scale_factor: float | None = None, mode: str = "nearest", **options) -> Tensor:
+    """`F.interpolate`; nearest by a whole factor `[B, C, H, W]` -> `[B, C, s H, s W]` as copies along new axes.
+
+    The same bits without ONNX's Resize, for which ONNX Runtime has no bf16 kernel on CUDA.
+    """
+    if size is not None or mode != "nearest" or scale_factor != int(scale_factor):
+        return F.interpolate(x, size, scale_factor, mode, **options)
+    factor, (channels, height, width) = int(scale_factor), x.shape[1:]
+    x = x[:, :, :, None, :, None].expand(-1, -1, -1, factor, -1, factor)
+    return x.reshape(-1, channels, height * factor, width * factor)
+
+
+def shuffled(x: Tensor, factor: int) -> Tensor:
+    """`F.pixel_shuffle`, `[B, r r C, H, W]` -> `[B, C, r H, r W]`, without ONNX's DepthToSpace: as `interpolated`."""
+    channels, height, width = x.shape[1] // factor**2, *x.shape[2:]
+    x = x.reshape(-1, channels, factor, factor, height, width).permute(0, 1, 4, 2, 5, 3)
+    return x.reshape(-1, channels, height * factor, width * factor)
 
 
 class Decomposed(TorchFunctionMode):
-    """Puts each fused operator's reference in its place while a network is traced.
+    """Puts what `decompositions` has for a function in its place while a network is traced.
 
     What `ExportedProgram.run_decompositions` would do afterwards, without tracing everything once more.
     """

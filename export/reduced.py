@@ -83,7 +83,7 @@ class Reduced(Interpreter):
 class ReducedNetwork:
     """Both programs of a `Captured`, as an engine's callables."""
 
-    array = "torch"
+    array, device = "torch", torch.device("cpu")
 
     def __init__(self, captured: Captured):
         self.unet, self.inputs, self.sizes = captured.unet, captured.inputs, captured.sizes

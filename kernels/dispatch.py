@@ -1,15 +1,24 @@
 """Which implementation runs an operator on a device: what is registered with torch's dispatcher, and why."""
 
+import functools
 import importlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from semantica.kernels import launch
+from semantica.kernels import cuda, launch
 
 PLAIN = ("plain torch", "no fused kernel is registered for this device")
 # operator -> device -> (implementation, reason)
 REGISTERED: dict[str, dict[str, tuple[str, str]]] = {}
+# (torch.library op, device) -> its fast kernel
+KERNELS: dict[tuple[Any, str], Callable] = {}
+# tensors that are nothing but their values
+ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 def cpp_instructions() -> str | None:
@@ -22,7 +31,12 @@ def cpp_instructions() -> str | None:
 
 
 def register_kernels(
-    name: str, device: str, supports: Callable[[Tensor], bool], kernels: dict[str, tuple], status: tuple[str, str]
+    name: str,
+    device: str,
+    supports: Callable[[Tensor], bool],
+    kernels: dict[str, tuple],
+    status: tuple[str, str],
+    rivals: dict[str, tuple[str, str]] | None = None,
 ) -> None:
     """Register the fast kernels of an operator for a device; what they do not support stays with plain torch.
 
@@ -33,27 +47,79 @@ def register_kernels(
         kernels: "module:function", imported at the first call so that importing the operators stays light, to the
             `torch.library` op that it implements and the plain-torch function.
         status: implementation and reason, for the user.
+        rivals: of some kernels others, and who says of each call whether they serve it instead, as "module:function".
     """
     for target, (op, plain) in kernels.items():
-        op.register_kernel(device, lazy_kernel(target, supports, plain))
+        KERNELS[op, device] = kernel = lazy_kernel(target, supports, plain, (rivals or {}).get(target))
+        op.register_kernel(device, kernel)
     REGISTERED.setdefault(name, {})[device] = status
 
 
-def register_triton(name: str, supports: Callable[[Tensor], bool], kernels: dict[str, tuple]) -> None:
-    """Register Triton kernels where Triton runs: on CUDA, or on the CPU under its interpreter."""
+def register_triton(
+    name: str,
+    supports: Callable[[Tensor], bool],
+    kernels: dict[str, tuple],
+    choice: Path | None = None,
+    rivals: dict[str, tuple[str, str]] | None = None,
+) -> None:
+    """Register Triton kernels where Triton runs: on CUDA, or on the CPU under its interpreter.
+
+    Args:
+        choice, rivals: the table of `semantica.kernels.cuda`, and kernels of `semantica._cuda` beside Triton's, as for
+            `register_kernels`: asked only where they are built and the table has rows.
+    """
     if launch.INTERPRETED:
         status = ("Triton, interpreted", "TRITON_INTERPRET=1; what does not fit is computed in plain torch")
     else:
         elsewhere = "fp64, and cards below 8.0, in plain torch"
         status = ("Triton", f"compiled at first use; {elsewhere}; these kernels have not yet run on a GPU")
+        if choice is not None:
+            status = (status[0], f"{status[1]}; {cuda.status(choice)}")
     if launch.DEVICE is not None:
-        register_kernels(name, launch.DEVICE, supports, kernels, status)
+        asked = rivals if choice is not None and launch.DEVICE == "cuda" and cuda.has_rows(choice) else None
+        register_kernels(name, launch.DEVICE, supports, kernels, status, asked)
 
 
-def lazy_kernel(target: str, supports: Callable[[Tensor], bool], plain: Callable) -> Callable:
+def call(op: Any, *arguments: Any) -> Any:
+    """What an op computes, without gradients: by its fast kernel at once, or through torch's dispatcher."""
+    return (direct(op, arguments) or op)(*arguments)
+
+
+def direct(op: Any, arguments: tuple) -> Callable | None:
+    """The fast kernel of an op where nothing but the kernel would see the call, else None.
+
+    torch's dispatcher costs the host more than the kernel's launch. Compilers, modes, transforms, subclasses of
+    tensors, profilers and forward-mode derivatives need it.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled():
+        return None
+    if forward_ad._current_level >= 0:
+        return None
+    for a in arguments:
+        if isinstance(a, Tensor) and (type(a) not in ORDINARY or a.is_neg() or a._is_zerotensor()):
+            return None
+    return KERNELS.get((op, arguments[0].device.type))
+
+
+def differentiable(arguments: tuple) -> bool:
+    """Whether a result of these must know where it came from."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
+def lazy_kernel(
+    target: str, supports: Callable[[Tensor], bool], plain: Callable, rival: tuple[str, str] | None = None
+) -> Callable:
+    # even an import of what is there takes time
+    loaded = functools.cache(lambda name: load(name))
+
     def kernel(first: Tensor, *rest):
-        function = load(target) if supports(first) and launch.modern(first.device) else plain
-        return function(first, *rest)
+        if not supports(first) or not launch.modern(first.device):
+            return plain(first, *rest)
+        if rival is not None and loaded(rival[1])(first, *rest):
+            return loaded(rival[0])(first, *rest)
+        return loaded(target)(first, *rest)
 
     return kernel
 

@@ -77,8 +77,13 @@ _planned: list = []
 def planned(function: Callable) -> Callable:
     """`functools.cache` for a function that reads launch settings."""
     cached = functools.cache(function)
-    _planned.append(cached)
+    forgettable(cached)
     return cached
+
+
+def forgettable(cached: Any) -> None:
+    """Plans to be forgotten, by `cache_clear`, when the settings change."""
+    _planned.append(cached)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semantica.kernels import launch
+from semantica.kernels import launch, replay
 from semantica.kernels.dispatch import PLAIN, REGISTERED, load
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -90,7 +90,7 @@ class Operator:
         files = {path.stem: path for path in sorted(self.file.parent.glob("*.py")) if path.stem not in DESCRIPTIVE}
         if not gpu:
             return [files[stem] for stem in ("op", "cpu") if stem in files]
-        return [Path(launch.__file__), *(path for stem, path in files.items() if stem != "cpu")]
+        return [Path(launch.__file__), Path(replay.__file__), *(path for stem, path in files.items() if stem != "cpu")]
 
     def output(self, case: Case, dtype: torch.dtype) -> Tensor:
         """What the operator returns for a case, on the meta device."""

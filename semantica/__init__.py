@@ -16,6 +16,8 @@ _EXPORTS = {
     "SemanticaScheduler": "semantica.sampling.scheduler",
     "SemanticaPipeline": "semantica.pipelines.variations",
     "Sampling": "semantica.sampling.settings",
+    "accelerate": "semantica.fused.accelerate",
+    "restore": "semantica.fused.accelerate",
 }
 _MODULES = ("engines",)
 __all__ = ["__version__", *_EXPORTS, *_MODULES]

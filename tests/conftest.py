@@ -111,6 +111,21 @@ def crawl():
 
 
 @pytest.fixture(scope="session")
+def pretend():
+    """The module `pretend.py` of this folder, which pretends CUDA devices."""
+    spec = importlib.util.spec_from_file_location("pretend", Path(__file__).parent / "pretend.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cuda(pretend, monkeypatch):
+    """Two CUDA devices that are not there, in place of torch's: see `pretend.py`."""
+    return pretend.PretendedCuda().install(monkeypatch)
+
+
+@pytest.fixture(scope="session")
 def save_tower():
     """A function that writes a small random DINOv2, CLIP or SigLIP in transformers' format, and returns it."""
 

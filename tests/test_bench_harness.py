@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from semantica.benchmarks.harness import race as timing
 from semantica.benchmarks.harness.store import Replay
 from semantica.benchmarks.kernels import verify
-from semantica.benchmarks.kernels.implementations import Implementation, implementations
+from semantica.benchmarks.kernels.implementations import OURS, Implementation, implementations
 from semantica.benchmarks.kernels.problems import Problem
 from semantica.benchmarks.kernels.suite import ProblemRace, contender, returned
 from semantica.kernels import OPERATORS
@@ -373,7 +373,7 @@ def test_adapters_compute_the_operators_from_what_rivals_offer(monkeypatch):
     cases = [PROBLEM, dataclasses.replace(PROBLEM, case=plain), ATTENTION]
     for problem in cases:
         answers = verify.Answers.of(problem, gradients=True)
-        rivals = [i for i in implementations(problem.op) if i.name not in ("fused", "eager", "compile", "native")]
+        rivals = [i for i in implementations(problem.op) if i.name not in (*OURS, "eager", "compile", "native")]
         assert len(rivals) == 2
         for rival in rivals:
             verify.verify(rival.load(), answers, gradients=True, leeway=rival.leeway)

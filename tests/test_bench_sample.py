@@ -16,9 +16,11 @@ from semantica.benchmarks.harness import sources, store
 from semantica.benchmarks.harness.process import Process, Wrong
 from semantica.benchmarks.kernels import command as bench_kernels
 from semantica.benchmarks.sampling import models as sample_models
-from semantica.benchmarks.sampling.contenders import Build, builder_of, ladder_names
+from semantica.benchmarks.sampling import suite
+from semantica.benchmarks.sampling.contenders import CONTENDERS, Build, builder_of, ladder_names
 from semantica.benchmarks.sampling.race import BOUND, GUIDANCE, ModelRace, judge, psnr
 from semantica.cli import main
+from semantica.engines import BACKENDS
 
 FEW = timing.Protocol(warmup=1, least=4, most=4, seconds=0.0)
 
@@ -145,6 +147,17 @@ def test_who_has_no_bundle_does_not_start(model):
     assert set(race.samplers) == {"reference", "honest"}
 
 
+def test_engines_are_built_for_the_batches_that_are_raced(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(suite, "semantica", lambda *arguments: asked.append(arguments))
+    bench = suite.SamplingBench(("tiny",), (1, 8), (4,), ("inductor",), "cpu")
+    bench.folder = tmp_path / "model"
+    assert set(bench.export(tmp_path / "race")[0]) == {"inductor"}
+    # guidance doubles them
+    assert asked[-1][0] == "build" and asked[-1][-4:] == ("--batches", 1, 2, 16)
+    bench.closing.close()
+
+
 def test_no_two_calls_have_the_same_inputs(model, monkeypatch):
     seen = []
 
@@ -260,7 +273,17 @@ def test_mistakes_are_one_line(options, reason, capsys):
 
 
 def test_every_kind_of_row_has_a_table():
-    assert {*bench.KINDS, "scaling"} == set(sources.SOURCES)
+    # the others are no races: their verbs print them
+    assert {*bench.KINDS, "scaling", "loading", "sustained"} == set(sources.SOURCES)
     for kind in (bench_kernels.KIND, *bench.KINDS.values()):
         shown = [column.head for column in kind.columns if not column.detail]
         assert len(shown) < len(kind.columns) and "implementation" in shown
+
+
+def test_every_backend_is_raced_on_every_device_that_runs_it():
+    # the network itself races as "plain" and in the ladder
+    for backend in (backend for name, backend in BACKENDS.items() if name != "torch"):
+        for device, precisions in backend.precisions.items():
+            names = {backend.name, f"{backend.name}-{device}"} & CONTENDERS.keys()
+            raced = [row for name in names if (row := CONTENDERS[name]).device in ("", device) and row.raced]
+            assert raced and all(row.bundle in ("", *precisions) for row in raced), (backend.name, device)

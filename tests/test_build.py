@@ -32,7 +32,7 @@ def worker(tmp_path, body: str, monkeypatch) -> dict:
     (tmp_path / "standin.py").write_text(body)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     files = {name: str(tmp_path / name) for name in ("engine", "timings", "layers")}
-    request = {"module": "standin", "onnx": "a", "arch": None, "profile": {}, **files}
+    request = {"module": "standin", "onnx": "a", "arch": None, "profile": {}, "refittable": True, **files}
     return run_worker(request, tmp_path / "request.json", "tensorrt", "denoise.onnx")
 
 
@@ -57,18 +57,22 @@ from unittest.mock import MagicMock
 class Cache:
     def __init__(self, known): self.known = known
     def serialize(self): return self.known + b"+"
+    def combine(self, other, ignore): self.known = max(self.known, other.known[:-1], key=len)
 
 class Config(MagicMock):
-    def create_timing_cache(self, known): return Cache(known)
-    def set_timing_cache(self, cache, ignore): self.cache = cache
+    # one of another card or version
+    def create_timing_cache(self, known): return None if known == b"stale" else Cache(known)
+    def set_timing_cache(self, cache, ignore): self.cache = cache; return True
     def get_timing_cache(self): return self.cache
+    def set_flag(self, flag): self.flag = flag
 
 config = Config()
 network = N(num_layers=0, num_inputs=0)
 builder = N(create_network=lambda flags: network, create_builder_config=lambda: config,
             create_optimization_profile=MagicMock(),
             # an engine that remembers how much its inspector may tell
-            build_serialized_network=lambda network, config: config.profiling_verbosity.encode())
+            build_serialized_network=lambda network, config: f"{config.profiling_verbosity} {config.flag}".encode())
+BuilderFlag = N(REFIT="refit")
 Builder = lambda logger: builder
 OnnxParser = lambda network, logger: N(parse_from_file=lambda path: True)
 Logger, NetworkDefinitionCreationFlag = MagicMock(), N()
@@ -83,7 +87,10 @@ def test_timings_are_kept_from_build_to_build_and_the_inspector_is_asked(tmp_pat
     for builds in (1, 2):
         assert worker(tmp_path, STANDIN, monkeypatch) == {"layers": {}, "backend_version": "11.0"}
         assert (tmp_path / "timings").read_bytes() == b"+" * builds
-    assert (tmp_path / "layers").read_text() == "json of detailed"
+    assert (tmp_path / "layers").read_text() == "json of detailed refit"
+    (tmp_path / "timings").write_bytes(b"stale")
+    worker(tmp_path, STANDIN, monkeypatch)
+    assert (tmp_path / "timings").read_bytes() == b"+"
 
 
 def test_a_network_that_is_silently_fp32_is_an_error():
@@ -166,6 +173,24 @@ def test_gpu_engines_without_a_gpu(copy, capsys):
         assert main(["build", *arguments]) == 2
         assert says in capsys.readouterr().err
     assert main(["sample", "--model", str(fp16), "--engine", "tensorrt-rtx", "--image", "x.png"]) == 2
+
+
+def test_what_is_called_of_tensorrt_is_there():
+    trt = pytest.importorskip("tensorrt_rtx")
+    for kind, names in {
+        "BuilderFlag": "REFIT",
+        "DynamicShapesKernelSpecializationStrategy": "EAGER",
+        "ICudaEngine": "create_execution_context create_runtime_config create_serialization_config refittable "
+        "get_tensor_dtype get_tensor_mode get_tensor_name num_io_tensors serialize_with_config",
+        "IExecutionContext": "execute_async_v3 get_tensor_shape set_input_shape set_tensor_address",
+        "IRuntimeCache": "deserialize serialize",
+        "IRuntimeConfig": "create_runtime_cache dynamic_shapes_kernel_specialization_strategy set_runtime_cache",
+        "ITimingCache": "combine serialize",
+        "OnnxParserRefitter": "get_error num_errors refit_from_file",
+        "Refitter": "get_missing_weights refit_cuda_engine",
+        "SerializationFlag": "INCLUDE_REFIT",
+    }.items():
+        assert set(names.split()) <= {*dir(getattr(trt, kind))}, kind
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +21,7 @@ from semantica.engines import load_engine
 from semantica.engines.bundle import open_bundle
 from semantica.engines.ort_bound import BoundEngine
 from semantica.errors import ArtifactError
-from semantica.export import write
+from semantica.export import program, write
 from semantica.export.config import ExportConfig
 from semantica.export.gate import gate
 from semantica.export.program import capture
@@ -45,6 +46,8 @@ def test_graphs_have_native_nodes_named_batch_and_the_types_of_the_precision(bun
     assert {o.domain for o in model.opset_import} == {""} and not model.functions
     counts = open_bundle(bundles[precision]).manifest["graphs"]["denoise.onnx"]["nodes"]
     unet = SemanticaPipeline.from_pretrained(small_run).unet
+    # no kernels for bf16 on ONNX Runtime's CUDA, and no sizes that a host would have to work out
+    assert not {"Resize", "DepthToSpace", "Shape"} & set(counts)
     # two blocks with self- and cross-attention
     assert counts["Attention"] == 4
     assert counts["GroupNormalization"] == sum(isinstance(m, GroupNormAct) for m in unet.modules())
@@ -71,6 +74,38 @@ def test_graphs_have_native_nodes_named_batch_and_the_types_of_the_precision(bun
     # keys and values are read as they come, not turned or copied
     readers = {n.op_type for n in model.graph.node if set(n.input) & set(keys)}
     assert readers == {"Attention"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("factor", [2, 3])
+def test_upsampling_and_pixel_shuffle_as_reshapes_have_the_same_bits(dtype, factor):
+    x = torch.randn(2, 4 * factor**2, 5, 7).to(dtype)
+    shuffled, upsampled = F.pixel_shuffle(x, factor), F.interpolate(x, scale_factor=float(factor), mode="nearest")
+    smooth = F.interpolate(x.float(), (9, 8), mode="bicubic", antialias=True)
+    with program.Decomposed():
+        assert torch.equal(F.pixel_shuffle(x, factor), shuffled)
+        assert torch.equal(F.interpolate(x, scale_factor=float(factor), mode="nearest"), upsampled)
+        assert torch.equal(F.interpolate(x.float(), (9, 8), mode="bicubic", antialias=True), smooth)
+
+
+def test_a_graph_without_resize_gives_the_bits_of_one_with_it(bundles, small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "interpolated", F.interpolate)
+    monkeypatch.setattr(program, "shuffled", F.pixel_shuffle)
+    pipeline = SemanticaPipeline.from_pretrained(small_run)
+    folders = shutil.copytree(bundles["fp32"], tmp_path / "before"), bundles["fp32"]
+    graphs = write.write_graphs(capture(pipeline.unet, pipeline.encoder, "fp32"), folders[0])
+    manifest = json.loads((folders[0] / "manifest.json").read_text()) | graphs
+    (folders[0] / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_hashes(folders[0])
+    counts = [open_bundle(folder).manifest["graphs"]["denoise.onnx"]["nodes"] for folder in folders]
+    assert {"Resize", "DepthToSpace"} <= set(counts[0]) and not {"Resize", "DepthToSpace"} & set(counts[1])
+    images, z = np.tanh(noise(1, (3, 3, 16, 16))), noise(2, (3, 3, 16, 16))
+    v = []
+    # a bundle of before loads as it did
+    for folder in folders:
+        engine = load_engine(folder, "onnxruntime")
+        v.append(engine(z, np.linspace(-4, 4, 3, dtype=np.float32), engine.condition(images)))
+    np.testing.assert_array_equal(*v)
 
 
 def test_no_path_of_this_machine_is_in_a_bundle(bundles):

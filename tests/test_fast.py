@@ -1,6 +1,4 @@
-"""The network rearranged for sampling computes what the network does; graphs keep their promises on any device."""
-
-from types import SimpleNamespace
+"""The network rearranged for sampling computes what the network does."""
 
 import numpy as np
 import pytest
@@ -10,8 +8,8 @@ from PIL import Image
 from semantica import Stream, UViT
 from semantica.cli import main
 from semantica.model.fast import FastDenoiser
-from semantica.sampling.compiled import BUCKETS, CompiledDenoiser, GraphCache
-from semantica.sampling.loop import classifier_free, sample
+from semantica.sampling.compiled import CompiledDenoiser
+from semantica.sampling.loop import sample
 from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule
 
@@ -163,113 +161,3 @@ def test_a_run_folder_is_sampled_by_the_command_compiled(small_run, picture, tmp
         made[engine] = np.asarray(Image.open(out), np.float64)
     error = np.square(made["torch"] - made["torch-compile"]).mean()
     assert 0 < error < 255**2 / 10**3.5
-
-
-class Recorded:
-    """A graph for the CPU: it replays on buffers of its own and overwrites its output, as CUDA graphs do."""
-
-    def __init__(self, function, inputs):
-        self.function, self.inputs = function, [t.clone() for t in inputs]
-        self.output, self.replays = function(*self.inputs), 0
-
-    def __call__(self, *inputs):
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
-        self.output.copy_(self.function(*self.inputs))
-        self.replays += 1
-        return self.output.clone()
-
-
-def graphs(faster=True):
-    made, times = [], iter(range(1000))
-
-    def record(*arguments):
-        made.append(Recorded(*arguments))
-        return made[-1]
-
-    # the call is measured first, the replay second
-    return GraphCache(record, lambda call: -next(times) if faster else next(times)), made
-
-
-def test_a_graph_is_recorded_once_for_each_kind_of_call():
-    found, made = graphs()
-    x, y = torch.ones(2), torch.full((2,), 3.0)
-    first = found(("a",), lambda t: t * 2, x)
-    second = found(("a",), lambda t: t * 2, y)
-    assert first.tolist() == [2, 2] and second.tolist() == [6, 6], "results are copied out"
-    assert len(made) == 1
-    found(("b",), lambda t: t * 3, x)
-    found(("a",), lambda t: t * 2, torch.ones(3))
-    found(("a",), lambda t: t * 2, x.double())
-    assert len(made) == 4
-
-
-def test_a_graph_that_is_no_faster_is_not_used():
-    found, made = graphs(faster=False)
-    for value in (1.0, 2.0):
-        assert found(("a",), lambda t: t + 1, torch.tensor([value])).tolist() == [value + 1]
-    assert len(made) == 1 and made[0].replays == 0 and list(found.kept.values()) == [None]
-
-
-def test_old_graphs_make_room():
-    found, made = graphs()
-    for i in range(BUCKETS + 2):
-        found((i,), torch.neg, torch.ones(1))
-    assert len(found.kept) == len(found.times) == BUCKETS and len(made) == BUCKETS + 2
-    found((0,), torch.neg, torch.ones(1))
-    assert len(made) == BUCKETS + 3
-
-
-def test_runs_that_differ_in_what_a_graph_bakes_in_have_graphs_of_their_own():
-    unet = network()
-    denoiser = CompiledDenoiser(unet, torch.float32, "none")
-    denoiser.graphs, made = graphs()
-    condition, null = conditions(unet)
-    few = [c.map(lambda t: t[:2]) for c in (condition, null)]
-    runs = {
-        "first": (noise(), condition, null, *settings(2.0, 3)),
-        "same kind, other values": (noise(8), condition.map(lambda t: t * 0.9), null, *settings(2.0, 3)),
-        "seed": (noise(), condition, null, *settings(2.0, 3, seed=1)),
-        "guidance": (noise(), condition, null, *settings(3.0, 3)),
-        "steps": (noise(), condition, null, *settings(2.0, 4)),
-        "interval": (noise(), condition, null, *settings(2.0, 3, interval=(0.0, 0.5))),
-        "schedule": (noise(), condition, null, Schedule(16, logsnr_min=-9.0), settings(2.0, 3)[1]),
-        "batch": (noise(7, 2), *few, *settings(2.0, 3)),
-    }
-    for name, arguments in runs.items():
-        expected = fast(unet, torch.float32, *arguments)
-        torch.testing.assert_close(sample(denoiser, *arguments), expected, rtol=0, atol=1e-6, msg=name)
-    assert len(made) == len(runs) - 2
-    # neither fresh noise in every step nor somebody's guidance is part of a graph
-    sample(denoiser, noise(), condition, null, *settings(2.0, 3, solver="ddpm"), noise)
-    own = SimpleNamespace(needs=(), predictor=classifier_free)
-    actual = sample(denoiser, *runs["first"], guidance=own)
-    with torch.no_grad():
-        torch.testing.assert_close(actual, sample(unet, *runs["first"]), rtol=0, atol=1e-4)
-    assert len(made) == len(runs) - 2
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("compile", ["none", "network"])
-def test_on_a_gpu_nothing_waits_and_replay_equals_eager(compile):
-    unet = network().cuda()
-    condition, null = (c.map(lambda t: t.cuda()) for c in conditions(network()))
-    arguments = (condition, null, *settings(2.0))
-    eager = CompiledDenoiser(unet, torch.bfloat16, compile, graphs=False)
-    graphed = CompiledDenoiser(unet, torch.bfloat16, compile)
-    # the graph is to be used here whatever the clock says
-    times = iter((2.0, 1.0))
-    graphed.graphs.measure = lambda call: next(times)
-    for seed in (7, 8):
-        z = noise(seed).cuda()
-        expected = sample(eager, z, *arguments)
-        actual = sample(graphed, z, *arguments)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        sample(eager, z, *arguments)
-        sample(graphed, z, *arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -121,3 +121,11 @@ def test_a_tracer_sees_every_kernel(mode):
     nodes = make_fx(both, tracing_mode=mode)(*inputs).graph.nodes
     # partial statistics, apply; partial sums, merge, apply
     assert sum("triton_kernel_wrapper" in node.name for node in nodes) == 5
+
+
+def test_any_number_of_groups_fits_a_grid():
+    x = torch.empty(2, 70000, 3, device="meta", dtype=torch.bfloat16)
+    weight, mean = torch.empty(70000, device="meta"), torch.empty(2, 70000, device="meta")
+    planned = backward.plan_backward(x, x, mean, mean, 70000, weight, weight, None, None, "silu")[0]
+    planned += forward.plan_forward(x, 70000, weight, weight, None, None, "silu", 1e-5)[0]
+    assert len(planned) >= 3 and all(max(launch.grid[1:], default=1) <= 65535 for launch in planned)

@@ -14,7 +14,18 @@ import torch
 from PIL import Image, ImageFile
 
 from semantica.errors import UserError
-from semantica.images import BadImage, fit, grid, load_image, probe_image, save_png, to_rgb, to_tensor, to_uint8
+from semantica.images import (
+    BadImage,
+    fit,
+    grid,
+    load_image,
+    load_pixels,
+    probe_image,
+    save_png,
+    to_rgb,
+    to_tensor,
+    to_uint8,
+)
 
 EXIF_ORIENTATION = 0x0112
 
@@ -46,7 +57,7 @@ def png(width: int, height: int, depth: int, colour: int, body: bytes) -> io.Byt
 
 def pixels(file) -> np.ndarray:
     image = load_image(file)
-    assert image.mode == "RGB"
+    assert image.mode == "RGB" and np.array_equal(load_pixels(file), np.asarray(image))
     return np.asarray(image)
 
 
@@ -197,9 +208,13 @@ def test_flipped_bytes_never_escape_as_another_error():
                 broken = whole.copy()
                 broken[rng.integers(0, min(len(whole), 200), 4)] = rng.integers(0, 256, 4)
                 try:
-                    assert load_image(io.BytesIO(broken.tobytes())).mode == "RGB"
+                    found = load_image(io.BytesIO(broken.tobytes()))
+                    assert found.mode == "RGB"
+                    assert np.array_equal(load_pixels(io.BytesIO(broken.tobytes())), np.asarray(found))
                     outcomes["image"] += 1
                 except BadImage as error:
+                    with pytest.raises(BadImage):
+                        load_pixels(io.BytesIO(broken.tobytes()))
                     assert len(str(error).splitlines()) == 1 and len(error.reason) < 200
                     outcomes["refused"] += 1
     assert min(outcomes.values()) > 30
@@ -213,7 +228,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
     foreign = tmp_path / "foreign.png"
     Image.fromarray(picture(4, 4)).save(foreign, format="PPM")
     for path in (text, empty, foreign):
-        for read in (probe_image, load_image):
+        for read in (probe_image, load_image, load_pixels):
             with pytest.raises(BadImage, match="not a picture in JPEG, PNG, WEBP, GIF, BMP or TIFF format"):
                 read(path)
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -240,7 +255,7 @@ def test_a_decompression_bomb_is_refused_on_its_header(side, monkeypatch):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for read in (probe_image, load_image):
+        for read in (probe_image, load_image, load_pixels):
             with pytest.raises(BadImage, match=f"decompression bomb: {side}x{side}"):
                 read(bomb)
     # KiB; the pixels would take 300 MB and more
@@ -266,10 +281,9 @@ def test_bad_image_is_a_user_error_that_travels_between_processes():
 def test_near_decodes_large_jpegs_at_a_fraction():
     large = encoded(Image.fromarray(smooth(1200, 1600)), "JPEG", quality=95)
     assert load_image(large).size == (1600, 1200)
-    assert load_image(large, near=64).size == (200, 150)
-    assert load_image(large, near=200).size == (800, 600)
-    assert load_image(large, near=400).size == (1600, 1200)
-    near, full = fit(load_image(large, near=64), 64), fit(load_image(large), 64)
+    for near, size in ((150, (200, 150)), (151, (400, 300)), (400, (800, 600)), (601, (1600, 1200))):
+        assert load_image(large, near=near).size == size
+    near, full = fit(load_image(large, near=128), 64), fit(load_image(large), 64)
     assert np.abs(near.astype(int) - full).max() <= 3
 
 

@@ -34,9 +34,10 @@ no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])]
 
 
-def group_norm_exact(x, groups, weight, bias, scale, shift, activation, eps=1e-5):
+def group_norm_exact(x, groups, weight, bias, scale, shift, activation, eps=1e-5, addend=None):
     """From the definition, without torch's own norm; laid out as x."""
-    grouped = x.reshape(x.shape[0], groups, -1)
+    given = x if addend is None else (x.flatten(2) + addend[:, :, None]).reshape(x.shape)
+    grouped = given.reshape(x.shape[0], groups, -1)
     mean = grouped.mean(-1, keepdim=True)
     variance = (grouped - mean).square().mean(-1, keepdim=True)
     y = ((grouped - mean) / (variance + eps).sqrt()).reshape(x.shape[0], x.shape[1], -1)
@@ -188,12 +189,13 @@ def test_a_repeated_token_has_the_same_softmax():
 @given(
     batch=st.integers(1, 3), groups=st.integers(1, 5), width=st.integers(1, 5),
     spatial=st.lists(st.integers(1, 6), min_size=1, max_size=3),
-    film=st.booleans(), silu=st.booleans(), last=st.booleans(),
+    film=st.booleans(), silu=st.booleans(), last=st.booleans(), addend=st.booleans(),
 )  # fmt: skip
-def test_group_norm_any_shape(batch, groups, width, spatial, film, silu, last):
+def test_group_norm_any_shape(batch, groups, width, spatial, film, silu, last, addend):
     case = GroupNormCase(
-        (batch, groups * width, *spatial), groups, film, "silu" if silu else "none", last and len(spatial) > 1
-    )
+        (batch, groups * width, *spatial), groups, film, "silu" if silu else "none", last and len(spatial) > 1,
+        addend=addend,
+    )  # fmt: skip
     inputs = case.inputs(torch.float64)
     actual, truth = run(group_norm, inputs), run(group_norm_exact, inputs)
     for name in truth:
@@ -223,14 +225,16 @@ def test_cross_attention_any_streams(data):
         torch.testing.assert_close(actual[name], truth[name], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["tiny", "plain", "volume"])
+@pytest.mark.parametrize("name", ["tiny", "plain", "volume", "addend and film"])
 def test_group_norm_passes_opcheck_and_gradcheck(name):
     case = GROUP_NORM[name]
     inputs = GroupNormCase(
-        (2, 8, *[3] * (len(case.shape) - 2)), 4, case.film, case.activation, case.channels_last
+        (2, 8, *[3] * (len(case.shape) - 2)), 4, case.film, case.activation, case.channels_last, addend=case.addend
     ).inputs(torch.float64)
-    arguments = [v.requires_grad_() if isinstance(v, torch.Tensor) else v for v in inputs.values()]
-    torch.library.opcheck(torch.ops.semantica.group_norm.default, (*arguments, 1e-5))
+    addend = inputs.pop("addend", None)
+    arguments = [*inputs.values(), 1e-5, addend]
+    arguments = [v.requires_grad_() if isinstance(v, torch.Tensor) else v for v in arguments]
+    torch.library.opcheck(torch.ops.semantica.group_norm.default, tuple(arguments))
     assert torch.autograd.gradcheck(group_norm, arguments)
 
 

@@ -58,8 +58,8 @@ def pip(*arguments: str, **env: str) -> str:
 
 
 def modules(folder: Path, package: str) -> set[str]:
-    """The paths that the Python files and launch tables of a source folder have in a wheel."""
-    tables = folder.glob("*/ladder.json") if folder.name == "kernels" else ()
+    """The paths that the Python files and tables of a source folder have in a wheel."""
+    tables = folder.glob("*/*.json") if folder.name == "kernels" else ()
     files = (path.relative_to(folder) for path in (*folder.rglob("*.py"), *tables))
     return {f"{package.replace('.', '/')}/{path.as_posix()}" for path in files}
 
@@ -318,8 +318,8 @@ def pins() -> dict[str, str]:
 def test_constraints_pin_what_make_installs():
     project, pinned = PROJECT["project"], pins()
     extras = project["optional-dependencies"]
-    named = {"train", "pairs", "export", "bench", "cuda-build", "flash", "tensorrt", "tensorrt-rtx", "ray", "test"}
-    assert set(extras) == named
+    named = {"train", "pairs", "export", "bench", "cuda-build", "flash", "float8", "tensorrt", "tensorrt-rtx", "ray"}
+    assert set(extras) == {*named, "test"}
     lines = sum((extras[name] for name in ("train", "bench", "pairs", "test", "cuda-build")), project["dependencies"])
     needs = {need.name: need for need in map(Requirement, [*lines, *PROJECT["build-system"]["requires"]])}
     # a CUDA build of torch pins its own triton; a range says which versions the kernels are for

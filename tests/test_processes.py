@@ -15,7 +15,8 @@ from semantica.cli import main
 from semantica.train import processes
 from semantica.train.config import TrainConfig
 from semantica.train.data.folders import scan
-from semantica.train.data.pairs import Pairs, batches
+from semantica.train.data.loading import batches
+from semantica.train.data.pairs import Pairs
 from semantica.train.loop import train
 
 

@@ -200,7 +200,7 @@ def test_one_step_descends_the_weighted_sum(home, tmp_path):
     from semantica.diffusion import noise_levels
     from semantica.train.build import alignment, build
     from semantica.train.data.open import open_data
-    from semantica.train.data.pairs import Pairs, collate
+    from semantica.train.data.pairs import Pairs
 
     settings = config(home, tmp_path / "run", repa=0.5, steps=1, drop=0.0)
     train(settings)
@@ -209,7 +209,7 @@ def test_one_step_descends_the_weighted_sum(home, tmp_path):
     assert teacher is encoder
     data = open_data(settings.data)
     pairs = Pairs(data, seed=0, image_size=32, condition_size=SIDE, global_batch=4, drop=0.0)
-    batch = collate([pairs[i] for i in range(4)])
+    batch = pairs.batch(range(4))
     logsnr = noise_levels(batch["u"], scheduler.schedule)
     objective = Objective(unet, encoder, repa=head, repa_encoder=teacher)
     losses, _, aligned = objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])

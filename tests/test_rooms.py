@@ -17,10 +17,10 @@ HOUSES = {
 # rooms of each house from the ground up: one may use those below it; "" are the files that lie in the house itself
 FLOORS = {
     "kernels": [["", "cross_attention", "group_norm"]],
-    "semantica": [[""], ["model"], ["sampling"], ["engines"], ["pipelines"]],
+    "semantica": [[""], ["fused", "model"], ["sampling"], ["engines"], ["pipelines"]],
     "train": [["data"], ["pages"], ["run"], [""]],
     "export": [["builders"], [""]],
-    "benchmarks": [["harness"], ["kernels", "quality"], ["sampling"], ["training"], [""]],
+    "benchmarks": [["harness"], ["kernels", "loading", "quality"], ["sampling"], ["training"], [""]],
 }
 # files of a house that stand above its rooms, and values that the rooms of a house share
 ABOVE = {"semantica/doctor.py", "semantica/cli.py"}

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
+from semantica.condition import Stream
 from semantica.model.layers import GroupNormAct
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
@@ -98,6 +99,27 @@ def test_sharded_networks_keep_channels_last_and_the_fused_operators(photos, tmp
         assert counts["semantica::cross_attention"] == len(unet.transformer_blocks)
         for parameter in unet.parameters():
             assert parameter.dtype == parameter.grad.dtype == torch.float32
+        world.close()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ddp_leaves_a_frozen_encoder_elsewhere_alone(photos, tmp_path):
+    """That of stored tokens stays on the CPU while a GPU trains; here its weights are on "meta" while the CPU does."""
+    unet, encoder, _ = build(config(photos, tmp_path), torch.device("cpu"))
+    objective = Objective(unet, encoder.requires_grad_(False).to("meta"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        world = World("ddp")
+        wrapped = parallelize(world, torch.device("cpu"), torch.float32).wrap(objective)
+        g = torch.Generator().manual_seed(0)
+        tokens = Stream(
+            torch.randn(2, 4, encoder.token_dim, generator=g), torch.randn(2, encoder.token_dim, generator=g)
+        )
+        images = [torch.randn(2, 3, 32, 32, generator=g) for _ in range(2)]
+        losses, *_ = wrapped(tokens, *images, torch.zeros(2), torch.zeros(2, dtype=torch.bool))
+        losses.mean().backward()
+        assert unet.conv_in.weight.grad.isfinite().all()
         world.close()
     finally:
         dist.destroy_process_group()

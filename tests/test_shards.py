@@ -18,8 +18,9 @@ from PIL import Image
 
 from semantica.cli import main
 from semantica.errors import UserError
+from semantica.train.data.loading import batches
 from semantica.train.data.open import open_data
-from semantica.train.data.pairs import Pairs, batches
+from semantica.train.data.pairs import Pairs
 from semantica.train.data.shards import Store, open_shards, pair_number
 from semantica.train.pages.config import MineConfig
 from semantica.train.pages.mine import mine

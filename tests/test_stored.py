@@ -59,7 +59,8 @@ def test_the_same_pictures(model, solver, expected, tmp_path):
     assert levels_apart(out, expected) <= 1
 
 
-def test_a_checkpoint_goes_on_as_it_did(tmp_path, monkeypatch):
+def test_a_checkpoint_goes_on(tmp_path, monkeypatch, capsys):
+    """With other noise, which it says: figures up to the checkpoint stay, those behind it are close."""
     micro = dict(image_size=32, patch_size=4, channels=(16,), depths=(1,), width=32, depth=1, heads=1, emb_dim=32)
     monkeypatch.setitem(PRESETS, "micro", micro | {"encoder": dict(width=32, depth=1, heads=1, grid=16)})
     draw_web(tmp_path / "web", groups=16, images_per_group=4)
@@ -75,15 +76,17 @@ def test_a_checkpoint_goes_on_as_it_did(tmp_path, monkeypatch):
     )  # fmt: skip
     now = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in now] == [row["step"] for row in losses] == [1, 2, 3, 3, 4, 5, 6, 6]
-    for was, row in zip(losses, now):
+    assert now[:4] == losses[:4]
+    for was, row in zip(losses[4:], now[4:]):
         for name in ("loss", "held_out_loss", "held_out_loss_shuffled"):
             if name in was:
-                assert row[name] == pytest.approx(was[name], rel=1e-5)
+                assert row[name] == pytest.approx(was[name], rel=0.2)
+    assert "noise and crops in another way" in capsys.readouterr().out
     for name, weights in before.items():
         after = load_file(run / name / "diffusion_pytorch_model.safetensors")
         assert after.keys() == weights.keys()
-        # adam's quotient of small gradients rounds differently with other threads; one step the wrong way is 6e-3
-        assert max((after[key] - weights[key]).abs().max().item() for key in weights) < 1e-3
+        # three steps of Adam at 3e-3, averaged, each at most the wrong way
+        assert max((after[key] - weights[key]).abs().max().item() for key in weights) < 2e-2
 
 
 def test_shards_and_stored_tokens():

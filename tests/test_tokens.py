@@ -350,7 +350,7 @@ def test_shards_have_a_file_of_tokens_each(home, crawl, tmp_path):
     assert [entry["name"] for entry in read_index(out)["files"]] == list(data.name) and len(data.name) == 2
     encoder = frozen_encoder(str(home / "dino"), SIDE)
     for ref in (0, 8, 9, 17):
-        expected = encoder(to_tensor([fit(data.load(ref, SIDE), SIDE, mirror=True)])).tokens[0]
+        expected = encoder(to_tensor([fit(data.load(ref, 2 * SIDE), SIDE, mirror=True)])).tokens[0]
         actual = torch.from_numpy(data.tokens.read(ref, True)[0].astype(np.float32))
         torch.testing.assert_close(actual, expected, rtol=2**-11, atol=1e-5)
     train(config(home, tmp_path / "run", data=str(tmp_path / "shards"), tokens=str(out), steps=1))

@@ -13,8 +13,9 @@ from semantica import PretrainedEncoder, SemanticaPipeline, UserError
 from semantica.cli import main
 from semantica.condition import Stream
 from semantica.train.config import TrainConfig
+from semantica.train.data.loading import batches
 from semantica.train.data.open import open_data
-from semantica.train.data.pairs import Pairs, batches, collate
+from semantica.train.data.pairs import Pairs
 from semantica.train.loop import train
 
 SIDE = 28
@@ -40,16 +41,16 @@ def test_a_batch_draws_what_it_draws_without_tokens(home, stored):
     for index in range(12):
         a, b = plain[index], known[index]
         assert "condition" not in b and np.array_equal(a["target"], b["target"]) and a["u"] == b["u"]
-        assert np.array_equal(a["noise"], b["noise"]) and a["drop"] == b["drop"]
+        assert a["flips"] == b["flips"] and a["drop"] == b["drop"]
         view = plain.data.draw(3, index).conditions[0]
         assert np.array_equal(b["tokens"][0], known.data.tokens.read(view.ref, view.flip)[0])
     several = Pairs(known.data, **options, conditions=3)
-    batch = collate([several[i] for i in range(4)])
+    batch = several.batch(range(4))["condition"]
     views = known.data.draw(3, 2, 3).conditions
     rows = [known.data.tokens.read(view.ref, view.flip) for view in views]
-    assert np.array_equal(batch["tokens"][2].numpy(), np.concatenate([tokens for tokens, _ in rows]))
+    assert np.array_equal(batch.tokens[2].numpy(), np.concatenate([tokens for tokens, _ in rows]))
     mean = np.mean([pooled.astype(np.float32) for _, pooled in rows], 0)
-    np.testing.assert_allclose(batch["pooled"][2], mean, rtol=1e-6)
+    np.testing.assert_allclose(batch.pooled[2], mean, rtol=1e-6)
 
 
 def test_workers_map_the_same_bytes(home, stored):

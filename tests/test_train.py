@@ -23,7 +23,7 @@ from semantica import SemanticaPipeline, UserError
 from semantica.train.config import TrainConfig, ema_decay, learning_rate
 from semantica.train.data.folders import scan
 from semantica.train.data.heldout import held_out_batches, partners
-from semantica.train.data.pairs import Pairs, collate
+from semantica.train.data.pairs import Pairs
 from semantica.train.loop import train
 from semantica.train.objective import Objective
 from semantica.train.processes import World
@@ -106,7 +106,7 @@ def test_weights_and_their_average_follow_the_definition(photos, tmp_path):
     pairs = Pairs(scan(photos, "folders"), seed=0, image_size=32, global_batch=4, drop=0.0)
     objective = Objective(unet, encoder)
     for step in range(2):
-        batch = collate([pairs[i] for i in range(step * 4, step * 4 + 4)])
+        batch = pairs.batch(range(step * 4, step * 4 + 4))
         logsnr = noise_levels(batch["u"], scheduler.schedule)
         objective(batch["condition"], batch["target"], batch["noise"], logsnr, batch["drop"])[0].mean().backward()
         torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0)
@@ -257,13 +257,6 @@ def test_impossible_options_write_nothing(photos, tmp_path, changes, message):
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("parallel", "processes"), [("auto", 2), ("ddp", 2), ("fsdp", 1)])
-def test_one_graph_is_for_one_whole_process(photos, tmp_path, parallel, processes):
-    settings = config(photos, tmp_path, compile=True, compile_scope="network", parallel=parallel)
-    with pytest.raises(UserError, match="--compile-scope network is for one process"):
-        settings.check(processes)
-
-
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(photos, tmp_path):
     settings = config(photos, tmp_path / "run")
     measure = Measure(settings, torch.device("cpu"), torch.float32, 10**9, World())
@@ -373,7 +366,7 @@ def test_held_out_batches_pair_each_sample_with_another_group(photos, tmp_path):
     "changes",
     [
         dict(conditioning="both", align=0.1),
-        dict(conditions=2, scales=(16, 32), checkpointing=True),
+        dict(conditions=2, scales=(16, 32), checkpointing=True, checkpointing_keeps="products"),
         dict(encoder="dinov2", encoder_size=28, repa=0.5),
     ],
     ids=str,

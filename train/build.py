@@ -1,5 +1,10 @@
 """Modules of a run from its configuration."""
 
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -7,16 +12,23 @@ from semantica.errors import UserError
 from semantica.model.encoders import ViTEncoder, frozen_encoder
 from semantica.model.presets import encoder_preset, preset
 from semantica.model.uvit import UViT
+from semantica.pipelines.networks import NetworkPipeline
 from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.config import TrainConfig
 from semantica.train.data.tokens import stored_encoder
 from semantica.train.heads import RepaHead, aligned_depth
 
 
-def build(config: TrainConfig, device: torch.device) -> tuple[UViT, nn.Module, SemanticaScheduler]:
-    """Denoiser, encoder and scheduler; initial weights are a function of the seed alone.
+def build(
+    config: TrainConfig, device: torch.device, building: Callable[[], AbstractContextManager] = nullcontext
+) -> tuple[UViT, nn.Module, SemanticaScheduler]:
+    """Denoiser, encoder and scheduler; initial weights are a function of the seed alone, or those of `--init`.
 
     The encoder of stored tokens stays on the CPU, unread until a picture without stored tokens is to be encoded.
+
+    Args:
+        building: under which context what is to be trained is made; where it leaves weights without values, they come
+            from elsewhere.
 
     Raises:
         UserError: sizes that do not fit, or an encoder that cannot be loaded.
@@ -29,21 +41,56 @@ def build(config: TrainConfig, device: torch.device) -> tuple[UViT, nn.Module, S
     if config.encoder == "vit":
         if config.encoder_size is not None:
             raise UserError("--encoder-size is for frozen encoders: the trainable one sees --image-size")
-        encoder = ViTEncoder(**encoder_preset(config.preset, size))
+        with building():
+            encoder = ViTEncoder(**encoder_preset(config.preset, size))
     else:
         # how an encoder is loaded must not decide how the denoiser begins
         with torch.random.fork_rng(devices=[]):
             wanted = config.encoder, config.encoder_size, config.encoder_tokens
             encoder = stored_encoder(config.tokens, *wanted) if config.tokens else frozen_encoder(*wanted)
-    unet = UViT(**settings, streams={"image": encoder.token_dim}, conditioning=config.conditioning)
+    with building():
+        unet = UViT(**settings, streams={"image": encoder.token_dim}, conditioning=config.conditioning)
     bad = [scale for scale in config.scales if scale < 1 or size % scale]
     if bad:
         raise UserError(f"--scales {bad[0]} does not divide the image size {size}")
-    # convolutions are fastest with channels last, on every device
-    unet = unet.to(device).to(memory_format=torch.channels_last)
+    unet = placed(unet, device)
     if not config.tokens:
-        encoder = encoder.to(device).to(memory_format=torch.channels_last)
+        encoder = placed(encoder, device)
     return unet, encoder, SemanticaScheduler(image_size=size, reference=config.reference)
+
+
+def placed(module: nn.Module, device: torch.device) -> nn.Module:
+    """On a device, where it has values; convolutions are fastest with channels last, on every device."""
+    if any(p.is_meta for p in module.parameters()):
+        return module
+    return module.to(device).to(memory_format=torch.channels_last)
+
+
+def begin_with(source: str, unet: UViT, encoder: nn.Module) -> None:
+    """Fill what is to be trained with the weights of a published run; a frozen encoder stays as it is.
+
+    Raises:
+        UserError: there is no such run, or its networks are others.
+    """
+    found = NetworkPipeline.load(source)
+    pairs = [("denoiser", unet, found.unet)]
+    if encoder.trainable:
+        pairs.append(("encoder", encoder, found.encoder))
+    for what, own, other in pairs:
+        if type(own) is not type(other):
+            raise UserError(f"--init {source} has a {type(other).__name__} as {what}, this run a {type(own).__name__}")
+        for name, value in own.config.items():
+            theirs = other.config.get(name)
+            if not name.startswith("_") and as_json(theirs) != as_json(value):
+                raise UserError(
+                    f"--init {source} has a {what} of {name} {theirs}, this run of {value}: give what it was made with"
+                )
+        own.load_state_dict(other.state_dict())
+
+
+def as_json(value: Any) -> str:
+    """A value as a file of configuration keeps it: tuples are lists there."""
+    return json.dumps(value, sort_keys=True)
 
 
 def alignment(

@@ -28,6 +28,8 @@ FREE = {
     "device",
     "parallel",
     "checkpointing",
+    "checkpointing_keeps",
+    "graph",
     "timeout",
 }
 
@@ -84,7 +86,12 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.9999
-    """Decay of the averaged weights; lower in the first steps."""
+    """Decay of the averaged weights that are published; lower in the first steps, unless these begin with --init."""
+    ema_also: tuple[float, ...] = ()
+    """Further decays: their averages are kept in checkpoints too, and published as the pipelines OUT/ema-DECAY."""
+    init: str | None = None
+    """Run folder or hub name of a published run whose weights this one begins with, with a new optimizer; of the same
+    --preset, --image-size, --conditioning and kind of --encoder."""
     loss: Literal["x", "v", "eps", "sigmoid"] = "x"
     """What the weight of the noise levels makes the loss equal to; "x" learns content first, "eps" and "v" detail."""
     align: float = 0.0
@@ -104,16 +111,25 @@ class TrainConfig:
     """Mirror pictures at random."""
     crop: Annotated[float | Literal["centre"], tyro.conf.arg(metavar="FLOAT|centre")] = 1.0
     """Smallest random crop, as a share of the shorter side; "centre" never crops at random."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """"auto" is bf16 autocast where the processor multiplies bf16 natively."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """"auto" is bf16 autocast where the processor multiplies bf16 natively. "fp16" is for GPUs without bf16 (V100, T4):
+    autocast with a scaled loss, where a step whose gradients overflow is skipped."""
+    float8: bool = False
+    """Multiply in float8 in the transformer (torchao; GPUs from Ada and Hopper on), with --compile."""
     compile: bool = False
     """torch.compile the network in place."""
     compile_scope: Literal["blocks", "network"] = "blocks"
     """What is compiled as one: each kind of repeated block, in seconds, or the whole step's forward and backward pass,
-    in a minute or more for a few percent of speed; such a run stays in one process."""
+    in a minute or more for a few percent of speed, for models that each process holds whole."""
+    graph: bool = False
+    """On a GPU: record the forward and backward pass as one CUDA graph at the first step and replay it, for models so
+    small that their kernels take longer to launch than to run. For one process."""
     checkpointing: bool = False
     """Compute the repeated blocks again in the backward pass instead of keeping their activations: less memory, up to
     a third more computing."""
+    checkpointing_keeps: Literal["nothing", "products"] = "nothing"
+    """What is kept of the blocks that --checkpointing computes again: "products" keeps results of matrix products,
+    convolutions and attention, and computes only what is cheap again, for a part of the memory saved."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How several processes started by torchrun share the work: "ddp" copies the model to each, "fsdp" (FSDP2) splits
     weights, averages and optimizer state among them, "hsdp" among those of each node, with copies on the others.
@@ -122,13 +138,16 @@ class TrainConfig:
     """Seconds after which a process that does not answer ends the run."""
     attention: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """Self-attention backend of diffusers' dispatcher, or "auto" for the best that works."""
+    deterministic: bool = False
+    """On a GPU: compute the same bits each time, also where a run is continued, for some speed. A CPU always does."""
     val: str | None = None
     """Folder or shards for held-out figures; by default groups or pages are held out of --data."""
     held_out: float = 0.05
     """Share of groups or pages held out where there is no --val; 0 = none."""
     seed: int = 0
     workers: int | None = None
-    """Processes that load data; by default half of the processors, at most 8."""
+    """Processes that load data; by default as many as the step can use, by a measurement at the start, as far as there
+    are processors and shared memory."""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     log_every: int = 20
     save_every: int = 1000
@@ -151,12 +170,26 @@ class TrainConfig:
         if self.compile_scope == "network":
             if not self.compile:
                 raise UserError("--compile-scope network is nothing without --compile: give that too")
-            if processes > 1 or self.parallel in ("fsdp", "hsdp"):
-                raise UserError("--compile-scope network is for one process that holds all weights: leave it out")
+            if self.parallel in ("fsdp", "hsdp"):
+                raise UserError("--compile-scope network is for processes that hold all weights: leave it out")
+        if self.parallel in ("fsdp", "hsdp") and (self.float8 or self.precision == "fp16"):
+            option = "--float8" if self.float8 else "--precision fp16"
+            raise UserError(f"{option} is for processes that hold all weights: leave out --parallel {self.parallel}")
+        if self.float8 and (not self.compile or self.precision not in ("auto", "bf16")):
+            raise UserError("--float8 is slower than bf16 unless compiled, and goes with bf16: give --compile")
+        if self.checkpointing_keeps != "nothing" and not self.checkpointing:
+            raise UserError("--checkpointing-keeps is nothing without --checkpointing: give that too")
+        if self.checkpointing_keeps != "nothing" and self.compile and self.compile_scope == "blocks":
+            raise UserError("--checkpointing-keeps sees into no compiled block: give --compile-scope network too")
+        if self.graph and (processes > 1 or self.parallel != "auto"):
+            raise UserError("--graph is for one process: leave it out")
         shares = [("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1)]
         for name, low, high in shares + ([("crop", 1e-3, 1)] if self.crop != "centre" else []):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {low} to {high}")
+        decays = (self.ema, *self.ema_also)
+        if len({*decays}) < len(decays) or not all(0 <= decay <= 1 for decay in decays):
+            raise UserError(f"--ema-also is {' '.join(map(str, self.ema_also))}: give other decays than --ema, 0 to 1")
         for name in ("lr", "clip", "timeout"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: give a positive number")
@@ -193,6 +226,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * min(rise, fall)
 
 
-def ema_decay(config: TrainConfig, step: int) -> float:
-    """Short memory at first, so that the random start is forgotten: min(decay, (1 + step) / (10 + step))."""
-    return min(config.ema, (1 + step) / (10 + step))
+def ema_decay(config: TrainConfig, step: int, decay: float | None = None) -> float:
+    """Of --ema, or of another decay: short memory at first, so that a random start is forgotten, which is
+    min(decay, (1 + step) / (10 + step))."""
+    decay = config.ema if decay is None else decay
+    return decay if config.init else min(decay, (1 + step) / (10 + step))

@@ -55,7 +55,9 @@ class PairHead(nn.Module):
         own = torch.arange(len(a), device=a.device)
         if self.across:
             own, b = own + dist.get_rank() * len(b), GatherRows.apply(b)
-        return F.cross_entropy(a @ b.T / self.temperature, own, reduction="none")
+        # codes are fp32 for the sake of this product, which autocast would round to bf16 again
+        with torch.autocast(a.device.type, enabled=False):
+            return F.cross_entropy(a @ b.T / self.temperature, own, reduction="none")
 
 
 class RepaHead(nn.Module):

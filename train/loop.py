@@ -1,22 +1,31 @@
-"""The trainer: one function, top to bottom. The same command continues a run, bit-exactly."""
+"""The trainer: one function, top to bottom. The same command continues a run: bit-exactly on a CPU, and on a GPU with
+`--deterministic`."""
 
-from contextlib import closing
+import functools
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from semantica.device import sent
 from semantica.diffusion import noise_levels
+from semantica.errors import UserError, first_line
+from semantica.inputs import Prepared
 from semantica.pipelines.networks import NetworkPipeline
 from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import examples
+from semantica.train.graph import StepGraph
 from semantica.train.objective import held_out_loss
 from semantica.train.preemption import Stop
-from semantica.train.processes import Vote, joined
+from semantica.train.processes import LostProcess, Vote, World, joined
+from semantica.train.repeatable import repeatable
 from semantica.train.run.folder import SAMPLE_CONDITIONS
 from semantica.train.setup import Training, prepare
 from semantica.train.sharding import gathered
+from semantica.train.state import TrainState
 
 NEVER = Stop()
 
@@ -34,18 +43,40 @@ def train(config: TrainConfig, stop: Stop = NEVER) -> Path:
         UserError: impossible options or data, or a run folder of another configuration. Of several processes the first
             raises it, the others `SystemExit` with code 2.
         FloatingPointError: the loss or a gradient is no longer finite; checkpoints are intact.
-        LostProcess: another process of the run ended or hangs.
+        LostProcess: another process of the run ended or hangs, or the GPU failed.
     """
-    with joined(config) as world:
+    with repeatable(config.deterministic, config.compile), joined(config) as world, device_faults(world):
         training = prepare(config, world)
         run_steps(training, stop)
         finish(training)
     return config.out
 
 
+@contextmanager
+def device_faults(world: World) -> Iterator[None]:
+    """A GPU that is full or gone, in one line. Of several processes the one that met it ends with a traceback: the
+    others are within an exchange, and miss it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if world.size > 1:
+            raise
+        advice = "give more --accumulate, --checkpointing or a smaller --batch"
+        raise UserError(f"the GPU's memory is full ({first_line(error)}): {advice}") from error
+    except torch.AcceleratorError as error:
+        if world.size > 1:
+            raise
+        advice = "the same command continues from the newest checkpoint"
+        raise LostProcess(f"the GPU failed ({first_line(error)}): {advice}") from error
+
+
 def run_steps(t: Training, stop: Stop) -> None:
     """Train until the last step, or until all processes agreed to stop."""
     config, state, world = t.config, t.state, t.world
+    intervals = (config.log_every, config.eval_every, config.save_every, config.sample_every)
+    gradients = functools.partial(backward, t)
+    if config.graph:
+        gradients = StepGraph(gradients, state.parameters.values(), t.device)
     looks = dict(total=config.steps, initial=state.step, desc="train", unit="step", mininterval=1.0, smoothing=0.05)
     with closing(t.saver), closing(t.feed), tqdm(**looks, disable=not world.is_main) as bar:
         t.measure.start()
@@ -60,7 +91,7 @@ def run_steps(t: Training, stop: Stop) -> None:
                 if final:
                     election = world.vote(max(t.saver.vote, t.feed.vote, Vote.STOP if stop() else Vote.CONTINUE))
                 with t.parallel.micro_batch(t.objective, final):
-                    losses = backward(t, batch)
+                    losses = gradients(*inputs(t, batch))
                 loss += losses[0]
                 aligned += losses[1]
             outcome = election()
@@ -72,14 +103,19 @@ def run_steps(t: Training, stop: Stop) -> None:
             bar.update()
 
             step, last = state.step, state.step == config.steps
-            if step % config.log_every == 0 or last:
+            logs, evaluates, saves, samples = (step % every == 0 for every in intervals)
+            logs, evaluates = logs or last, bool(t.held) and (evaluates or last)
+            saves = saves or last or outcome == Vote.STOP
+            if pause := logs or evaluates or saves or samples:
+                t.measure.stop()
+            if logs:
                 row = t.measure.row(step, state.optimizer.param_groups[0]["lr"])
-                t.run.log(row)
+                t.run.log(row | scale(state))
                 bar.set_postfix(loss=f"{row['loss']:.4f}", images_s=f"{row['images_per_s']:.0f}")
-            if t.held and (step % config.eval_every == 0 or last):
+            if evaluates:
                 held = held_out_loss(t.averaged, t.held, t.scheduler.schedule, t.autocast)
                 t.run.log({"step": step, "held_out_loss": held["right"], "held_out_loss_shuffled": held["shuffled"]})
-            if step % config.save_every == 0 or last or outcome == Vote.STOP:
+            if saves:
                 t.measure.check()
                 # what went wrong with the save before, one says
                 with world.consensus():
@@ -87,24 +123,44 @@ def run_steps(t: Training, stop: Stop) -> None:
                 t.saver.save(step, state.tensors(), {"seed": config.seed})
             if outcome == Vote.STOP and not last:
                 break
-            if step % config.sample_every == 0:
+            if samples:
                 sample(t)
-            t.measure.start()
+            if pause:
+                t.measure.start()
 
 
-def backward(t: Training, batch: dict) -> tuple[Tensor, Tensor | float]:
-    """Gradients of one part of a batch are added up; its shares of the denoising loss and of REPA's, 0 without."""
-    logsnr = noise_levels(batch["u"], t.scheduler.schedule).to(t.device)
+def scale(state: TrainState) -> dict[str, float]:
+    """The scale of the loss, for the log; nothing without one.
+
+    Raises:
+        FloatingPointError: it fell so low that what overflows is not its doing.
+    """
+    if state.scaler is None:
+        return {}
+    found = state.scaler.get_scale()
+    if found < 1:
+        raise FloatingPointError("gradients overflow in fp16 with any scale: give --precision fp32, or a lower --lr")
+    return {"loss_scale": found}
+
+
+def inputs(t: Training, batch: dict) -> tuple[Prepared | Tensor | None, ...]:
+    """What the objective takes of a part of a batch, on the device."""
+    logsnr = sent(noise_levels(batch["u"], t.scheduler.schedule), t.device)
     images = [t.parallel.place(batch[name]) for name in ("condition", "target", "noise")]
+    return *images, logsnr, batch["drop"], batch.get("target_tokens")
+
+
+def backward(t: Training, *inputs: Prepared | Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of one part of a batch are added up; its shares of the denoising loss and of REPA's, 0 without."""
     with t.autocast():
-        losses = t.objective(*images, logsnr, batch["drop"], batch.get("target_tokens"))
+        losses = t.objective(*inputs)
     denoising, pairing, alignment = (None if each is None else each.mean() / t.config.accumulate for each in losses)
     total = denoising
     for weight, other in ((t.config.align, pairing), (t.config.repa, alignment)):
         if other is not None:
             total = total + weight * other
-    total.backward()
-    return denoising.detach(), 0.0 if alignment is None else alignment.detach()
+    (total if t.state.scaler is None else t.state.scaler.scale(total)).backward()
+    return denoising.detach(), torch.zeros_like(denoising) if alignment is None else alignment.detach()
 
 
 def raise_failure(t: Training, outcome: Vote) -> None:
@@ -136,6 +192,9 @@ def finish(t: Training) -> None:
     if step < t.config.steps:
         t.run.say(f"stopped: {out} is saved at step {step} of {t.config.steps}; the same command continues it")
         return
-    unet, encoder = gathered(t.averaged.unet, t.world), gathered(t.averaged.encoder, t.world)
-    t.run.publish(unet, encoder, t.scheduler)
+    for decay, modules in t.state.averages.items():
+        # a frozen encoder has no average
+        networks = (modules["unet"], modules.get("encoder", t.averaged.encoder))
+        place = None if modules is t.state.ema else f"ema-{decay}"
+        t.run.publish(*(gathered(network, t.world) for network in networks), t.scheduler, place)
     t.run.say(f"done: {out} after {step} steps")

@@ -93,7 +93,8 @@ def held_out_loss(objective: Objective, batches: list[dict], schedule, autocast)
     """Loss with the right condition and with one of another group, on the same targets, noise levels and noise.
 
     Args:
-        batches: as `train.data.pairs.collate`, with `other`, the index in the batch of a sample of another group.
+        batches: as `semantica.train.data.batch.finish`, with `other`, the index in the batch of a sample of another
+            group.
     """
     sums, count = {"right": 0.0, "shuffled": 0.0}, 0
     for batch in batches:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,13 +16,17 @@ from semantica.kernels import implementations
 from semantica.model.attention import set_attention
 from semantica.model.compile import compile_in_place
 from semantica.model.cost import count_parameters, step_flops
+from semantica.model.float8 import check_float8, to_float8
+from semantica.model.recompute import keeping_products
 from semantica.sampling.scheduler import SemanticaScheduler
-from semantica.train.build import alignment, build
+from semantica.train.build import alignment, begin_with, build
 from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import held_out_batches
+from semantica.train.data.loading import batches
 from semantica.train.data.open import open_data
-from semantica.train.data.pairs import Pairs, batches
+from semantica.train.data.pairs import Pairs
 from semantica.train.data.source import Source
+from semantica.train.data.workers import BEST_MFU, choose
 from semantica.train.heads import PairHead
 from semantica.train.objective import Objective
 from semantica.train.processes import Vote, World, identity, local_device
@@ -102,7 +105,11 @@ def prepare(config: TrainConfig, world: World) -> Training:
         config.check(world.size)
     world.require_same(identity(config, world))
     with world.consensus():
-        device = pick_device(local_device(config.device, world))
+        device = run_device(config, world)
+        if config.graph and device.type != "cuda":
+            raise UserError(f"--graph records what a GPU does, and the device is {device}: leave it out")
+        if config.float8:
+            check_float8(device)
         data, held, bad = open_sets(config)
     config = dataclasses.replace(config, mode=data.mode)
     world.require_same({"the pictures in --data": data.digest(), "those held out": held and held.digest()})
@@ -110,9 +117,16 @@ def prepare(config: TrainConfig, world: World) -> Training:
     dtype = pick_precision(config.precision, device)
     parallel = parallelize(world, device, dtype)
     with world.consensus():
-        unet, encoder, scheduler = build(config, parallel.built_on)
+        unet, encoder, scheduler = build(config, parallel.built_on, parallel.building)
+        # where the run continues, its own weights replace these anyway
+        begins = config.init and not checkpoint.folders(config.out / "checkpoints")
+        if begins and not unet.conv_in.weight.is_meta:
+            begin_with(config.init, unet, encoder)
         repa, teacher = alignment(config, unet, encoder, device)
-        attention = set_attention(nn.ModuleList([unet, encoder]), config.attention, device, dtype)
+        networks = nn.ModuleList([unet, encoder])
+        attention = set_attention(
+            networks, config.attention, device, dtype, compiled=config.compile, deterministic=config.deterministic
+        )
     run = Run(config, data.digest(), world)
     run.bad_samples(bad if world.is_main else ())
     run.say(f"device {device}, {str(dtype).removeprefix('torch.')}; attention: {attention[0]} ({attention[1]})")
@@ -127,7 +141,9 @@ def prepare(config: TrainConfig, world: World) -> Training:
         # frozen, it stays whole: it has neither gradients nor moments, and to gather it would cost every step
         encoder.to(device)
     modules = {"unet": unet, "encoder": encoder, "head": head, "repa": repa}
-    state = TrainState(config, {name: module for name, module in modules.items() if module is not None}, parallel.shard)
+    modules = {name: module for name, module in modules.items() if module is not None}
+    scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
+    state = TrainState(config, modules, scaler, parallel.copies)
     objective = compiled(config, Objective(unet, encoder, config.loss, config.scales, head, repa, teacher).train())
     saver = checkpoint.Saver(run.out / "checkpoints", world, config.keep, device)
     resume(state, saver.root, world, run.say)
@@ -145,6 +161,9 @@ def prepare(config: TrainConfig, world: World) -> Training:
         data, seed=config.seed, **sizes, conditions=config.conditions, global_batch=config.batch, drop=config.drop,
         flip=config.flip, crop=None if config.crop == "centre" else config.crop, target_tokens=config.repa_from_store,
     )  # fmt: skip
+    measure = Measure(config, device, dtype, flops, world)
+    if measure.peak is None:
+        run.say(f"no MFU: {measure.peak_source}")
     return Training(
         config=config,
         world=world,
@@ -156,12 +175,20 @@ def prepare(config: TrainConfig, world: World) -> Training:
         objective=parallel.wrap(objective),
         averaged=Objective(state.ema["unet"], state.ema.get("encoder", encoder), config.loss, config.scales).eval(),
         pairs=pairs,
-        feed=Feed(loaded(config, pairs, state.step, device, world), world),
+        feed=Feed(loaded(config, pairs, state.step, device, world, measure, run.say), world),
         held=fixed,
         run=run,
         saver=saver,
-        measure=Measure(config, device, dtype, flops, world),
+        measure=measure,
     )
+
+
+def run_device(config: TrainConfig, world: World) -> torch.device:
+    """This process' device. A GPU is the current one from now on: kernels are launched there, wherever tensors are."""
+    device = pick_device(local_device(config.device, world))
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def open_sets(config: TrainConfig) -> tuple[Source, Source | None, list[tuple[str, str]]]:
@@ -188,12 +215,15 @@ def millions(module: nn.Module) -> str:
 
 
 def compiled(config: TrainConfig, objective: Objective) -> Objective:
-    """The objective, its blocks compiled and checkpointed in place where that was asked for."""
+    """The objective, its blocks in float8, compiled and checkpointed in place where that was asked for."""
+    if config.float8:
+        # after the averages were copied: those are evaluated and published as they are
+        to_float8(objective.unet)
     if config.compile:
         compile_in_place(objective, config.compile_scope)
     trained = (objective.unet, objective.encoder) if objective.encoder.trainable else (objective.unet,)
     for module in trained if config.checkpointing else ():
-        module.enable_gradient_checkpointing()
+        module.enable_gradient_checkpointing(keeping_products if config.checkpointing_keeps == "products" else None)
     return objective
 
 
@@ -203,19 +233,18 @@ def resume(state: TrainState, root: Path, world: World, say: Callable[[str], Non
     found = checkpoint.load_newest(root, world, say)
     if found:
         record, reader = found
-        checkpoint.load(reader, state.prepare(reader.metadata.state_dict_metadata.keys()), world.saving)
-        state.step = record["step"]
+        tensors = state.prepare(reader.metadata.state_dict_metadata.keys())
+        checkpoint.load(reader, tensors, world.saving)
+        state.resumed(record["step"], tensors)
         say(f"continuing from step {state.step}")
 
 
-def loaded(config: TrainConfig, pairs: Pairs, step: int, device: torch.device, world: World) -> Iterator[dict]:
+def loaded(
+    config: TrainConfig, pairs: Pairs, step: int, device: torch.device, world: World, measure: Measure, say: Callable
+) -> Iterator[dict]:
     """This process' parts of the batches from a step on."""
-    share = (os.cpu_count() or 2) // 2 // world.local_size
-    return batches(
-        pairs,
-        first_index=step * config.batch,
-        batch=config.batch // config.accumulate,
-        device=device,
-        workers=config.workers if config.workers is not None else max(1, min(8, share)),
-        part=(world.rank, world.size),
-    )
+    batch, first = config.batch // config.accumulate, step * config.batch
+    demand = None if measure.peak is None else BEST_MFU * measure.peak / world.size / max(1, measure.flops)
+    workers, why = choose(pairs, first, batch // world.size, config.workers, demand, world.local_size, device.type)
+    say(why)
+    return batches(pairs, first_index=first, batch=batch, device=device, workers=workers, part=(world.rank, world.size))

@@ -3,6 +3,8 @@
 The model itself knows of none of this. `parallelize` chooses; what one process does is the base class.
 """
 
+import copy
+import functools
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 
@@ -21,11 +23,12 @@ class Whole:
 
     def __init__(self, world: World, device: torch.device, dtype: torch.dtype):
         self.device = device
-        # where the model is made
-        self.built_on = device
+        # where the model is made, and under which context
+        self.built_on, self.building = device, nullcontext
 
-    def shard(self, module: nn.Module) -> None:
-        """Split a module among the processes, in place."""
+    def copies(self, module: nn.Module, count: int) -> list[nn.Module]:
+        """So many frozen copies of a module; where processes split a model, the module and its copies are split."""
+        return twins(module, count)
 
     def wrap(self, objective: Objective) -> nn.Module:
         """The objective that is called in training."""
@@ -53,6 +56,10 @@ class DataParallel(Whole):
         # nothing in the model changes its buffers; the option has another name from PyTorch 2.13 on
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        # it takes no module on two devices: the frozen encoder of stored tokens stays on the CPU, and does not run
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            objective, elsewhere(objective, self.device)
+        )
         return DistributedDataParallel(
             objective,
             device_ids=[self.device] if self.device.type == "cuda" else None,
@@ -83,8 +90,12 @@ class FullySharded(Whole):
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         super().__init__(world, device, dtype)
-        # no device has to hold the model whole
-        self.built_on = torch.device("cpu")
+        # no device has to hold the model whole, and of the processes only the first, whose values the others get
+        self.built_on, self.lead = torch.device("cpu"), world.is_main
+        if not self.lead:
+            from accelerate import init_empty_weights
+
+            self.building = functools.partial(init_empty_weights, include_buffers=False)
         types = {} if dtype == torch.float32 else {"param_dtype": dtype, "reduce_dtype": torch.float32}
         policy = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
         within = world.local_size if world.mode == "hsdp" else world.size
@@ -95,7 +106,26 @@ class FullySharded(Whole):
             mesh = init_device_mesh(device.type, (world.size // within, within), mesh_dim_names=("copy", "part"))
         self.options = {"mesh": mesh, "mp_policy": policy}
 
+    def copies(self, module: nn.Module, count: int) -> list[nn.Module]:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        # others receive bytes in the order of contiguous tensors
+        whole = {key: t.contiguous() for key, t in module.state_dict().items()} if self.lead else {}
+        empty(module)
+        made = twins(module, count)
+        for each in (module, *made):
+            self.shard(each)
+            materialize(each, self.device)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(module, whole, options=options)
+        with torch.no_grad():
+            for each in made:
+                for own, value in zip(each.parameters(), module.parameters(), strict=True):
+                    local(own).copy_(local(value))
+        return made
+
     def shard(self, module: nn.Module) -> None:
+        """Split a module among the processes, in place."""
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         # FSDP2 knows contiguous parameters only; activations keep channels last, see `place`
@@ -133,6 +163,32 @@ KINDS = {None: Whole, "ddp": DataParallel, "fsdp": FullySharded, "hsdp": FullySh
 def parallelize(world: World, device: torch.device, dtype: torch.dtype) -> Whole:
     """What `--parallel` asks for."""
     return KINDS[world.mode](world, device, dtype)
+
+
+def twins(module: nn.Module, count: int) -> list[nn.Module]:
+    """Copies that are not trained."""
+    return [copy.deepcopy(module).requires_grad_(False).eval() for _ in range(count)]
+
+
+def elsewhere(module: nn.Module, device: torch.device) -> list[str]:
+    """Names of parameters and buffers that are not on a device."""
+    return [name for name, t in (*module.named_parameters(), *module.named_buffers()) if t.device != device]
+
+
+def empty(module: nn.Module) -> None:
+    """Take the values of a module's parameters, in place; buffers, which follow from its configuration, keep theirs."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+
+def materialize(module: nn.Module, device: torch.device) -> None:
+    """Memory for parameters that have none yet, and buffers, on a device."""
+    buffers = dict(module.named_buffers())
+    module.to_empty(device=device)
+    for name, buffer in module.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -21,6 +21,8 @@ SOURCES = {
     "sample_ladder": (*SAMPLING, "semantica.benchmarks.sampling.stock"),
     "train": TRAINING,
     "scaling": TRAINING,
+    "sustained": TRAINING,
+    "loading": ("semantica.images", "semantica.train.data"),
 }
 # files and folders in them that no measured run goes through: what is proved, timed or compiled, and mining
 LEFT_OUT = {"cases", "specimens", "pages"}

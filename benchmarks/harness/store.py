@@ -36,6 +36,7 @@ def environment(device: str) -> dict:
     """What every row says about where it was measured."""
     import torch
 
+    from semantica.benchmarks.harness.arithmetic import tf32
     from semantica.doctor import installed, processor
     from semantica.kernels.launch import architecture
 
@@ -44,6 +45,7 @@ def environment(device: str) -> dict:
         "device": torch.cuda.get_device_name() if cuda else f"{processor()}, {torch.get_num_threads()} threads",
         "arch": architecture(torch.device(device)) if cuda else platform.machine(),
         "torch": torch.__version__,
+        "tf32": tf32(),
         "triton": installed("triton"),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -21,6 +21,7 @@ from typing import ClassVar
 
 import pytest
 
+from semantica.benchmarks.harness.arithmetic import exact_fp32
 from semantica.benchmarks.harness.progress import time_left
 from semantica.benchmarks.harness.store import Replay
 
@@ -110,6 +111,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="module")
 def bench(request) -> Iterator[Bench]:
     found = bench_of(request.config, request.module)
+    exact_fp32()
     with found.closing:
         yield found
 

@@ -33,6 +33,8 @@ class KernelsConfig(Outputs):
     """A few small shapes and few rounds: to try things out, not to be quoted."""
     compile_only: bool = False
     """Compile the Triton kernels, and with nvcc those of csrc/cuda, instead of running anything; needs no GPU."""
+    host_cost: bool = False
+    """Time what a call costs the host, instead of the kernels, which are left out where there is no GPU."""
     arch: str = "sm_80,sm_90,sm_100,sm_120"
     """Architectures to compile for."""
     workers: int = 1
@@ -54,12 +56,15 @@ def kernels(config: KernelsConfig) -> int:
         raise UserError(f"--workers is {config.workers}: give at least 1")
     if config.compile_only:
         return compile_only(config)
+    if config.host_cost:
+        return host_cost(config)
     if config.impl and config.op == "all":
         raise UserError("--impl needs --op NAME: which operator it computes")
     if not config.direction:
         raise UserError("--direction needs at least one of forward, backward, both")
     need("pytest", "pytest_benchmark")
 
+    from semantica.benchmarks.kernels.implementations import OURS
     from semantica.benchmarks.kernels.suite import KernelBench
 
     part = re.fullmatch(r"(\d+)/(\d+)", config.part)
@@ -78,7 +83,7 @@ def kernels(config: KernelsConfig) -> int:
         raise UserError(f"no row has all of {config.filter!r}: see `semantica bench kernels --quick` for names")
     measure(config, bench, KIND)
     # other packages' faults are listed, ours and the user's fail
-    return 1 if any(row["impl"] == "fused" or row["impl"] in config.impl for row in bench.wrong) else 0
+    return 1 if any(row["impl"] in (*OURS, *config.impl) for row in bench.wrong) else 0
 
 
 ABOUT = (
@@ -229,6 +234,23 @@ def worst_by_kernel(rows: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, 
         told = (worst(good) if good else "" for worst in WORST.values())
         body.append((*place, str(len(group)), str(len(group) - len(good)), *told))
     return ("kernel", "arch", "launches", "refused", *WORST), body
+
+
+def host_cost(config: KernelsConfig) -> int:
+    """Table and JSON of what calls cost the host."""
+    from semantica.benchmarks.harness import store
+    from semantica.benchmarks.kernels.host_cost import COLUMNS, run
+    from semantica.kernels import OPERATORS
+
+    need("triton")
+    ops, device = tuple(OPERATORS) if config.op == "all" else (config.op,), config.device_kind()
+    rows = run(device, ops, tuple(config.filter.split()))
+    if not rows:
+        raise UserError(f"no case has {config.filter!r} in its name")
+    if config.json is not None:
+        write_json(config.json, {"environment": store.environment(device), "host": rows})
+    show(heads(COLUMNS), cells(COLUMNS, rows))
+    return 0
 
 
 def compile_only(config: KernelsConfig) -> int:

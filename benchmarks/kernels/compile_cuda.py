@@ -3,6 +3,9 @@
 Registers, stack and static shared memory are ptxas's own report; accesses and spills are counted in the machine code.
 """
 
+import functools
+import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -13,6 +16,7 @@ from pathlib import Path
 
 from semantica import nvcc
 from semantica.benchmarks.kernels.compile_only import LIMITS, blocks_per_sm, count, disassemble
+from semantica.kernels.group_norm import cuda_plan
 
 # of the checkout; a wheel has no sources
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
@@ -22,6 +26,7 @@ USED = re.compile(
     re.DOTALL,
 )
 ENTRY = re.compile(r"\.entry (\w+)\([^)]*\)\s*((?:\.\w+ [^\n]*\n)*)")
+TYPES = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
 
 
 def sources() -> list[Path]:
@@ -49,10 +54,28 @@ def sections(text: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2]))
 
 
+@functools.cache
+def planned(arch: str) -> dict[tuple[str, ...], tuple[int, int]]:
+    """The most dynamic shared memory that any plan of group_norm asks of a kernel, with the threads of such a block: by
+    the kernel's name, its type, its vector width and its layout."""
+    # needs Triton, as all of this does
+    from semantica.kernels.group_norm.specimens import SHAPES
+
+    found: dict[tuple[str, ...], tuple[int, int]] = {}
+    drawn = itertools.product(SHAPES, TYPES.items(), (True, False), ((1, "forward"), (2, "backward")))
+    for ((samples, channels, *spatial), groups), (name, itemsize), last, (operands, direction) in drawn:
+        problem = cuda_plan.Problem(samples, channels, groups, math.prod(spatial), itemsize, last)
+        if (plan := cuda_plan.plan(problem, operands, cuda_plan.CARDS[arch])) is not None:
+            key = f"{direction}_kernel", name, str(plan.vector), str(last).lower()
+            shared, threads = max((plan.shared, plan.threads), found.get(key, (0, 0))[::-1])
+            found[key] = threads, shared
+    return found
+
+
 def inspect(source: Path, arch: str, compiler: nvcc.Compiler) -> list[dict]:
     """A row for each kernel of a file; one with `error` where it does not compile.
 
-    Dynamic shared memory is not in it: a launch says how much. Occupancy is that of static shared memory.
+    Dynamic shared memory is what the plan that asks for most takes; of a kernel without plans there is none.
     """
     row = {"name": source.name, "kernel": source.stem, "arch": arch, "warps": "", "stages": "", "constants": {}}
     row["compiler"] = f"nvcc {compiler.version[0]}.{compiler.version[1]}"
@@ -73,18 +96,28 @@ def inspect(source: Path, arch: str, compiler: nvcc.Compiler) -> list[dict]:
     for used, name in zip(found, demangled([used["name"] for used in found])):
         # without a bound the compiler reckons with the most that there can be
         threads = int(bounds[used["name"]][1]) if bounds.get(used["name"]) else 1024
-        registers, shared = int(used["registers"]), int(used["shared"] or 0)
-        blocks, bound = blocks_per_sm(LIMITS[arch], threads, registers, shared)
         kernel, _, arguments = name.partition("<")
+        kernel = kernel.partition("(")[0].rpartition("::")[2]
         given = arguments.rpartition(">")[0].split(", ") if arguments else []
+        threads, dynamic = planned(arch).get((kernel, *given), (threads, 0))
+        registers, shared = int(used["registers"]), int(used["shared"] or 0) + dynamic
+        blocks, bound = blocks_per_sm(LIMITS[arch], threads, registers, shared)
         rows.append(
             {
                 **row,
-                "kernel": kernel.partition("(")[0].rpartition("::")[2],
+                "kernel": kernel,
                 "constants": {str(i): value for i, value in enumerate(given)},
-                "warps": threads // 32, "ptx": version, "threads": threads, "registers": registers,
-                "stack_bytes": int(used["stack"]), "shared_bytes": shared, "blocks_per_sm": blocks, "bound": bound,
-                "occupancy": blocks * threads / 32 / LIMITS[arch].warps, **count(sass[used["name"]]),
+                "warps": threads // 32,
+                "ptx": version,
+                "threads": threads,
+                "registers": registers,
+                "stack_bytes": int(used["stack"]),
+                "shared_bytes": shared,
+                "dynamic_bytes": dynamic,
+                "blocks_per_sm": blocks,
+                "bound": bound,
+                "occupancy": blocks * threads / 32 / LIMITS[arch].warps,
+                **count(sass[used["name"]]),
             }  # fmt: skip
         )
     return rows

@@ -5,8 +5,10 @@ they are imported by name when they are asked for. What they do not fuse (FiLM, 
 is plain torch, as it would have to be.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -15,13 +17,15 @@ from torch import Tensor
 
 from semantica.benchmarks.harness.process import resolve
 from semantica.benchmarks.kernels.problems import Problem
-from semantica.kernels import OPERATORS
+from semantica.kernels import OPERATORS, cuda
 from semantica.kernels.cross_attention.op import RMS_EPS
 from semantica.kernels.group_norm.op import per_channel
 
 HALF = (torch.float16, torch.bfloat16)
 # the rule of the tests, for the fused operators and the user's own
 OWN_LEEWAY = 2.0
+# names of `ours`: a fault of one is this package's
+OURS = ("fused", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -122,9 +126,65 @@ RIVALS = [
 ]
 
 
+def by_kernels(module: str) -> Callable[..., Tensor]:
+    """group_norm by the kernels of one module of its folder, whatever the table of choices says."""
+    kernels = import_module(f"semantica.kernels.group_norm.{module}")
+    backward = import_module(f"semantica.kernels.group_norm.{'backward' if module == 'forward' else module}").backward
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, groups, weight, bias, scale, shift, activation, addend):
+            y, mean, rstd = kernels.forward(x, groups, weight, bias, scale, shift, activation, 1e-5, addend)
+            ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, addend)
+            ctx.settings = groups, activation
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, mean, rstd, weight, bias, scale, shift, addend = ctx.saved_tensors
+            groups, activation = ctx.settings
+            dx, dweight, dbias, *rest = backward(
+                dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend
+            )
+            dscale, dshift, daddend = (None if a is None else d for a, d in zip((scale, shift, addend), rest))
+            return dx, None, dweight, dbias, dscale, dshift, None, daddend
+
+    def group_norm(x, groups, weight, bias, scale, shift, activation, addend=None):
+        return Function.apply(x, groups, weight, bias, scale, shift, activation, addend)
+
+    return group_norm
+
+
+def cuda_kernels() -> Callable[..., Tensor]:
+    """Raises `ImportError` where `semantica._cuda` is not built, or has no code for the card."""
+    if torch.cuda.is_available() and not (found := cuda.code(torch.device("cuda", 0)))[0]:
+        raise ImportError(found[1])
+    if cuda.module() is None:
+        raise ImportError("semantica._cuda is not built")
+    return by_kernels("cuda")
+
+
+def in_cuda(problem: Problem) -> bool:
+    """Whether CUDA kernels compute a problem, forward and backward; told from its sizes, before anything is drawn."""
+    if problem.device != "cuda" or not cuda.code(torch.device("cuda", 0))[0]:
+        return False
+    case, found = problem.case, import_module("semantica.kernels.group_norm.cuda")
+    sizes = *case.shape[:2], case.groups, math.prod(case.shape[2:]), problem.dtype.itemsize, case.channels_last
+    plans = (found.planned(found.Problem(*sizes), operands, torch.device("cuda", 0)) for operands in (1, 2))
+    return None not in plans
+
+
 def ours(op: str) -> list[Implementation]:
-    """The fused operator, as its users get it."""
-    return [Implementation("fused", op, lambda: OPERATORS[op].function, leeway=OWN_LEEWAY)]
+    """The fused operator, as its users get it; of group_norm also each kind of its kernels for GPUs by itself."""
+    found = [Implementation("fused", op, lambda: OPERATORS[op].function, leeway=OWN_LEEWAY)]
+    if op == "group_norm":
+        # without CUDA's the operator is Triton's, and one row is enough
+        triton = partial(by_kernels, "forward")
+        found += [
+            Implementation("triton", op, triton, in_cuda, leeway=OWN_LEEWAY),
+            Implementation("cuda", op, cuda_kernels, in_cuda, leeway=OWN_LEEWAY),
+        ]
+    return found
 
 
 def implementations(op: str) -> list[Implementation]:

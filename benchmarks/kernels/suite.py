@@ -16,7 +16,7 @@ from semantica.benchmarks.harness import race as timing
 from semantica.benchmarks.harness import sources, store
 from semantica.benchmarks.harness.race import Protocol, Times
 from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_generate_tests, test_row
-from semantica.benchmarks.kernels.implementations import Implementation, available
+from semantica.benchmarks.kernels.implementations import OURS, Implementation, available
 from semantica.benchmarks.kernels.problems import Problem, problems
 from semantica.benchmarks.kernels.verify import CONTENTS, Accuracy, Answers, Wrong, as_leaves, each, tensors, verify
 from semantica.kernels import OPERATORS
@@ -153,7 +153,7 @@ class ProblemRace:
         row |= {"max_err": accuracy.error, "max_err_eager": accuracy.eager, "max_err_tensor": accuracy.tensor}
         row |= {"wall_us": timing.quantile(times.wall, 0.5) * 1e6}
         row |= {"uses": who_serves(problem) if fused else name}
-        return row | {"kernel_hash": sources.kernel_hash(problem.op, row["arch"]) if fused else None}
+        return row | {"kernel_hash": sources.kernel_hash(problem.op, row["arch"]) if name in OURS else None}
 
 
 def who_serves(problem: Problem) -> str:

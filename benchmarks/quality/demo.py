@@ -251,8 +251,13 @@ def report(config: DemoConfig, metrics: dict, engines: list[dict], seconds: dict
                 True,
                 columns=("", "computes in", "milliseconds", "worst image, dB to the first row"),
                 rows=tuple(
-                    (r["engine"], r["arithmetic"], f"{r['median_ms']:.0f}",
-                     "" if r["psnr_db"] is None else f"{r['psnr_db']:.1f}") for r in engines
+                    (
+                        r["engine"],
+                        r["arithmetic"],
+                        f"{r['median_ms']:.0f}",
+                        "" if r["psnr_db"] is None else f"{r['psnr_db']:.1f}",
+                    )
+                    for r in engines
                 ),
                 png=picture(config.out / "engines.png"),
                 alt="a picture, PyTorch's variations, ONNX Runtime's variations",

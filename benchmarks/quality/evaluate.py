@@ -196,7 +196,7 @@ def read(data, paths: list[str], size: int) -> np.ndarray:
     """Pictures uint8 `[N, size, size, 3]`, centre crops. Raises `UserError` for one that cannot be decoded."""
     from semantica.images import fit, load_image
 
-    return np.stack([fit(load_image(data.root / path, near=size), size) for path in paths])
+    return np.stack([fit(load_image(data.root / path, near=2 * size), size) for path in paths])
 
 
 def sampled(pipeline, config: EvaluateConfig, data, paths: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from semantica.benchmarks.harness.table import Column, Kind, against, mebibytes,
 from semantica.benchmarks.harness.verb import Outputs, measure, need
 from semantica.benchmarks.sampling import BOUND, GUIDANCE
 from semantica.errors import UserError
+from semantica.ranges import nvtx
 
 MODELS = ("tiny", "small", "64px-16M")
 
@@ -41,6 +42,8 @@ class SamplingConfig(Outputs):
     """The least number of rounds."""
     quick: bool = False
     """Few rounds, and no search for the fastest kernels: to try things out, not to be quoted."""
+    nvtx: bool = False
+    """Mark what each implementation does as ranges for NVIDIA's profilers (nsys profile -t cuda,nvtx ...)."""
 
 
 def sample(config: SamplingConfig) -> int:
@@ -56,6 +59,9 @@ def sample(config: SamplingConfig) -> int:
             raise UserError(f"--{name} {' '.join(map(str, getattr(config, name)))}: give numbers of at least 1")
     if config.rounds < 1 or not config.seconds >= 0:
         raise UserError(f"--rounds {config.rounds} --seconds {config.seconds:g}: give at least 1 and 0")
+
+    if config.nvtx:
+        nvtx()
 
     from semantica.benchmarks.sampling.models import check
     from semantica.benchmarks.sampling.suite import QUICK, SamplingBench, protocol
@@ -76,6 +82,7 @@ def sample(config: SamplingConfig) -> int:
         device=device,
         op="sample_ladder" if config.ladder else "sample",
         quick=config.quick,
+        nvtx=config.nvtx,
         protocol=QUICK if config.quick else protocol(config.rounds, config.seconds),
         absent=absent,
     )

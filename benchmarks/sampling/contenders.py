@@ -120,7 +120,7 @@ def through(load: Callable[[Build], Engine]) -> Callable[[Build], tuple[Call, st
     return builder
 
 
-def through_engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
+def engine(backend: str) -> Callable[[Build], tuple[Call, str]]:
     """Ours: the bundle in one of its backends."""
     return through(lambda build: load_engine(build.bundle, backend, build.device))
 
@@ -170,25 +170,25 @@ class Contender:
     Attributes:
         build: returns the call and the name of its arithmetic.
         bundle: the precision of the bundle that it runs; empty where it runs the run folder.
-        engine: whether `semantica build` makes an engine of its name from the bundle first.
+        built: whether `semantica build` makes an engine of its name from the bundle first.
         packages: that may not be installed.
-        cpu_only: whether no GPU runs it here.
+        device: the kind that alone runs it, "cpu" or "cuda"; empty where any does.
         ours: whether its rows are stale when our code changes.
         raced: unless others are asked for.
     """
 
     build: Callable[[Build], tuple[Call, str]]
     bundle: str = ""
-    engine: bool = False
+    built: bool = False
     packages: tuple[str, ...] = ()
-    cpu_only: bool = False
+    device: str = ""
     ours: bool = False
     raced: bool = True
 
     def why_not(self, device: str) -> str:
         """Why it cannot run here; empty where it can."""
-        if self.cpu_only and device != "cpu":
-            return "runs on the CPU only"
+        if self.device and device != self.device:
+            return f"runs on the {'CPU' if self.device == 'cpu' else 'GPU'} only"
         missing = [package for package in self.packages if find_spec(package) is None]
         return f"not installed: {', '.join(missing)}" if missing else ""
 
@@ -202,12 +202,19 @@ CONTENDERS = {
     "torch-compile": Contender(fast("network", graphs=True), ours=True),
     "torch-blocks": Contender(fast("blocks", graphs=True), ours=True, raced=False),
     "torch-eager": Contender(fast("none"), ours=True, raced=False),
-    "onnxruntime": Contender(
-        through_engine("onnxruntime"), "fp32", packages=(*EXPORT, "onnxruntime"), cpu_only=True, ours=True
+    "onnxruntime": Contender(engine("onnxruntime"), "fp32", packages=(*EXPORT, "onnxruntime"), device="cpu", ours=True),
+    "inductor": Contender(engine("inductor"), "bf16", built=True, packages=EXPORT, device="cpu", ours=True),
+    "onnxruntime-cuda": Contender(
+        engine("onnxruntime"), "fp16", packages=(*EXPORT, "onnxruntime"), device="cuda", ours=True
     ),
-    "inductor": Contender(through_engine("inductor"), "bf16", engine=True, packages=EXPORT, cpu_only=True, ours=True),
-    "openvino": Contender(openvino("f32"), "fp32", packages=(*EXPORT, "openvino"), cpu_only=True),
-    "openvino-bf16": Contender(openvino("bf16"), "fp32", packages=(*EXPORT, "openvino"), cpu_only=True),
+    "tensorrt": Contender(
+        engine("tensorrt"), "fp16", built=True, packages=(*EXPORT, "tensorrt"), device="cuda", ours=True
+    ),
+    "tensorrt-rtx": Contender(
+        engine("tensorrt-rtx"), "fp16", built=True, packages=(*EXPORT, "tensorrt_rtx"), device="cuda", ours=True
+    ),
+    "openvino": Contender(openvino("f32"), "fp32", packages=(*EXPORT, "openvino"), device="cpu"),
+    "openvino-bf16": Contender(openvino("bf16"), "fp32", packages=(*EXPORT, "openvino"), device="cpu"),
 }
 
 

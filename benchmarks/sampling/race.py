@@ -47,15 +47,16 @@ def judge(actual: np.ndarray, expected: np.ndarray, what: str) -> float:
 
 
 class Sampler(Process):
-    """An implementation of sampling."""
+    """An implementation of sampling. nvtx: whether it marks its ranges for NVIDIA's profilers."""
 
-    def __init__(self, name: str, place: Path):
+    def __init__(self, name: str, place: Path, nvtx: bool = False):
         super().__init__("semantica.benchmarks.sampling.worker", name, place)
-        self.name = name
+        self.name, self.nvtx = name, nvtx
 
     def build(self, model: Path, device: str, quick: bool, bundle: Path | None) -> dict:
         bundle = None if bundle is None else str(bundle)
-        return self.ask("build", name=self.name, model=str(model), device=device, quick=quick, bundle=bundle)
+        asked = dict(name=self.name, model=str(model), device=device, quick=quick, bundle=bundle, nvtx=self.nvtx)
+        return self.ask("build", **asked)
 
     def sample(self, content: tuple[np.ndarray, np.ndarray], steps: int) -> tuple[dict, np.ndarray]:
         """The worker's answer, and the images."""

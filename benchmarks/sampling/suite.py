@@ -20,7 +20,7 @@ from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_gen
 from semantica.benchmarks.sampling import GUIDANCE
 from semantica.benchmarks.sampling.contenders import CONTENDERS
 from semantica.benchmarks.sampling.models import folder_of
-from semantica.benchmarks.sampling.race import ModelRace, Sampled
+from semantica.benchmarks.sampling.race import ModelRace, Sampled, Sampler
 
 __all__ = ["bench", "pytest_generate_tests", "test_row"]
 QUICK = Protocol(warmup=0, least=2, most=5, seconds=1.0)
@@ -70,6 +70,7 @@ class SamplingBench(Bench):
     device: str
     op: str = "sample"
     quick: bool = False
+    nvtx: bool = False
     protocol: Protocol = QUICK
 
     def __post_init__(self):
@@ -90,7 +91,8 @@ class SamplingBench(Bench):
             self.model, self.folder = model, folder_of(model, self.place / "models")
             where = self.place / f"race-{Path(model).name}"
             bundles, failed = self.export(where)
-            self.current = ModelRace(self.folder, self.names, where, self.device, self.quick, bundles, failed)
+            make = functools.partial(Sampler, nvtx=self.nvtx)
+            self.current = ModelRace(self.folder, self.names, where, self.device, self.quick, bundles, failed, make)
         found, ceilings = self.current.race(batch, steps, self.protocol, what)
         flops = operations(self.folder, batch, steps)
         return {
@@ -123,8 +125,10 @@ class SamplingBench(Bench):
                     if not bundle.exists():
                         options = ("--precision", precision, "--levels", 4, "--steps", 4)
                         semantica("export", "--model", self.folder, "--out", bundle, *options)
-                    if CONTENDERS[name].engine:
-                        semantica("build", bundle, "--backend", name)
+                    if CONTENDERS[name].built:
+                        # both branches of guidance count, in the smallest and the largest batch
+                        sizes = (1, 2 * min(self.batches), 2 * max(self.batches))
+                        semantica("build", bundle, "--backend", name, "--batches", *sizes)
                     found[name] = bundle
                 except Wrong as error:
                     failed[name] = str(error)

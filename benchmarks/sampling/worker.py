@@ -5,10 +5,12 @@ Arrays are files in the folder that both know.
 
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from semantica import ranges
 from semantica.benchmarks.harness.process import peak_memory, serve
 from semantica.benchmarks.sampling.contenders import Build, Call, builder_of
 
@@ -19,9 +21,11 @@ class Server:
     call: Call
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.ranges = folder, ExitStack()
 
-    def build(self, name: str, model: str, device: str, quick: bool, bundle: str | None) -> dict:
+    def build(self, name: str, model: str, device: str, quick: bool, bundle: str | None, nvtx: bool) -> dict:
+        if nvtx:
+            self.ranges.enter_context(ranges.marked(ranges.nvtx()))
         began = time.perf_counter()
         builder = builder_of(name)
         self.call, arithmetic = builder(Build(Path(model), device, quick, bundle and Path(bundle)))
@@ -30,7 +34,8 @@ class Server:
     def sample(self, steps: int, guidance: float) -> dict:
         images, noise = (np.load(self.folder / f"{name}.npy") for name in ("images", "noise"))
         began = time.perf_counter()
-        made = self.call(images, noise, steps, guidance)
+        with ranges.span("call"):
+            made = self.call(images, noise, steps, guidance)
         answer = {"seconds": [time.perf_counter() - began], "peak_bytes": peak_memory()}
         np.save(self.folder / "made.npy", np.asarray(made))
         return answer

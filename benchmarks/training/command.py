@@ -6,9 +6,11 @@ from pathlib import Path
 
 from tyro.extras import literal_type_from_choices
 
+from semantica.benchmarks.harness import table
 from semantica.benchmarks.harness.verb import Outputs, measure, need
 from semantica.benchmarks.training.tables import KIND
 from semantica.errors import UserError
+from semantica.files import write_json
 from semantica.model.presets import PRESETS
 
 
@@ -26,8 +28,12 @@ class TrainingConfig(Outputs):
     batch: int = 16
     steps: int = 20
     """Timed steps of each rung."""
-    workers: int = 1
-    """Processes that load data, for each rung."""
+    workers: int | None = None
+    """Processes that load data, by default one for each rung; with --sustained as many as `semantica train` takes."""
+    sustained: float | None = None
+    """Instead: the trainer with its loader for so many seconds, beside each of them alone: does data keep up?"""
+    data: str | None = None
+    """With --sustained: what `semantica train --data` takes; by default drawn photos of 1024 x 768 pixels."""
     processes: tuple[int, ...] = ()
     """Also train with so many processes under torchrun, such as 1 2: each with --batch pictures a step."""
 
@@ -43,21 +49,50 @@ def train(config: TrainingConfig) -> int:
     for name in ("batch", "steps"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} is {getattr(config, name)}: give at least 1")
-    if config.workers < 0:
+    if (config.workers or 0) < 0:
         raise UserError(f"--workers is {config.workers}: give 0 or more")
     if any(count < 1 for count in config.processes) or len(set(config.processes)) < len(config.processes):
         raise UserError(f"--processes is {' '.join(map(str, config.processes))}: give different numbers from 1 on")
+
+    if config.sustained is not None:
+        return sustain(config)
+    if config.data is not None:
+        raise UserError("--data is for --sustained: the ladder is trained on drawn pictures")
 
     from semantica.benchmarks.training import scaling
     from semantica.benchmarks.training.suite import TrainingBench
     from semantica.benchmarks.training.worker import rungs
 
-    device = config.device_kind()
-    bench = TrainingBench(config.preset, config.batch, config.steps, device, config.workers, tuple(rungs(device)))
+    device, workers = config.device_kind(), 1 if config.workers is None else config.workers
+    bench = TrainingBench(config.preset, config.batch, config.steps, device, workers, tuple(rungs(device)))
     if config.processes:
         with tempfile.TemporaryDirectory() as place:
             bench.scaling = scaling.measure(
-                config.processes, config.preset, config.batch, config.steps, device, config.workers, Path(place)
+                config.processes, config.preset, config.batch, config.steps, device, workers, Path(place)
             )
     measure(config, bench, KIND)
     return 1 if bench.wrong else 0
+
+
+def sustain(config: TrainingConfig) -> int:
+    """`--sustained`; returns the exit code. Raises `UserError` for what does not go with it, and for bad data."""
+    if not config.sustained >= 1:
+        raise UserError(f"--sustained is {config.sustained}: give at least 1 second")
+    if config.processes or config.html or config.png:
+        raise UserError("--sustained measures one process and makes no page: leave out --processes, --html and --png")
+
+    from semantica.benchmarks.harness.store import environment
+    from semantica.benchmarks.training import sustained
+    from semantica.benchmarks.training.worker import rungs
+
+    device = config.device_kind()
+    with tempfile.TemporaryDirectory() as place:
+        data = config.data or sustained.drawn(Path(place))
+        # what the trainer runs at its best
+        rung = list(rungs(device))[-1]
+        row, said = sustained.measure(rung, config.preset, config.batch, device, config.workers, config.sustained, data)
+    table.show(table.heads(sustained.SUSTAINED), table.cells(sustained.SUSTAINED, [row]))
+    print(said)
+    if config.json is not None:
+        write_json(config.json, {"environment": environment(device), "sustained": [row]})
+    return 0

@@ -7,6 +7,8 @@ within what the precision costs.
 
 import functools
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +24,8 @@ from semantica.benchmarks.training.tables import SCALED, SCALING, SHARES, shares
 __all__ = ["bench", "pytest_generate_tests", "test_row"]
 # steps before the clock: compiled, allocated and cached by then; their losses are compared
 WARMUP = 3
-# steps of a rung before the next has its turn
-TURN = 2
+# steps of a rung before the next has its turn; a GPU's are timed together
+TURN = {"cpu": 2, "cuda": 5}
 # largest relative difference of a loss from the plain loop's
 TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 
@@ -42,6 +44,8 @@ class TrainingBench(Bench):
 
     Attributes:
         steps: timed ones of each rung. workers: processes that load data, for each rung.
+        parks: whether a rung that waits for its turn keeps its weights on the host and nothing on the device. All rungs
+            of "base" at a batch of 16 would take some 160 GiB of a GPU: 16 bytes a parameter, and activations.
         shares: of operators in a step of the last rung. scaling: what was measured before, to be shown with it.
     """
 
@@ -51,30 +55,48 @@ class TrainingBench(Bench):
     device: str
     workers: int
     rungs: tuple[str, ...]
+    parks: bool | None = None
     shares: dict = field(default_factory=dict)
     scaling: list[dict] = field(default_factory=list)
 
     def __post_init__(self):
         self.races = {(f"{self.preset} batch {self.batch}",): list(self.rungs)}
+        self.parks = self.device == "cuda" if self.parks is None else self.parks
 
     def run(self, race: tuple[str], what: str) -> dict[str, Outcome]:
         place = Path(self.closing.enter_context(tempfile.TemporaryDirectory()))
         entrants = self.start(place, what)
-        turns = -(-self.steps // TURN)
+        count = TURN[self.device]
+        turns = -(-self.steps // count)
         protocol = Protocol(warmup=0, least=turns, most=turns, seconds=0.0)
 
         def turn(entrant: Entrant, content: None) -> dict:
-            return entrant.process.ask("steps", count=TURN)
+            with self.awake(entrant):
+                return entrant.process.ask("steps", count=count)
 
         ceilings = process.race(what, entrants.values(), protocol, self.device, lambda: None, turn)
         last = self.rungs[-1]
         with phase(f"{what}: profile of {last!r}"), entrants[last].refusing():
             if not entrants[last].reason:
-                self.shares = {"rung": last, **entrants[last].process.ask("shares", count=TURN)}
+                with self.awake(entrants[last]):
+                    self.shares = {"rung": last, **entrants[last].process.ask("shares", count=count)}
         return {
             rung: entrant.reason or (entrant.all("seconds"), self.row(race, rung, entrant, ceilings))
             for rung, entrant in entrants.items()
         }
+
+    @contextmanager
+    def awake(self, entrant: Entrant) -> Iterator[None]:
+        """An entrant has the device to itself, from its start or from where it was parked; after a fault it is gone."""
+        try:
+            if self.parks and entrant.built.get("parked"):
+                entrant.process.ask("wake")
+            yield
+            if self.parks:
+                entrant.built |= {"parked": True, **entrant.process.ask("park")}
+        except Wrong:
+            entrant.process.close()
+            raise
 
     def start(self, place: Path, what: str) -> dict[str, Entrant]:
         """Build every rung and let it take its first steps, one after the other."""
@@ -89,9 +111,10 @@ class TrainingBench(Bench):
             self.closing.callback(entrant.process.close)
         with phase(f"{what}: build, first steps", len(entrants)) as done:
             for rung, entrant in entrants.items():
-                with entrant.refusing():
+                with entrant.refusing(), self.awake(entrant):
                     entrant.built = entrant.process.ask("build", rung=rung, **arguments)
-                    entrant.first = entrant.process.ask("steps", count=WARMUP)
+                    entrant.first = entrant.process.ask("steps", count=1)
+                    entrant.first["losses"] += entrant.process.ask("steps", count=WARMUP - 1)["losses"]
                     if plain.reason:
                         raise Wrong(f"nothing to compare with: {plain.reason}")
                     compare_losses(entrant.first["losses"], plain.first["losses"], entrant.built["arithmetic"])
@@ -108,6 +131,7 @@ class TrainingBench(Bench):
         row["mfu"] = row["tflops"] / store.matrix_rate(ceilings, arithmetic)
         row["data_wait"] = sum(entrant.all("waits")) / total
         row |= {"loss": entrant.first["losses"][-1], **entrant.facts}
+        row |= {"parked": self.parks, "parked_bytes": entrant.built.get("parked_bytes", 0)}
         return row | {"kernel_hash": source_hash("train", row["arch"])}
 
     def more(self) -> dict:

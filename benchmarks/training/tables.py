@@ -12,7 +12,10 @@ KIND = Kind(
         "Each rung trained in a process of its own, in turns of a few steps, from the same weights on the same samples "
         "and noise; its first losses are those of the plain loop. MFU: operations of the model, by the rate of a "
         "matrix product in the rung's precision, timed in the same rounds. Data wait: share of the time in which the "
-        "step waited for its batch. First step: with compiling."
+        "step waited for its batch. First step: with compiling. On a GPU the steps of a turn are timed together, the "
+        "device being waited for at their end, and a rung that waits for its turn keeps nothing there but its process: "
+        "weights are parked on the host, and two steps that are not timed come first when it goes on. fp32 is fp32 "
+        "throughout, TF32 off."
     ),
     columns=(
         Column("operator", "{op}", detail=True),

@@ -123,3 +123,24 @@ int launch(void (*kernel)(P...), const LaunchShape& shape, cudaStream_t stream, 
 }
 
 #endif
+
+namespace semantica {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// before sm_90 there are no clusters: these names compile, and no plan comes here
+struct NoCluster {
+  __device__ void sync() const { __trap(); }
+  __device__ void barrier_arrive() const { __trap(); }
+  __device__ void barrier_wait() const { __trap(); }
+  template <typename T>
+  __device__ T* map_shared_rank(T* address, unsigned) const {
+    __trap();
+    return address;
+  }
+};
+__device__ __forceinline__ NoCluster this_cluster() { return {}; }
+#else
+using cooperative_groups::this_cluster;
+#endif
+
+}  // namespace semantica

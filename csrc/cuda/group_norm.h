@@ -1,5 +1,5 @@
-// What the launchers of group_norm take: addresses and sizes, no types of torch. Every plan is made by
-// kernels/group_norm/cuda_plan.py, which also says how large the workspace is.
+// What the launchers of group_norm take: addresses, sizes and a plan, no types of torch. kernels/group_norm/cuda_plan.py
+// makes the plans and says how large workspaces are.
 #pragma once
 
 #include <cstdint>
@@ -15,38 +15,57 @@ namespace semantica {
 
 enum class Type : int { f32, f16, bf16 };
 
-// x is [samples, pixels, channels], channels innermost. Weights and FiLM of x's type or of f32, as `affine` says.
-struct Problem {
-  const void* x;
-  const void* weight;
-  const void* bias;
-  const void* scale;   // [samples, channels] or null, as shift and addend
-  const void* shift;
-  const void* addend;
-  int64_t samples, channels, groups, pixels;
-  Type type, affine, film;
-  bool silu;
+// numbers for each channel, [samples, channels] or [channels], in f32 or in x's type
+struct Values {
+  const void* at;  // null where there are none
+  int64_t stride;  // elements from one sample's to the next one's; 0 where all samples share them
+  bool f32;
 };
 
-// How a problem is cut. A unit is one sample's `width` channels, of whole groups; `chunks` blocks share its pixels.
+struct Problem {
+  const void* x;  // [samples, pixels, channels] where channels_last, else [samples, channels, pixels]
+  Values weight, bias, scale, shift, addend;
+  int64_t samples, channels, groups, pixels;
+  Type type;
+  bool channels_last, silu;
+};
+
+// resident: a team's blocks hold all that they read in shared memory; more than one are a cluster (sm_90 and newer).
+// grid: a cooperative launch; blocks keep what fits and read the rest again.
+// plain: two launches; all is read twice.
+enum class Path : int { resident, grid, plain };
+
+// A team is the blocks that find statistics together: `parts` of a group's channels by `chunks` of the pixels. A block has
+// `rows` by `columns` threads, each with `vector` elements: side by side are channels where channels_last, else pixels.
 struct Plan {
-  int width;       // channels of a unit
-  int vector;      // channels of a thread: 16 bytes, or 1
-  int rows;        // pixels that a block handles at a time: a power of 2
-  int chunks;      // blocks of a unit: a cluster, or with `grid` any number
-  int slots;       // of each thread's ring in shared memory: what fits is read from memory once
-  bool grid;       // blocks meet across the whole grid, which must fit on the card; otherwise within clusters
+  Path path;
+  int vector;   // elements of 16 bytes, or 1
+  int threads;  // a multiple of 32, at least rows * columns
+  int rows, columns;
+  int width;   // channels of a block: whole groups, or a part of one
+  int repeat;  // pixels side by side in a row of threads: more than 1 only where a block has all channels
+  int parts, chunks;
+  int kept;    // items of each thread that stay in shared memory between the two walks
+  int rounds;  // in which the blocks of the grid path take teams, as many at a time as fit
+  int blocks;
   int64_t shared;  // bytes of dynamic shared memory
 };
 
-// y like x; mean and rstd [samples, groups] in f32; workspace: f32, only where `plan.grid`
-int group_norm_forward(const Problem& problem, const Plan& plan, float eps, void* y, float* mean, float* rstd,
+struct Statistics {
+  float *mean, *rstd;  // [samples, groups]
+};
+
+// y like x. workspace: f32, `Plan.workspace` of cuda_plan.py
+int group_norm_forward(const Problem& problem, const Plan& plan, float eps, void* y, Statistics statistics,
                        float* workspace, Stream stream);
 
-// dx like x; dweight, dbias [channels] of type `affine`; dscale, dshift, daddend [samples, channels] of type `film`, or null.
-// partial: f32 [2, samples, channels], summed over samples in their order
-int group_norm_backward(const Problem& problem, const Plan& plan, const void* dy, const float* mean, const float* rstd,
-                        void* dx, void* dweight, void* dbias, void* dscale, void* dshift, void* daddend, float* partial,
-                        float* workspace, Stream stream);
+// dx like x; the others are contiguous, of the type of what they are gradients of, null where that is absent
+struct Gradients {
+  void *dx, *dweight, *dbias, *dscale, *dshift, *daddend;
+};
+
+// dy like x
+int group_norm_backward(const Problem& problem, const Plan& plan, const void* dy, Statistics statistics,
+                        Gradients gradients, float* workspace, Stream stream);
 
 }  // namespace semantica

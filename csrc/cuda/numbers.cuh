@@ -1,7 +1,11 @@
-// Elements of the three types as fp32, alone and as vectors of 16 bytes.
+// Elements of the three types as fp32, alone or 16 bytes at a time, and numbers for each channel.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "device.cuh"
+#include "group_norm.h"
 
 namespace semantica {
 
@@ -10,45 +14,103 @@ __device__ __forceinline__ float widen(__half a) { return __half2float(a); }
 __device__ __forceinline__ float widen(__nv_bfloat16 a) { return __bfloat162float(a); }
 
 template <typename T>
-__device__ __forceinline__ T narrow(float a);
-template <>
-__device__ __forceinline__ float narrow<float>(float a) {
-  return a;
-}
-template <>
-__device__ __forceinline__ __half narrow<__half>(float a) {
-  return __float2half_rn(a);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float a) {
-  return __float2bfloat16_rn(a);
+__device__ __forceinline__ T narrow(float a) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(a);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(a);
+  } else {
+    return a;
+  }
 }
 
-// V elements that are read and written at once
+// what a thread reads and writes at once
 template <typename T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T at[V];
-};
+using Pack = std::conditional_t<V == 1, T, uint4>;
 
-// one that may be of x's type or of fp32
 template <typename T>
-__device__ __forceinline__ float fetch(const void* from, bool fp32, int64_t i) {
-  return fp32 ? __ldg(static_cast<const float*>(from) + i) : widen(static_cast<const T*>(from)[i]);
+__device__ __forceinline__ void unpack(const T& from, float (&to)[1]) {
+  to[0] = widen(from);
+}
+template <typename T, int V>
+__device__ __forceinline__ void unpack(const uint4& from, float (&to)[V]) {
+  static_assert(V * sizeof(T) == 16);
+  const unsigned words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (sizeof(T) == 4) {
+      to[i] = __uint_as_float(words[i]);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      __half2 pair;
+      memcpy(&pair, &words[i], 4);
+      to[2 * i] = __half2float(pair.x), to[2 * i + 1] = __half2float(pair.y);
+    } else {
+      // the upper half of an fp32 number
+      to[2 * i] = __uint_as_float(words[i] << 16), to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ unsigned two(float low, float high) {
+  unsigned word;
+  if constexpr (std::is_same_v<T, __half>) {
+    __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&word, &pair, 4);
+  } else {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&word, &pair, 4);
+  }
+  return word;
+}
+
+// leaving: first to leave the L2 cache, which is wanted for what will be read again
+template <typename T>
+__device__ __forceinline__ void store(T* to, const float (&from)[1], bool) {
+  *to = narrow<T>(from[0]);
+}
+template <typename T, int V>
+__device__ __forceinline__ void store(T* to, const float (&from)[V], bool leaving) {
+  static_assert(V * sizeof(T) == 16);
+  uint4 pack;
+  if constexpr (sizeof(T) == 4) {
+    pack = make_uint4(__float_as_uint(from[0]), __float_as_uint(from[1]), __float_as_uint(from[2]),
+                      __float_as_uint(from[3]));
+  } else {
+    pack = make_uint4(two<T>(from[0], from[1]), two<T>(from[2], from[3]), two<T>(from[V - 4], from[V - 3]),
+                      two<T>(from[V - 2], from[V - 1]));
+  }
+  if (leaving) {
+    __stcs(reinterpret_cast<uint4*>(to), pack);
+  } else {
+    *reinterpret_cast<uint4*>(to) = pack;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float read(const Values& values, int64_t sample, int64_t channel, float absent) {
+  if (!values.at) return absent;
+  int64_t i = sample * values.stride + channel;
+  return values.f32 ? __ldg(static_cast<const float*>(values.at) + i) : widen(static_cast<const T*>(values.at)[i]);
 }
 template <typename T>
-__device__ __forceinline__ void put(void* to, bool fp32, int64_t i, float value) {
-  if (fp32) {
+__device__ __forceinline__ void write(void* to, bool f32, int64_t i, float value) {
+  if (f32) {
     static_cast<float*>(to)[i] = value;
   } else {
     static_cast<T*>(to)[i] = narrow<T>(value);
   }
 }
 
-// 1 / (1 + exp(-z)); in 16 bits the faster exponential is as good
+// in 16 bits the faster one is as good
+template <typename T>
+__device__ __forceinline__ float exponential(float z) {
+  return sizeof(T) == 4 ? expf(z) : __expf(z);
+}
+// by a division without a branch for what is never there
 template <typename T>
 __device__ __forceinline__ float sigmoid(float z) {
-  float e = sizeof(T) == 4 ? expf(-z) : __expf(-z);
-  return sizeof(T) == 4 ? 1.0f / (1.0f + e) : __fdividef(1.0f, 1.0f + e);
+  return __fdividef(1.0f, 1.0f + exponential<T>(-z));
 }
 
 }  // namespace semantica

@@ -14,7 +14,13 @@ from semantica.engines import Bundle, Engine
 
 
 class Builder(ABC):
-    """Builds the engines of one backend of `semantica.engines.BACKENDS`."""
+    """Builds the engines of one backend of `semantica.engines.BACKENDS`.
+
+    refits: whether `build` takes a further `refittable`, for engines that other weights may be put into, and there is
+        `refit(bundle, old, folder)`, which writes the engines of an old bundle with the weights of another.
+    """
+
+    refits = False
 
     @abstractmethod
     def architecture(self, asked: str) -> str:

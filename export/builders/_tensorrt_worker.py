@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from semantica import cache
+
 
 def histogram(network) -> dict[str, dict[str, int]]:
     """Layer type -> element type of its result -> how many."""
@@ -24,8 +26,9 @@ def build(trt: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     """Parse a graph, build an engine, write it; returns what is known of it, or {"error": reason}.
 
     request: `onnx`, `engine`: paths; `arch`: "sm_89", or None for the GPU that is here; `profile`: min, opt, max batch;
-        `timings`: file where measured kernels are kept from build to build, or None; `layers`: file for what the engine
-        inspector says of the finished engine, or None, since that takes the GPU.
+        `timings`: file where measured kernels are kept from build to build, or None; `refittable`: whether the engine
+        is to take other weights later; `layers`: file for what the engine inspector says of the finished engine, or
+        None, since that takes the GPU.
     """
     logger = trt.Logger(trt.Logger.ERROR)
     builder, keep, inspect = trt.Builder(logger), request["timings"], request["layers"]
@@ -39,9 +42,13 @@ def build(trt: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     config = builder.create_builder_config()
     # so that the inspector can name the types that each layer was given
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if request["refittable"]:
+        config.set_flag(trt.BuilderFlag.REFIT)
     if keep is not None:
-        known = Path(keep).read_bytes() if Path(keep).exists() else b""
-        config.set_timing_cache(config.create_timing_cache(known), False)
+        # another card's or version's is refused, and made anew
+        timings = config.create_timing_cache(cache.read(Path(keep))) or config.create_timing_cache(b"")
+        if not config.set_timing_cache(timings, False):
+            config.set_timing_cache(config.create_timing_cache(b""), False)
     if request["arch"] is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, request["arch"].replace("sm_", "SM")), 0)
@@ -57,7 +64,12 @@ def build(trt: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
         return {"error": "the builder gave no engine", "layers": layers}
     Path(request["engine"]).write_bytes(bytes(blob))
     if keep is not None:
-        Path(keep).write_bytes(bytes(config.get_timing_cache().serialize()))
+        made = config.get_timing_cache()
+        # what another process has measured meanwhile stays known
+        other = config.create_timing_cache(cache.read(Path(keep)))
+        if other:
+            made.combine(other, False)
+        cache.write(Path(keep), bytes(made.serialize()))
     if inspect is not None:
         engine = trt.Runtime(logger).deserialize_cuda_engine(bytes(blob))
         information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)

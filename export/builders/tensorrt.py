@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from semantica.engines import BACKENDS, Bundle, Engine
-from semantica.engines.bundle import CONDITION, DENOISE
+from semantica import cache
+from semantica.engines import BACKENDS, Bundle, Engine, load_engine
+from semantica.engines.built import FORMAT, VERSION, engine_folder
+from semantica.engines.bundle import CONDITION, DENOISE, MANIFEST, read_manifest
 from semantica.errors import ArtifactError, UserError
 from semantica.export.builders import Builder
 
@@ -20,7 +22,7 @@ TYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT"}
 class TensorRTBuilder(Builder):
     """backend: its name; its first package has TensorRT's interface."""
 
-    backend = "tensorrt"
+    backend, refits = "tensorrt", True
 
     @property
     def module(self) -> str:
@@ -38,11 +40,17 @@ class TensorRTBuilder(Builder):
         if bundle.precision == "fp32" and attention:
             raise UserError(f"{bundle.folder} is fp32, for which {self.backend} has no attention: export fp16 or bf16")
 
-    def build(self, bundle: Bundle, arch: str, batches: tuple[int, int, int], folder: Path) -> dict[str, Any]:
+    def build(
+        self, bundle: Bundle, arch: str, batches: tuple[int, int, int], folder: Path, refittable: bool = False
+    ) -> dict[str, Any]:
         """Both engines, each in a process of its own; the record holds the layers of the parsed networks."""
         profile = dict(zip(("min", "opt", "max"), batches))
-        record: dict[str, Any] = {"profile": profile, "layers": {}}
+        record: dict[str, Any] = {"profile": profile, "refittable": refittable, "layers": {}}
         here = present_gpu() == arch
+        if here:
+            import torch
+
+            record["card"] = torch.cuda.get_device_name()
         for name in (CONDITION, DENOISE):
             request = {
                 "module": self.module,
@@ -50,6 +58,7 @@ class TensorRTBuilder(Builder):
                 "profile": profile,
                 "engine": str(folder / name.replace(".onnx", ".engine")),
                 "layers": str(folder / name.replace(".onnx", ".layers.json")) if here else None,
+                "refittable": refittable,
                 **self.options(arch),
             }
             made = run_worker(request, folder / "request.json", self.backend, name)
@@ -57,21 +66,39 @@ class TensorRTBuilder(Builder):
             record["layers"][name], record["backend_version"] = made["layers"], made["backend_version"]
         return record
 
+    def refit(self, bundle: Bundle, old: Bundle, folder: Path) -> dict[str, Any]:
+        """The engines of another bundle of the same network, with this one's weights: seconds, and no build.
+
+        Raises `UserError` and `ArtifactError` as `TensorRTEngine.refit`, and where there is no such engine.
+        """
+        from semantica.engines.trt import FILES
+
+        engine = load_engine(old, self.backend)
+        record = read_manifest(engine_folder(old, self.backend, present_gpu()) / MANIFEST, FORMAT, VERSION)
+        engine.refit(bundle)
+        for name, content in engine.serialized().items():
+            (folder / FILES[name]).write_bytes(content)
+        names = ("profile", "refittable", "layers", "backend_version", "card")
+        return {name: record[name] for name in names if name in record}
+
     def options(self, arch: str) -> dict[str, Any]:
         """What the worker is told besides: the GPU that is here, and where the times of its kernels are kept."""
+        import torch
+
+        from semantica.engines.trt import module_of
+
+        version = module_of(self.backend).__version__
+        key = {**cache.card(torch.device("cuda")), "library": f"{self.backend} {version}", "arch": arch}
         # not in the bundle, which may come from others: the builder would read what they wrote
-        timings = Path.home() / ".cache" / "semantica" / f"{self.backend}-{arch}.timings"
-        timings.parent.mkdir(parents=True, exist_ok=True)
-        return {"arch": None, "timings": str(timings)}
+        return {"arch": None, "timings": str(cache.path("timings", key))}
 
     def load(self, bundle: Bundle, folder: Path, manifest: dict[str, Any]) -> Engine | None:
         if present_gpu() != manifest["arch"]:
             return None
-        import torch
-
+        from semantica.device import pick_device
         from semantica.engines.trt import TensorRTEngine
 
-        return TensorRTEngine(bundle, folder, manifest, torch.device("cuda"))
+        return TensorRTEngine(bundle, folder, manifest, pick_device("cuda"))
 
 
 def present_gpu() -> str | None:

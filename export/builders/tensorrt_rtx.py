@@ -1,6 +1,5 @@
 """TensorRT-RTX engines: TensorRT's interface in another package, which builds for consumer cards that are not here."""
 
-import importlib
 from typing import Any
 
 from semantica.errors import UserError
@@ -8,11 +7,14 @@ from semantica.export.builders.tensorrt import TensorRTBuilder, present_gpu
 
 
 class TensorRTRTXBuilder(TensorRTBuilder):
-    backend = "tensorrt-rtx"
+    # its builder takes that flag only where the GPU is, and builds for cards that are not here
+    backend, refits = "tensorrt-rtx", False
 
     def architecture(self, asked: str) -> str:
         arch = present_gpu() if asked == "auto" else asked
-        names = [name for name in dir(importlib.import_module(self.module).ComputeCapability) if name.startswith("SM")]
+        from semantica.engines.trt import module_of
+
+        names = [name for name in dir(module_of(self.backend).ComputeCapability) if name.startswith("SM")]
         known = sorted((name.replace("SM", "sm_") for name in names), key=lambda name: int(name[3:]))
         if arch is None:
             raise UserError(f"there is no GPU here: give --arch, one of {', '.join(known)}")

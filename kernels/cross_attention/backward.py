@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semantica.kernels import launch
+from semantica.kernels import replay
 from semantica.kernels.cross_attention.dkv import dkv_kernel, key_groups
 from semantica.kernels.cross_attention.dq import dq_kernel
 from semantica.kernels.cross_attention.op import RMS_EPS
@@ -135,7 +135,5 @@ def plan_backward(
 
 
 def backward(do, q, k, v, o, lse, dlse, sizes, lengths, gates, q_weight) -> tuple[Tensor, ...]:
-    launches, outputs = plan_backward(do, q, k, v, o, lse, dlse, sizes, lengths, gates, q_weight)
-    with torch.cuda.device_of(q):
-        launch.run(launches)
-    return outputs
+    arguments = do, q, k, v, o, lse, dlse, tuple(sizes), lengths, gates, q_weight
+    return tuple(replay.run(plan_backward, arguments)[1])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from semantica.kernels import dispatch, launch
 from semantica.kernels.checks import check_dtype, check_tensors
@@ -193,12 +194,29 @@ def save(ctx, inputs, output):
 def backward(ctx, do, dlse):
     q, k, v, o, lse, lengths, gates, q_weight = ctx.saved_tensors
     do = torch.zeros_like(q) if do is None else do
-    dq, dk, dv, dgates, dweight = op_backward(do, q, k, v, o, lse, dlse, ctx.sizes, lengths, gates, q_weight)
+    inputs = do, q, k, v, o, lse, dlse, ctx.sizes, lengths, gates, q_weight
+    dq, dk, dv, dgates, dweight = dispatch.call(op_backward, *inputs)
     dgates, dweight = dgates if gates is not None else None, dweight if q_weight is not None else None
     return dq, dk, dv, None, None, dgates, dweight, None
 
 
 op.register_autograd(backward, setup_context=save)
+
+
+class Fused(torch.autograd.Function):
+    """The op with its gradients, past torch's dispatcher: see `dispatch.direct`."""
+
+    @staticmethod
+    def forward(ctx, kernel, *inputs):
+        outputs = kernel(*inputs)
+        save(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        return None, *backward(ctx, *gradients)
+
 
 dispatch.register_triton(
     "cross_attention",
@@ -241,7 +259,14 @@ def cross_attention(
         ValueError: an argument has the wrong rank, shape, dtype or device, or the sizes do not sum to M.
     """
     check(q, k, v, sizes, lengths, gates, q_weight)
-    o, lse = op(q, k, v, list(sizes), lengths, gates, q_weight, return_lse)
+    arguments = q, k, v, list(sizes), lengths, gates, q_weight, return_lse
+    kernel = dispatch.direct(op, arguments)
+    if kernel is None:
+        o, lse = op(*arguments)
+    elif dispatch.differentiable(arguments):
+        o, lse = Fused.apply(kernel, *arguments)
+    else:
+        o, lse = kernel(*arguments)
     return (o, lse) if return_lse else o
 
 

@@ -20,8 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from semantica.kernels import replay
+from semantica.kernels.group_norm.op import over_pixels
 from semantica.kernels.group_norm.tiles import (
     Sizes,
+    added,
     affine,
     arranged,
     arranged_like,
@@ -33,7 +36,7 @@ from semantica.kernels.group_norm.tiles import (
     split,
     to_channels,
 )
-from semantica.kernels.launch import Launch, run, settings
+from semantica.kernels.launch import Launch, settings
 
 
 @triton.jit
@@ -48,8 +51,8 @@ def activation_gradient(dy, normal, factor, term, SILU: tl.constexpr):
 
 @triton.jit
 def resident_backward_kernel(
-    dy, x, dx, sums, mean, rstd, weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, rows,
-    steps, chunk, splits,
+    dy, x, dx, sums, mean, rstd, weight, bias, scale, shift, addend, scale_b, scale_c, shift_b, shift_c, addend_b,
+    addend_c, rows, steps, chunk, splits,
     CHANNELS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr,
     STEP: tl.constexpr, LANES: tl.constexpr, KINDS: tl.constexpr, SPAN: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -62,6 +65,8 @@ def resident_backward_kernel(
     g = tl.load(dy + origin + offsets, inside, 0).to(tl.float32)
     groups = sample * (CHANNELS // GROUP) + channels // GROUP
     average, inverse = tl.load(mean + groups, exists, 0), tl.load(rstd + groups, exists, 0)
+    if addend is not None:
+        average -= added(addend, addend_b, addend_c, sample, channels, exists)
     factor, term = affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists)
     normal = (value - average[:, None]) * inverse[:, None]
     # zero where there is no value, as dy is
@@ -79,8 +84,8 @@ def resident_backward_kernel(
 
 @triton.jit
 def partial_backward_kernel(
-    dy, x, sums, mean, rstd, weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, rows,
-    steps, chunk, splits,
+    dy, x, sums, mean, rstd, weight, bias, scale, shift, addend, scale_b, scale_c, shift_b, shift_c, addend_b,
+    addend_c, rows, steps, chunk, splits,
     CHANNELS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr,
     STEP: tl.constexpr, LANES: tl.constexpr, KINDS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
     SILU: tl.constexpr,
@@ -92,6 +97,8 @@ def partial_backward_kernel(
     s = tl.arange(0, SPAN)
     groups = sample * (CHANNELS // GROUP) + channels // GROUP
     average, inverse = tl.load(mean + groups, exists, 0), tl.load(rstd + groups, exists, 0)
+    if addend is not None:
+        average -= added(addend, addend_b, addend_c, sample, channels, exists)
     factor, term = affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists)
     values, gradients = x + origin, dy + origin
     sum_g = tl.zeros((LANES, SPAN), tl.float32)
@@ -121,9 +128,9 @@ def merge_backward_kernel(
 
     One program per LANES channels of a group; totals are its shares of sum_c a * G and sum_c a * H.
     """
-    part, parts = tl.program_id(0), tl.num_programs(0)
+    group, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c, b, p = part * LANES + tl.arange(0, LANES), tl.arange(0, SAMPLES), tl.arange(0, SPLITS)
-    channels, exists = tl.program_id(1) * GROUP + c, c < GROUP
+    channels, exists = group * GROUP + c, c < GROUP
     factor = tl.load(weight + channels, exists, 0).to(tl.float32)
     term = tl.load(bias + channels, exists, 0).to(tl.float32)
     plane = tl.cast(batch, tl.int64) * splits * CHANNELS
@@ -156,7 +163,7 @@ def merge_backward_kernel(
         sum_dbias += sum_g
         if totals is not None:
             groups = tl.cast(batch, tl.int64) * (CHANNELS // GROUP)
-            at = totals + (samples * (CHANNELS // GROUP) + tl.program_id(1)) * parts + part
+            at = totals + (samples * (CHANNELS // GROUP) + group) * parts + part
             tl.store(at, tl.sum(factor[None, :] * sum_g, 1), real)
             tl.store(at + groups * parts, tl.sum(factor[None, :] * sum_h, 1), real)
     tl.store(dweight + channels, tl.sum(sum_dweight, 0).to(dweight.dtype.element_ty), exists)
@@ -165,8 +172,8 @@ def merge_backward_kernel(
 
 @triton.jit
 def apply_backward_kernel(
-    dy, x, dx, totals, mean, rstd, weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, rows, parts,
-    steps, chunk, splits,
+    dy, x, dx, totals, mean, rstd, weight, bias, scale, shift, addend, scale_b, scale_c, shift_b, shift_c, addend_b,
+    addend_c, rows, parts, steps, chunk, splits,
     CHANNELS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr,
     STEP: tl.constexpr, LANES: tl.constexpr, KINDS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
     SILU: tl.constexpr,
@@ -179,6 +186,8 @@ def apply_backward_kernel(
     s = tl.arange(0, SPAN)
     groups = sample * (CHANNELS // GROUP) + channels // GROUP
     average, inverse = tl.load(mean + groups, exists, 0), tl.load(rstd + groups, exists, 0)
+    if addend is not None:
+        average -= added(addend, addend_b, addend_c, sample, channels, exists)
     factor, term = affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists)
     mean_g = tl.zeros((LANES,), tl.float32)
     mean_h = tl.zeros((LANES,), tl.float32)
@@ -204,7 +213,7 @@ def apply_backward_kernel(
 
 
 def plan_backward(
-    dy, x, mean, rstd, groups, weight, bias, scale, shift, activation
+    dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend=None
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:
     """Launches, and what they fill: dx in the memory order of `arranged(x)`, dweight, dbias, dscale, dshift."""
     assert x.dtype in (torch.float32, torch.float16, torch.bfloat16), x.dtype
@@ -218,7 +227,8 @@ def plan_backward(
         return [], outputs
     dy, sizes, silu = arranged_like(dy, x), Sizes.of(x, groups), activation == "silu"
     weights = {"weight": weight.contiguous(), "bias": bias.contiguous()}
-    arguments = {"dy": dy, "x": x, "mean": mean, "rstd": rstd, **weights, **film_arguments(scale, shift)}
+    arguments = {"dy": dy, "x": x, "mean": mean, "rstd": rstd, **weights}
+    arguments |= film_arguments(scale=scale, shift=shift, addend=addend)
 
     if whole := resident(sizes, "resident_backward", x.device):
         (tiling, row), kernel, outs = whole, resident_backward_kernel, {"dx": dx}
@@ -235,11 +245,12 @@ def plan_backward(
     parts = triton.cdiv(sizes.group, lanes)
     totals = None if whole else x.new_empty((2, sizes.batch * groups, parts), dtype=torch.float32)
     merged = {name: arguments[name] for name in ("weight", "bias", "scale", "scale_b", "scale_c")}
-    merged |= gradients | {f"d{name}": a for name, a in film_arguments(dscale, dshift).items()}
+    merged |= gradients | {f"d{name}": a for name, a in film_arguments(scale=dscale, shift=dshift).items()}
     merged |= {"sums": sums, "totals": totals, "batch": sizes.batch, "splits": tiling.splits}
     constants = {"CHANNELS": sizes.channels, "GROUP": sizes.group}
     constants |= {"LANES": lanes, "SAMPLES": samples, "SPLITS": pieces}
-    launches.append(Launch(merge_backward_kernel, (parts, groups), merged, constants, merge["warps"]))
+    # the first axis of a grid alone takes more than 65535
+    launches.append(Launch(merge_backward_kernel, (groups, parts), merged, constants, merge["warps"]))
     if not whole:
         tiling, row = split(sizes, "apply_backward", x.device)
         arguments |= {"dx": dx, "totals": totals, "rows": sizes.batch * groups, "parts": parts}
@@ -247,9 +258,8 @@ def plan_backward(
     return launches, outputs
 
 
-def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation):
-    """What `semantica::group_norm_backward` computes: gradients of x, weight, bias, scale, shift; absent ones empty."""
-    launches, (dx, *others) = plan_backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation)
-    with torch.cuda.device_of(x):
-        run(launches)
-    return restored(dx, x), *others
+def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend=None):
+    """What `semantica::group_norm_backward` computes: gradients; those of what is absent are empty."""
+    arguments = dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend
+    kept, (dx, *others) = replay.run(plan_backward, arguments)
+    return dx if kept else restored(dx, x), *others, over_pixels(dx, addend)

@@ -24,6 +24,7 @@ class GroupNormCase(Case):
     activation: str = "silu"
     channels_last: bool = False
     mean: float = 0.0
+    addend: bool = False
 
     @property
     def layout(self) -> str:
@@ -31,7 +32,7 @@ class GroupNormCase(Case):
 
     @property
     def description(self) -> str:
-        parts = ["x".join(map(str, self.shape)), f"G{self.groups}", "film" * self.film]
+        parts = ["x".join(map(str, self.shape)), f"G{self.groups}", "film" * self.film, "addend" * self.addend]
         return " ".join(filter(None, [*parts, "silu" * (self.activation == "silu")]))
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict:
@@ -46,7 +47,8 @@ class GroupNormCase(Case):
         }
         weight, bias = 1 + normal((channels,), g, dtype, device) / 4, normal((channels,), g, dtype, device) / 4
         affine = {"weight": weight, "bias": bias}
-        return {"x": x, "groups": self.groups, **affine, **film, "activation": self.activation}
+        addend = {"addend": normal((batch, channels), g, dtype, device)} if self.addend else {}
+        return {"x": x, "groups": self.groups, **affine, **film, "activation": self.activation, **addend}
 
     def flops(self, direction: str) -> int:
         return OPERATIONS[direction] * math.prod(self.shape)
@@ -66,6 +68,8 @@ CASES = {
     "sequence": GroupNormCase((2, 32, 37), 8),
     "volume": GroupNormCase((1, 16, 3, 4, 5), 4, channels_last=True),
     "large mean": GroupNormCase((2, 64, 16, 16), 8, channels_last=True, mean=300.0),
+    "addend": GroupNormCase((2, 64, 16, 16), 32, film=False, channels_last=True, addend=True),
+    "addend and film": GroupNormCase((3, 30, 7, 5), 3, addend=True),
 }
 
 

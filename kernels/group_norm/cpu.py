@@ -1,19 +1,25 @@
 """`group_norm` on the CPU through `semantica._C`: vectors of the processor's own width, all of torch's threads."""
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
 from semantica import _C
+from semantica.kernels.group_norm.op import over_pixels, plus
 
 TARGET = _C.group_norm_targets()[0]
+# torch's names of the layout with channels innermost
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def forward(
-    x, groups, weight, bias, scale, shift, activation, eps, target: str = TARGET
+    x, groups, weight, bias, scale, shift, activation, eps, addend=None, target: str = TARGET
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result like `x`, mean and 1/std `[B, groups]` in fp32; `x` is fp32 or bf16 and not empty."""
     y, mean, rstd = torch.empty_like(x), *(x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
-    source, channels_last = dense(x)
+    source, channels_last = dense(plus(x, addend))
     # memory that is neither contiguous nor channels-last is written on the way back
     result = y if y.stride() == source.stride() else torch.empty_like(source)
     parameters = [None if a is None else plain(a) for a in (weight, bias, scale, shift)]
@@ -25,10 +31,10 @@ def forward(
     return (y if result is y else y.copy_(result)), mean, rstd
 
 
-def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, target: str = TARGET):
-    """Gradients of x, weight, bias, scale, shift; absent ones are empty."""
+def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend=None, target: str = TARGET):
+    """Gradients of x, weight, bias, scale, shift, addend; absent ones are empty."""
     dx = torch.empty_like(x)
-    source, channels_last = dense(x)
+    source, channels_last = dense(plus(x, addend))
     dy = dy if dy.stride() == source.stride() else torch.empty_like(source).copy_(dy)
     result = dx if dx.stride() == source.stride() else torch.empty_like(source)
     parameters = [None if a is None else plain(a) for a in (weight, bias, scale, shift)]
@@ -38,21 +44,29 @@ def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, 
         *map(address, (dy, source, mean, rstd, *parameters, result, *gradients)),
     )
     dx = dx if result is dx else dx.copy_(result)
-    pairs = zip(gradients, (weight, bias, scale, shift), strict=True)
-    return dx, *(x.new_empty(0) if a is None else g.to(a.dtype) for g, a in pairs)
+    given = weight, bias, scale, shift
+    others = (x.new_empty(0) if a is None else as_type(g, a.dtype) for g, a in zip(gradients, given, strict=True))
+    return dx, *others, over_pixels(dx, addend)
+
+
+# what follows looks before it asks torch, whose every answer costs as much as thousands of values
 
 
 def dense(x: Tensor) -> tuple[Tensor, bool]:
     """`x` with its values in one of the two layouts, copied if need be, and whether that is channels-last."""
     if x.is_contiguous():
         return x, False
-    if x.movedim(1, -1).is_contiguous():
+    if x.is_contiguous(memory_format=LAST[x.ndim]) if x.ndim in LAST else x.movedim(1, -1).is_contiguous():
         return x, True
     return x.contiguous(), False
 
 
 def plain(a: Tensor) -> Tensor:
-    return a.to(torch.float32).contiguous()
+    return a if a.dtype == torch.float32 and a.is_contiguous() else a.to(torch.float32).contiguous()
+
+
+def as_type(a: Tensor, dtype: torch.dtype) -> Tensor:
+    return a if a.dtype == dtype else a.to(dtype)
 
 
 def address(a: Tensor | None) -> int:
@@ -60,15 +74,22 @@ def address(a: Tensor | None) -> int:
 
 
 def shape(x: Tensor, groups: int, channels_last: bool, activation: str, target: str) -> _C.GroupNormShape:
-    batch, channels = x.shape[:2]
+    threads = torch.get_num_threads()
+    return described(x.shape, groups, channels_last, activation == "silu", x.dtype == torch.bfloat16, threads, target)
+
+
+@functools.lru_cache(maxsize=1024)
+def described(
+    size: torch.Size, groups: int, channels_last: bool, silu: bool, bfloat16: bool, threads: int, target: str
+) -> _C.GroupNormShape:
     return _C.GroupNormShape(
-        batch=batch,
-        channels=channels,
-        spatial=x.numel() // (batch * channels),
+        batch=size[0],
+        channels=size[1],
+        spatial=math.prod(size[2:]),
         groups=groups,
         channels_last=channels_last,
-        silu=activation == "silu",
-        bfloat16=x.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
+        silu=silu,
+        bfloat16=bfloat16,
+        threads=threads,
         target=target,
     )

@@ -1,119 +1,279 @@
-"""How the CUDA kernels of group_norm cut a tensor into blocks: from sizes and a card's limits alone.
+"""How the CUDA kernels of group_norm (csrc/cuda) cut a tensor into blocks: from sizes and a card's limits alone.
 
-A unit is one sample's `width` channels, of whole groups, by all its pixels. Where the blocks of a cluster can hold it
-in their shared memory, x is read once. Elsewhere blocks meet across the whole grid, keep what fits, and read the rest
-again.
+A team of blocks finds statistics together. Where the shared memory of a block, or of a cluster of blocks (sm_90 and
+newer), holds all that a team reads, every tensor is read once: `RESIDENT`. Elsewhere a cooperative grid takes teams in
+rounds; each block keeps the first part of what it reads in shared memory and walks back over the rest, newest first, so
+that the L2 cache serves a part: `GRID`. `PLAIN` is two launches, for cards without clusters.
+
+Bytes that a round moves through memory: read + written + max(0, read - kept - L2). So it pays to take as few groups a
+round as keep every multiprocessor busy: what a round reads is then mostly still on the chip when it is read again.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+RESIDENT, GRID, PLAIN = range(3)
 WARP = 32
-# bytes: of one access, and of adjacent channels that fill a sector of memory
-ACCESS, SECTOR = 16, 32
-# sums of each channel, and copies ahead in each thread's ring, by the number of operands; as in csrc/cuda
-SUMS = {1: 2, 2: 3}
-AHEAD = {1: 6, 2: 4}
-# pixels of a block below which another block does not pay
-LEAST_PIXELS = 64
+# bytes of one access; of adjacent elements below which memory sends more than is asked for
+ACCESS, BURST = 16, 64
+# copies that a thread has under way, by the number of operands: as in csrc/cuda/walk.cuh
+AHEAD = {1: 8, 2: 4}
+# fp32 numbers of each channel and pixel chunk that the backward leaves in the workspace
+SUMS = 3
+# channels of a block, whose constants and sums are in shared memory; a contiguous one has the sums of each warp there
+MOST_WIDTH, MOST_LINES = 512, 128
+# thought to take (s): a meeting of a cluster and of a grid, and the latency of memory; bytes/s of memory, and of one
+# multiprocessor
+CLUSTER, MEETING, LATENCY = 1e-6, 4e-6, 1.5e-6
+MEMORY, ALONE = 4e12, 6e10
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Of a card: multiprocessors, bytes of shared memory of a block, blocks of a cluster (1 where there are none).
+class Card:
+    """Limits of a GPU.
 
-    threads: of a block, at most 512, which is what the kernels are compiled for.
+    Attributes:
+        capability: (9, 0) of an H100.
+        multiprocessors: of the card.
+        shared: bytes of shared memory that a block may have; `shared_all` those of a multiprocessor.
+        cache: bytes of the L2 cache.
+        threads: that a block of these kernels may have.
     """
 
+    capability: tuple[int, int]
     multiprocessors: int
     shared: int
-    cluster: int
+    shared_all: int
+    cache: int
     threads: int = 512
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of the largest cluster: 16 must be asked for, and only data-centre cards have them."""
+        return {9: 16, 10: 16}.get(self.capability[0], 8) if self.capability >= (9, 0) else 1
+
+    def residents(self, threads: int, shared: int) -> int:
+        """Blocks at once on a multiprocessor, with 128 registers a thread; the system takes 1 KiB for each block."""
+        return min(512 // threads, self.shared_all // (shared + 1024))
+
+
+# by architecture, to plan without a GPU
+CARDS = {
+    "sm_80": Card((8, 0), 108, 163 << 10, 164 << 10, 40 << 20),
+    "sm_86": Card((8, 6), 84, 99 << 10, 100 << 10, 6 << 20),
+    "sm_89": Card((8, 9), 142, 99 << 10, 100 << 10, 96 << 20),
+    "sm_90": Card((9, 0), 132, 227 << 10, 228 << 10, 50 << 20),
+    "sm_100": Card((10, 0), 148, 227 << 10, 228 << 10, 126 << 20),
+    "sm_120": Card((12, 0), 188, 99 << 10, 100 << 10, 128 << 20),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of x; channels are innermost in memory where `channels_last`, else pixels.
+
+    `aligned`: all tensors of x's size begin at a multiple of 16 bytes.
+    """
+
+    samples: int
+    channels: int
+    groups: int
+    pixels: int
+    itemsize: int
+    channels_last: bool
+    aligned: bool = True
+
+    @property
+    def depth(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def bytes(self) -> int:
+        return self.samples * self.channels * self.pixels * self.itemsize
 
 
 @dataclass(frozen=True)
 class Plan:
-    """See `csrc/cuda/group_norm.h`."""
+    """See `csrc/cuda/group_norm.h`; `items` is what each thread has to read."""
 
-    width: int
+    path: int
     vector: int
+    threads: int
     rows: int
+    columns: int
+    width: int
+    repeat: int
+    parts: int
     chunks: int
-    slots: int
-    grid: bool
+    kept: int
+    rounds: int
+    blocks: int
     shared: int
+    items: int
 
     @property
-    def threads(self) -> int:
-        return self.width // self.vector * self.rows
+    def team(self) -> int:
+        return self.parts * self.chunks
 
-    def blocks(self, samples: int, channels: int) -> int:
-        return samples * (channels // self.width) * self.chunks
+    def workspace(self, problem: Problem, operands: int) -> int:
+        """Numbers of fp32 that a launch needs: what blocks tell each other, and sums for the gradients of weights."""
+        groups = self.width // min(self.width, problem.depth)
+        told = 0 if self.path == RESIDENT else 3 * self.blocks * groups * min(2, self.rounds)
+        if operands == 1:
+            return told
+        sums = SUMS * problem.samples * self.chunks * problem.channels
+        return sums + 2 * problem.samples * problem.groups + told
 
-    def workspace(self, samples: int, channels: int, operands: int) -> int:
-        """Numbers of fp32 for the sums of blocks and of units."""
-        if not self.grid or self.chunks == 1:
-            return 0
-        size = SUMS[operands] * self.width
-        return (self.blocks(samples, channels) + samples * (channels // self.width)) * size
-
-    def reread(self, samples: int, channels: int, pixels: int) -> float:
-        """The share of each operand that is read a second time, from the L2 cache or from memory."""
-        items = math.ceil(math.ceil(pixels / self.chunks) / self.rows)
-        return max(0, items - self.slots) / items
+    def traffic(self, problem: Problem, operands: int, card: Card) -> int:
+        """Bytes that memory moves: each operand read, the result written, and what neither kept nor cached is again."""
+        moved = (operands + 1) * problem.bytes
+        if self.path == RESIDENT:
+            return moved
+        again = operands * problem.bytes // self.rounds
+        kept = self.blocks * self.kept * self.threads * self.vector * problem.itemsize * operands
+        # half of the cache: the other is full of what is written, and of the far half's copies
+        return moved + self.rounds * max(0, again - kept - card.cache // 2)
 
 
-def plan(
-    samples: int, channels: int, groups: int, pixels: int, itemsize: int, operands: int, limits: Limits
-) -> Plan | None:
-    """The plan for `[samples, pixels, channels]` with channels innermost; None where these kernels do not serve.
+def plan(problem: Problem, operands: int, card: Card, path: int | None = None) -> Plan | None:
+    """The plan that should take least time; None where these kernels do not serve, or not by `path`.
 
     Args:
-        itemsize: bytes of an element.
         operands: 1 forward (x), 2 backward (x and dy).
+        path: only plans of this kind.
     """
-    # the layout is what makes 16-byte accesses aligned; odd channels go one by one
-    vector = ACCESS // itemsize if channels % (ACCESS // itemsize) == 0 else 1
-    step = math.lcm(vector, channels // groups)
-    widths = [width for width in range(step, channels + 1, step) if channels % width == 0]
-    narrow = next((width for width in widths if width * itemsize >= SECTOR), channels)
-    resident = list(clusters(samples, channels, groups, pixels, vector, narrow, itemsize, operands, limits))
-    if resident:
-        filling = [made for made in resident if made.blocks(samples, channels) >= limits.multiprocessors]
-        return filling[0] if filling else resident[-1]
-    # the wider, the longer the runs that are read
-    for width in reversed(widths):
-        chunks = limits.multiprocessors // (samples * (channels // width))
-        made = cut(groups, channels, pixels, width, vector, chunks, itemsize, operands, limits) if chunks else None
-        if made is not None:
-            return Plan(width, vector, *made[:1], chunks, made[1], True, made[2])
-    return None
+    made = [one for one in candidates(problem, operands, card) if path in (None, one.path)]
+    if path is None and any(one.path == RESIDENT for one in made):
+        made = [one for one in made if one.path == RESIDENT]
+    elif path is None:
+        # two launches need no promise that all blocks run at once, and no newer card than sm_80
+        wanted = GRID if card.cluster > 1 else PLAIN
+        made = [one for one in made if one.path == wanted] or made
+    return min(made, key=lambda one: (seconds(one, problem, operands, card), one.blocks), default=None)
 
 
-def clusters(samples, channels, groups, pixels, vector, width, itemsize, operands, limits) -> Iterator[Plan]:
-    """Plans that hold a unit on the chip, from the fewest blocks to the most that pay."""
-    chunks = 1
-    while chunks <= limits.cluster and (chunks == 1 or pixels // chunks >= LEAST_PIXELS):
-        made = cut(groups, channels, pixels, width, vector, chunks, itemsize, operands, limits)
-        if made is not None:
-            rows, slots, shared = made
-            if slots * rows * chunks >= pixels:
-                yield Plan(width, vector, rows, chunks, slots, False, shared)
-        chunks *= 2
+def seconds(plan: Plan, problem: Problem, operands: int, card: Card) -> float:
+    """A rough estimate, to choose among plans: it knows bytes, meetings and waves of blocks."""
+    moved = plan.traffic(problem, operands, card)
+    at_once = max(1, card.residents(plan.threads, plan.shared)) * card.multiprocessors
+    waves = math.ceil(plan.blocks / at_once)
+    busy = min(plan.blocks, card.multiprocessors)
+    meeting = {RESIDENT: CLUSTER if plan.team > 1 else 0, GRID: MEETING, PLAIN: MEETING}[plan.path]
+    # the last wave takes as long as a full one
+    fill = waves * at_once / plan.blocks if waves > 1 else 1
+    return plan.rounds * meeting + waves * LATENCY + fill * moved / min(MEMORY, busy * ALONE)
 
 
-def cut(groups, channels, pixels, width, vector, chunks, itemsize, operands, limits) -> tuple[int, int, int] | None:
-    """Rows, slots and bytes of shared memory of one block; None where it has no room."""
-    columns, share = width // vector, math.ceil(pixels / chunks)
-    rows = WARP // math.gcd(columns, WARP)
-    if columns * rows > limits.threads:
-        return None
-    while columns * rows * 2 <= limits.threads and rows < share:
-        rows *= 2
-    sums = SUMS[operands]
-    tables = 4 * (sums * (rows // 2) * width + (2 * sums + 3) * width + 2 * (width // (channels // groups)))
-    slot = itemsize * vector * operands * columns * rows
-    items = math.ceil(share / rows)
-    slots = min(max(items, AHEAD[operands] + 1), (limits.shared - tables) // slot)
-    return (rows, slots, slots * slot + tables) if slots > AHEAD[operands] else None
+def candidates(problem: Problem, operands: int, card: Card) -> Iterator[Plan]:
+    """Every plan worth a look, of all paths."""
+    if problem.pixels >= 2**31 or problem.bytes == 0:
+        return
+    for vector, width, repeat, parts in cuts(problem, card):
+        teams = problem.samples * (problem.channels // (width * parts))
+        sizes = (problem, operands, card, vector, width, repeat, parts)
+        chunks = 1
+        # clusters are powers of 2
+        even = parts & (parts - 1) == 0
+        while (
+            even and parts * chunks <= card.cluster and (chunks == 1 or problem.pixels // chunks >= 2 * WARP // vector)
+        ):
+            yield from filled(RESIDENT, *sizes, chunks, 1, teams * parts * chunks)
+            chunks *= 2
+        # about four blocks to a multiprocessor
+        chunks = max(1, min(4 * card.multiprocessors // (teams * parts), problem.pixels // (8 * WARP)))
+        yield from filled(PLAIN, *sizes, chunks, 1, teams * parts * chunks)
+        for at_once in sorted({2**i for i in range(8) if 2**i < teams} | {teams}):
+            chunks = min(card.multiprocessors // (at_once * parts), problem.pixels)
+            if chunks:
+                rounds = math.ceil(teams / at_once)
+                yield from filled(GRID, *sizes, chunks, rounds, at_once * parts * chunks)
+
+
+def cuts(problem: Problem, card: Card) -> Iterator[tuple[int, int, int, int]]:
+    """(vector, width, repeat, parts): elements of an access, channels of a block, pixels in a row, parts of a group."""
+    depth, channels = problem.depth, problem.channels
+    vector = ACCESS // problem.itemsize
+    if not problem.channels_last:
+        vector = vector if problem.aligned and problem.pixels % vector == 0 else 1
+        width = next(w for w in range(min(depth, MOST_LINES), 0, -1) if depth % w == 0)
+        yield vector, width, 1, depth // width
+        return
+    if not problem.aligned:
+        vector = 1
+    if channels % vector:
+        # rows of several pixels, where they fill whole accesses
+        repeat = vector // math.gcd(channels, vector)
+        if problem.pixels % repeat == 0 and channels * repeat <= card.threads * vector and channels <= MOST_WIDTH:
+            yield vector, channels, repeat, 1
+            return
+        vector = 1
+    most = min(MOST_WIDTH, card.threads * vector)
+    step = math.lcm(vector, depth)
+    whole = [w for w in range(step, min(most, channels) + 1, step) if channels % w == 0]
+    if not whole:
+        # a group is wider than a block
+        fitting = [w for w in range(vector, min(most, depth) + 1, vector) if depth % w == 0]
+        if not fitting and vector > 1:
+            vector, fitting = 1, [w for w in range(1, min(card.threads, depth) + 1) if depth % w == 0]
+        yield vector, fitting[-1], 1, depth // fitting[-1]
+        return
+    # the narrowest that memory serves well, and some wider
+    wide = [w for w in whole if w * problem.itemsize >= BURST] or whole[-1:]
+    for width in wide[:4]:
+        yield vector, width, 1, 1
+
+
+def filled(path, problem, operands, card, vector, width, repeat, parts, chunks, rounds, blocks) -> Iterator[Plan]:
+    """Plans of one cut that have room, for blocks of several sizes where all is kept."""
+    unit = repeat if problem.channels_last else vector
+    share = math.ceil(problem.pixels // unit / chunks) * unit
+    sizes = [card.threads, card.threads // 2, card.threads // 8] if path == RESIDENT else [card.threads]
+    for most in sizes:
+        rows, columns, items = arrange(problem, vector, width, repeat, share, most)
+        if columns > most:
+            continue
+        threads = math.ceil(rows * columns / WARP) * WARP
+        slot = vector * problem.itemsize * operands * threads
+        tables = behind(problem, operands, vector, threads, columns, width)
+        # tables begin at 16 bytes
+        slots = (card.shared - tables - ACCESS) // slot
+        if path == RESIDENT:
+            kept = items
+        else:
+            kept = 0 if path == PLAIN else min(items, max(0, slots - AHEAD[operands]))
+        taken = kept + (AHEAD[operands] if kept < items else 0)
+        if taken <= slots:
+            shared = math.ceil(taken * slot / ACCESS) * ACCESS + tables
+            geometry = (vector, threads, rows, columns, width, repeat, parts, chunks)
+            yield Plan(path, *geometry, kept, rounds, blocks, shared, items)
+
+
+def arrange(problem, vector, width, repeat, share, most) -> tuple[int, int, int]:
+    """Rows and columns of threads, and items of each; columns may be more than there are threads for."""
+    if problem.channels_last:
+        columns, lines = width * repeat // vector, share // repeat
+        rows = min(max(1, most // columns), lines)
+        return rows, columns, math.ceil(lines / rows)
+
+    def arranged(columns):
+        rows = min(most // columns, 2 ** math.ceil(math.log2(width)))
+        return rows, columns, math.ceil(width / rows) * math.ceil(share / (columns * vector))
+
+    def busy(columns):
+        rows, _, items = arranged(columns)
+        return items, rows * columns, -columns
+
+    return arranged(min((2**i for i in range(most.bit_length()) if 2**i <= most), key=busy))
+
+
+def behind(problem: Problem, operands: int, vector: int, threads: int, columns: int, width: int) -> int:
+    """Bytes of a block's tables: as in csrc/cuda/tables.cuh."""
+    depth = min(problem.depth, width)
+    groups = width // depth
+    if operands == 2:
+        scratch = vector * threads if problem.channels_last else SUMS * width * max(1, columns // WARP)
+        return 4 * (3 * width + scratch + SUMS * width + 3 * 3 * groups)
+    fold = min(vector, depth & -depth)
+    scratch = 2 * (vector // fold) * threads if problem.channels_last else 0
+    return 4 * (3 * width + groups + scratch + 3 * groups * (max(1, threads // WARP // groups) + 2))

@@ -1,6 +1,7 @@
 """group_norm in Triton, forward. How a tensor is cut into programs is in `tiles`.
 
-y = act((x - mean) * rstd * weight * (1 + scale) + bias * (1 + scale) + shift), mean and rstd of each (sample, group).
+y = act((x + addend - mean) * rstd * weight * (1 + scale) + bias * (1 + scale) + shift), mean and rstd of each (sample,
+group). What is added to a channel moves its mean by as much, and costs nothing for each value.
 
 Where a tile in registers holds whole groups, one launch reads x once (R + W). Otherwise: partial statistics of chunks;
 then a second pass that merges them itself, always in the same order, or reads them merged by a launch of its own where
@@ -13,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from semantica.kernels import replay
 from semantica.kernels.group_norm.tiles import (
     Sizes,
+    added,
     affine,
     arranged,
     film_arguments,
@@ -26,7 +29,7 @@ from semantica.kernels.group_norm.tiles import (
     split,
     to_channels,
 )
-from semantica.kernels.launch import Launch, run, settings
+from semantica.kernels.launch import Launch, settings
 
 
 @triton.jit
@@ -40,7 +43,8 @@ def activated(x, mean, factor, term, SILU: tl.constexpr):
 
 @triton.jit
 def resident_kernel(
-    x, y, mean, rstd, weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, eps, steps, chunk, splits,
+    x, y, mean, rstd, weight, bias, scale, shift, addend, scale_b, scale_c, shift_b, shift_c, addend_b, addend_c, eps,
+    steps, chunk, splits,
     CHANNELS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr,
     STEP: tl.constexpr, LANES: tl.constexpr, KINDS: tl.constexpr, SPAN: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -51,6 +55,8 @@ def resident_kernel(
     inside = exists[:, None] & (tl.arange(0, SPAN) < length)[None, :]
     value = tl.load(x + origin + offsets, inside, 0).to(tl.float32)
     average, m2, count = merge_rows(value, tl.zeros_like(value), inside.to(tl.float32))
+    if addend is not None:
+        average += added(addend, addend_b, addend_c, sample, channels, exists)
     average, m2, count = merge_groups(average, m2, count, GROUP, LANES, KINDS)
     inverse = tl.rsqrt(m2 / tl.maximum(count, 1.0) + eps)
     kind = tl.arange(0, KINDS)
@@ -58,6 +64,8 @@ def resident_kernel(
     tl.store(mean + groups, average, count > 0)
     tl.store(rstd + groups, inverse, count > 0)
     average, inverse = to_channels(average, GROUP, LANES, KINDS), to_channels(inverse, GROUP, LANES, KINDS)
+    if addend is not None:
+        average -= added(addend, addend_b, addend_c, sample, channels, exists)
     factor, term = affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists)
     result = activated(value, average, inverse * factor, term, SILU)
     tl.store(y + origin + offsets, result.to(y.dtype.element_ty), inside)
@@ -65,7 +73,7 @@ def resident_kernel(
 
 @triton.jit
 def partial_kernel(
-    x, partials, rows, steps, chunk, splits,
+    x, partials, addend, addend_b, addend_c, rows, steps, chunk, splits,
     CHANNELS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr,
     STEP: tl.constexpr, LANES: tl.constexpr, KINDS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +81,7 @@ def partial_kernel(
 
     STAGES: tiles in flight, 0 where a chunk is one tile.
     """
-    sample, unit, part, piece, _, exists, length, origin, offsets, step = place(
+    sample, unit, part, piece, channels, exists, length, origin, offsets, step = place(
         tl.program_id(0), steps, chunk, splits, CHANNELS, UNIT, WIDTH, LAST, STEP, LANES, SPAN
     )
     s = tl.arange(0, SPAN)
@@ -94,6 +102,8 @@ def partial_kernel(
         mean = tl.load(values + offsets, exists[:, None] & (s < length)[None, :], 0).to(tl.float32)
     count = tl.where(exists[:, None], tl.cdiv(tl.maximum(length - s, 0), SPAN)[None, :], 0).to(tl.float32)
     mean, m2, count = merge_rows(mean, m2, count)
+    if addend is not None:
+        mean += added(addend, addend_b, addend_c, sample, channels, exists)
     mean, m2, count = merge_groups(mean, m2, count, GROUP, LANES, KINDS)
     PARTS: tl.constexpr = (UNIT + WIDTH - 1) // WIDTH
     groups = sample * (CHANNELS // GROUP) + unit * (UNIT // GROUP) + tl.arange(0, KINDS)
@@ -131,8 +141,8 @@ def merge_kernel(partials, mean, rstd, eps, pieces, BLOCK: tl.constexpr):
 
 @triton.jit
 def apply_kernel(
-    x, y, partials, mean, rstd, weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, eps, rows, pieces,
-    steps, chunk, splits,
+    x, y, partials, mean, rstd, weight, bias, scale, shift, addend, scale_b, scale_c, shift_b, shift_c, addend_b,
+    addend_c, eps, rows, pieces, steps, chunk, splits,
     CHANNELS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr,
     STEP: tl.constexpr, LANES: tl.constexpr, KINDS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
     SILU: tl.constexpr, PIECES: tl.constexpr,
@@ -160,6 +170,8 @@ def apply_kernel(
     else:
         groups = sample * (CHANNELS // GROUP) + channels // GROUP
         average, inverse = tl.load(mean + groups, exists, 0), tl.load(rstd + groups, exists, 0)
+    if addend is not None:
+        average -= added(addend, addend_b, addend_c, sample, channels, exists)
     factor, term = affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sample, channels, exists)
     factor *= inverse
     values, results = x + origin, y + origin
@@ -172,7 +184,9 @@ def apply_kernel(
         results += step
 
 
-def plan_forward(x, groups, weight, bias, scale, shift, activation, eps) -> tuple[list[Launch], tuple[Tensor, ...]]:
+def plan_forward(
+    x, groups, weight, bias, scale, shift, activation, eps, addend=None
+) -> tuple[list[Launch], tuple[Tensor, ...]]:
     """Launches, and what they fill: y in the memory order of `arranged(x)`, mean and rstd `[B, groups]` in fp32."""
     assert x.dtype in (torch.float32, torch.float16, torch.bfloat16), x.dtype
     x = arranged(x)
@@ -182,7 +196,7 @@ def plan_forward(x, groups, weight, bias, scale, shift, activation, eps) -> tupl
         return [], (y, mean.zero_(), rstd.zero_())
     sizes, silu = Sizes.of(x, groups), activation == "silu"
     tensors = {"x": x, "y": y, "mean": mean, "rstd": rstd, "weight": weight.contiguous(), "bias": bias.contiguous()}
-    arguments = {**tensors, **film_arguments(scale, shift), "eps": eps}
+    arguments = {**tensors, **film_arguments(scale=scale, shift=shift, addend=addend), "eps": eps}
     if whole := resident(sizes, "resident", x.device):
         tiling, row = whole
         return [tiling.launch(resident_kernel, row, arguments, SILU=silu)], (y, mean, rstd)
@@ -190,7 +204,8 @@ def plan_forward(x, groups, weight, bias, scale, shift, activation, eps) -> tupl
     (tiling, row), rows = split(sizes, "partial", x.device), sizes.batch * groups
     pieces = tiling.parts * tiling.splits
     partials = x.new_empty((3, rows, pieces), dtype=torch.float32)
-    launches = [tiling.launch(partial_kernel, row, {"x": x, "partials": partials, "rows": rows})]
+    counts = {"x": x, "partials": partials, "rows": rows, **film_arguments(addend=addend)}
+    launches = [tiling.launch(partial_kernel, row, counts)]
     tiling, row = split(sizes, "apply", x.device)
     many = pieces > row["pieces"]
     if many:
@@ -203,9 +218,7 @@ def plan_forward(x, groups, weight, bias, scale, shift, activation, eps) -> tupl
     return launches, (y, mean, rstd)
 
 
-def forward(x, groups, weight, bias, scale, shift, activation, eps):
+def forward(x, groups, weight, bias, scale, shift, activation, eps, addend=None):
     """What `semantica::group_norm` computes: y, and mean and rstd `[B, groups]` in fp32."""
-    launches, (y, mean, rstd) = plan_forward(x, groups, weight, bias, scale, shift, activation, eps)
-    with torch.cuda.device_of(x):
-        run(launches)
-    return restored(y, x), mean, rstd
+    kept, (y, mean, rstd) = replay.run(plan_forward, (x, groups, weight, bias, scale, shift, activation, eps, addend))
+    return y if kept else restored(y, x), mean, rstd

@@ -1,11 +1,15 @@
-"""GroupNorm + FiLM + activation: y = act((x_hat * w + b) * (1 + scale) + shift), x_hat normalised per (sample, group).
+"""GroupNorm + FiLM + activation: y = act((x_hat * w + b) * (1 + scale) + shift), x_hat = x + addend, normalised per
+(sample, group).
 
 GroupNorm: Wu & He, arXiv 1803.08494, eq. 1. FiLM: Perez et al., arXiv 1709.07871, eq. 2.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from semantica.kernels import dispatch, launch
 from semantica.kernels.checks import check_dtype, check_tensors
@@ -22,15 +26,25 @@ def group_norm_ref(
     shift: Tensor | None,
     activation: str,
     eps: float = 1e-5,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """Plain torch; what the operator means, and what an exporter decomposes it into."""
     # stock channels-last GroupNorm on CPU loses digits when |mean| >> std, the contiguous one does not
-    y = torch.group_norm(x.contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    y = torch.group_norm(plus(x, addend).contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:
         y = y * (1 + per_channel(scale, x))
     if shift is not None:
         y = y + per_channel(shift, x)
     return F.silu(y) if activation == "silu" else y
+
+
+def plus(x: Tensor, addend: Tensor | None) -> Tensor:
+    return x if addend is None else x + per_channel(addend, x)
+
+
+def over_pixels(dx: Tensor, addend: Tensor | None) -> Tensor:
+    """Gradient of the addend; empty without one."""
+    return dx.new_empty(0) if addend is None else dx.flatten(2).sum(-1, dtype=addend.dtype)
 
 
 def per_channel(value: Tensor, x: Tensor) -> Tensor:
@@ -52,6 +66,7 @@ def forward_plain(
     shift: Tensor | None,
     activation: str,
     eps: float,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result, and mean and 1/std `[B, groups]` for the backward, in fp32 (fp64 for fp64 input)."""
     mean, rstd = statistics_like(x, groups), statistics_like(x, groups)
@@ -59,9 +74,9 @@ def forward_plain(
         return torch.empty_like(x), mean.zero_(), rstd.zero_()
     # the dtype of the result is x's, whatever an enclosing autocast would prefer
     with torch.autocast(x.device.type, enabled=False):
-        grouped = x.contiguous().reshape(x.shape[0], groups, -1).to(mean.dtype)
+        grouped = plus(x, addend).contiguous().reshape(x.shape[0], groups, -1).to(mean.dtype)
         variance, average = torch.var_mean(grouped, -1, correction=0)
-        y = like(group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps), x)
+        y = like(group_norm_ref(x, groups, weight, bias, scale, shift, activation, eps, addend), x)
         return y, mean.copy_(average), rstd.copy_(torch.rsqrt(variance + eps))
 
 
@@ -73,7 +88,7 @@ op = torch.library.custom_op("semantica::group_norm", forward_plain, mutates_arg
 
 
 @op.register_fake
-def _(x, groups, weight, bias, scale, shift, activation, eps):
+def _(x, groups, weight, bias, scale, shift, activation, eps, addend=None):
     return torch.empty_like(x), statistics_like(x, groups), statistics_like(x, groups)
 
 
@@ -88,19 +103,20 @@ def backward_plain(
     scale: Tensor | None,
     shift: Tensor | None,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, scale, shift, accumulated in fp32 (fp64 for fp64 input); absent ones are empty."""
+    addend: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and what is given of scale, shift, addend, summed in fp32 (fp64 for fp64 input)."""
     with torch.autocast(x.device.type, enabled=False):
-        return backward_ref(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation)
+        return backward_ref(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend)
 
 
-def backward_ref(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation):
+def backward_ref(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend):
     if x.numel() == 0:
-        film = [x.new_empty(0) if a is None else torch.zeros_like(a) for a in (scale, shift)]
+        film = [x.new_empty(0) if a is None else torch.zeros_like(a) for a in (scale, shift, addend)]
         return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias), *film
     batch, channels = x.shape[:2]
     wide = torch.promote_types(x.dtype, torch.float32)
-    dy, xs = (a.to(wide).reshape(batch, channels, -1).contiguous() for a in (dy, x))
+    dy, xs = (a.to(wide).reshape(batch, channels, -1).contiguous() for a in (dy, plus(x, addend)))
     w, b = weight.to(wide), bias.to(wide)
     sizes = batch, channels, xs.shape[-1], groups
     grouped = xs.reshape(batch, groups, -1)
@@ -116,35 +132,54 @@ def backward_ref(dy, x, mean, rstd, groups, weight, bias, scale, shift, activati
     dy = dy if film is None else dy * film
     masks = [True, True, True]
     dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(dy, xs, mean, rstd, w, *sizes, masks)
-    return like(dx.reshape(x.shape), x), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift
+    daddend = over_pixels(dx.reshape(x.shape), addend)
+    return like(dx.reshape(x.shape), x), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift, daddend
 
 
 op_backward = torch.library.custom_op("semantica::group_norm_backward", backward_plain, mutates_args=())
 
 
 @op_backward.register_fake
-def _(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation):
-    film = [x.new_empty(0) if a is None else torch.empty_like(a) for a in (scale, shift)]
+def _(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend=None):
+    film = [x.new_empty(0) if a is None else a.new_empty(a.shape) for a in (scale, shift, addend)]
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), *film
 
 
 def save(ctx, inputs, output):
-    x, groups, weight, bias, scale, shift, activation, _ = inputs
+    x, groups, weight, bias, scale, shift, activation, _, addend = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, addend)
     ctx.settings = groups, activation
 
 
 def backward(ctx, dy, *_):
-    x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
+    x, mean, rstd, weight, bias, scale, shift, addend = ctx.saved_tensors
     groups, activation = ctx.settings
-    dx, dweight, dbias, dscale, dshift = op_backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation)
-    film = (dscale if scale is not None else None, dshift if shift is not None else None)
-    return dx, None, dweight, dbias, *film, None, None
+    inputs = dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend
+    dx, dweight, dbias, *rest = dispatch.call(op_backward, *inputs)
+    dscale, dshift, daddend = (None if a is None else d for a, d in zip((scale, shift, addend), rest, strict=True))
+    return dx, None, dweight, dbias, dscale, dshift, None, None, daddend
 
 
 op.register_autograd(backward, setup_context=save)
+
+
+class Fused(torch.autograd.Function):
+    """The op with its gradients, past torch's dispatcher: see `dispatch.direct`."""
+
+    @staticmethod
+    def forward(ctx, kernel, *inputs):
+        outputs = kernel(*inputs)
+        save(ctx, inputs, outputs)
+        # zeros for the statistics would be filled in for nothing
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        return (None,) * 10 if dy is None else (None, *backward(ctx, dy))
 
 
 def supports(*dtypes: torch.dtype):
@@ -160,8 +195,21 @@ def kernels(forward_module: str, backward_module: str) -> dict[str, tuple]:
     }
 
 
+def rivals() -> dict[str, tuple[str, str]]:
+    """The CUDA kernels, and who says whether a call is theirs, beside each of Triton's."""
+    package = "semantica.kernels.group_norm"
+    return {
+        f"{package}.{name}:{name}": (f"{package}.cuda:{name}", f"{package}.cuda:serves_{name}")
+        for name in ("forward", "backward")
+    }
+
+
 dispatch.register_triton(
-    "group_norm", supports(torch.float32, torch.float16, torch.bfloat16), kernels("forward", "backward")
+    "group_norm",
+    supports(torch.float32, torch.float16, torch.bfloat16),
+    kernels("forward", "backward"),
+    Path(__file__).with_name("choice.json"),
+    rivals(),
 )
 if launch.DEVICE != "cpu" and (instructions := dispatch.cpp_instructions()):
     status = ("C++", f"semantica._C with {instructions}; fp16 and fp64 in plain torch")
@@ -179,8 +227,9 @@ def group_norm(
     shift: Tensor | None = None,
     activation: str = "silu",
     eps: float = 1e-5,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """GroupNorm with fused FiLM and activation: `act((GN(x) * weight + bias) * (1 + scale) + shift)`.
+    """GroupNorm with fused FiLM and activation: `act((GN(x + addend) * weight + bias) * (1 + scale) + shift)`.
 
     Args:
         x: `[B, C, *spatial]` with one to three spatial dimensions, contiguous or channels-last, fp16/bf16/fp32/fp64.
@@ -189,6 +238,7 @@ def group_norm(
         scale, shift: `[B, C]` or None.
         activation: "silu" or "none".
         eps: added to the variance.
+        addend: `[B, C]` or None; what a residual block adds of its time embedding. Statistics are of the sum.
 
     Returns:
         A tensor with the shape, dtype and strides of `x`. Statistics are taken in fp32 or better.
@@ -196,12 +246,15 @@ def group_norm(
     Raises:
         ValueError: an argument has the wrong rank, shape, dtype or device.
     """
-    check(x, groups, weight, bias, scale, shift, activation)
-    y, _, _ = op(x, groups, weight, bias, scale, shift, activation, eps)
-    return y
+    check(x, groups, weight, bias, scale, shift, activation, addend)
+    arguments = x, groups, weight, bias, scale, shift, activation, eps, addend
+    kernel = dispatch.direct(op, arguments)
+    if kernel is None:
+        return op(*arguments)[0]
+    return (Fused.apply(kernel, *arguments) if dispatch.differentiable(arguments) else kernel(*arguments))[0]
 
 
-def check(x, groups, weight, bias, scale, shift, activation):
+def check(x, groups, weight, bias, scale, shift, activation, addend):
     if not 3 <= x.ndim <= 5:
         raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, C, *spatial] with 1 to 3 spatial dimensions")
     check_dtype("x", x)
@@ -216,4 +269,5 @@ def check(x, groups, weight, bias, scale, shift, activation):
         if tensor is None:
             raise ValueError(f"{name} is None: expected {list(channels)} for x {tuple(x.shape)}")
     affine = {"weight": (weight, channels, dtypes), "bias": (bias, channels, dtypes)}
-    check_tensors("x", x, affine | {"scale": (scale, film, dtypes), "shift": (shift, film, dtypes)})
+    added = {"scale": scale, "shift": shift, "addend": addend}
+    check_tensors("x", x, affine | {name: (value, film, dtypes) for name, value in added.items()})

@@ -34,9 +34,12 @@ def specimens() -> Iterator[tuple[str, list[Launch]]]:
                 weight = torch.empty(shape[1], device="meta")
                 scale, shift = x.new_empty((shape[0], 2 * shape[1])).chunk(2, 1) if film else (None, None)
                 rest = groups, weight, weight, scale, shift, "silu"
-                launches, (y, mean, rstd) = plan_forward(x, *rest, 1e-5)
-                yield f"forward {label}", launches
-                yield f"backward {label}", plan_backward(y, x, mean, rstd, *rest)[0]
+                # a time embedding beside the maps of public UNets
+                for addend in (None, x.new_empty(shape[:2]))[: 2 if dtype == torch.bfloat16 and shape[0] == 2 else 1]:
+                    given = f"{label}{'' if addend is None else ' addend'}"
+                    launches, (y, mean, rstd) = plan_forward(x, *rest, 1e-5, addend)
+                    yield f"forward {given}", launches
+                    yield f"backward {given}", plan_backward(y, x, mean, rstd, *rest, addend)[0]
 
 
 def planners(x, groups, weight, bias, scale, shift, activation) -> list[Callable[[], list[Launch]]]:

@@ -315,10 +315,13 @@ def affine(weight, bias, scale, shift, scale_b, scale_c, shift_b, shift_c, sampl
     return factor, term
 
 
-def film_arguments(scale: Tensor | None, shift: Tensor | None) -> dict:
-    strides = {name: (0, 0) if a is None else a.stride() for name, a in (("scale", scale), ("shift", shift))}
-    return {
-        "scale": scale,
-        "shift": shift,
-        **{f"{name}_{axis}": stride for name, pair in strides.items() for axis, stride in zip("bc", pair)},
-    }
+@triton.jit
+def added(addend, addend_b, addend_c, sample, channels, exists):
+    """What is added to each channel, `[LANES]`: it moves the channel's mean and nothing else."""
+    return tl.load(addend + sample * addend_b + channels * addend_c, exists, 0).to(tl.float32)
+
+
+def film_arguments(**tensors: Tensor | None) -> dict:
+    """Tensors `[B, C]` by name, with their strides."""
+    strides = {name: (0, 0) if a is None else a.stride() for name, a in tensors.items()}
+    return tensors | {f"{name}_{axis}": stride for name, pair in strides.items() for axis, stride in zip("bc", pair)}

@@ -5,13 +5,18 @@
 
 import importlib
 import importlib.util
+import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from semantica.engines.base import Engine
 from semantica.engines.bundle import Bundle, open_bundle
 from semantica.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,37 @@ for backend in (
     register_backend(backend)
 
 
+def gpu_here() -> bool:
+    """Whether there is an NVIDIA GPU, without importing torch."""
+    torch = sys.modules.get("torch")
+    return any(Path("/dev").glob("nvidia[0-9]*")) or torch is not None and torch.cuda.is_available()
+
+
+def version_of(package: str) -> str:
+    """An installed package's version; "" where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def on_gpu() -> str:
+    """How a bundle runs on the GPU with what is installed, or with which package it would."""
+    if version_of("onnxruntime-gpu"):
+        return "--engine onnxruntime --device cuda runs it there"
+    if version_of("torch") and "+cpu" not in version_of("torch"):
+        return "--engine torch --device cuda runs it there, pip install onnxruntime-gpu in place of onnxruntime also"
+    return "it takes onnxruntime-gpu in place of onnxruntime, or a CUDA build of torch"
+
+
 def load_engine(bundle: str | Path | Bundle, backend: str = "auto", device: str = "auto") -> Engine:
     """Load a bundle into a backend.
 
     Args:
         bundle: the folder that `semantica export` wrote; every file is checked against its hash first.
         backend: a name in `BACKENDS`, or "auto": ONNX Runtime for fp32 and fp16 bundles where it is installed and no
-            GPU is asked for, otherwise torch. By name only: what `semantica build` made, and torch-compile, whose first
-            run takes long.
+            GPU is asked for (a line in the log says so where there is one), otherwise torch. By name only: what
+            `semantica build` made, and torch-compile, whose first run takes long.
         device: "cpu", "cuda" or "auto", for the backends that run on either; "auto" is the CPU for ONNX Runtime.
 
     Raises:
@@ -112,6 +140,11 @@ def load_engine(bundle: str | Path | Bundle, backend: str = "auto", device: str 
         row = BACKENDS["onnxruntime"]
         fits = opened.precision in row.precisions["cpu"] and device in ("auto", "cpu") and not row.missing()
         backend = "onnxruntime" if fits else "torch"
+        if fits and device == "auto" and gpu_here():
+            logger.warning(
+                "auto: %s (%s) runs in ONNX Runtime on the CPU, though there is an NVIDIA GPU: %s; "
+                "--device cpu says that the CPU is meant", opened.folder, opened.precision, on_gpu(),
+            )  # fmt: skip
     if backend not in BACKENDS:
         raise UserError(f"engine {backend!r} is unknown: expected auto, {', '.join(BACKENDS)}")
     row = BACKENDS[backend]

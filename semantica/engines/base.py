@@ -113,7 +113,10 @@ class Engine(ABC):
     def encode(self, inputs: Mapping[str, Array]) -> Condition: ...
 
     def inputs(self, condition: Condition) -> Any:
-        """A condition in the layout that every step reads."""
+        """A condition in the layout that every step reads: made once by `bind`, the same object in all calls since.
+
+        What is bound once is known again by that object, never by an address, which may belong to another by then.
+        """
         return condition
 
     @abstractmethod

@@ -7,11 +7,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from semantica.condition import Condition
-from semantica.device import pick_device
+from semantica.device import current, pick_device
 from semantica.engines.base import Engine
 from semantica.engines.bundle import WEIGHTS, Bundle
 from semantica.errors import UserError
 from semantica.inputs import samples_in
+from semantica.model.attention import sampling_attention
 from semantica.model.conditioner import encode, from_plain, placed
 from semantica.model.uvit import UViT
 
@@ -49,21 +50,24 @@ class TorchEngine(Engine):
 
     def __init__(self, bundle: Bundle, device: torch.device):
         super().__init__(bundle)
-        self.device = str(device)
+        self.device, self.place = str(device), device
         self.arithmetic = bundle.precision
         self.unet, self.encoder = build(bundle, device)
         self.unet.to(memory_format=torch.channels_last)
+        sampling_attention(self.unet, device, self.unet.dtype)
 
     @torch.inference_mode()
     def encode(self, inputs: Mapping[str, Tensor]) -> Condition:
         inputs = placed(inputs, self.unet.device, self.unet.dtype)
-        condition = self.unet.condition(encode(self.encoder, self.unet.stream_names, inputs))
+        with current(self.place):
+            condition = self.unet.condition(encode(self.encoder, self.unet.stream_names, inputs))
         # without any condition there is one embedding for all
         return condition if self.unet.stream_names else condition.repeat(samples_in(inputs))
 
     @torch.inference_mode()
     def null(self, batch: int) -> Condition:
-        return self.unet.null(batch).fill(self.bundle.sizes)
+        with current(self.place):
+            return self.unet.null(batch).fill(self.bundle.sizes)
 
     @property
     def module(self) -> UViT:
@@ -72,4 +76,5 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def predict(self, z: Tensor, logsnr: Tensor, inputs: Condition) -> Tensor:
-        return self.unet(z, logsnr, inputs)
+        with current(self.place):
+            return self.unet(z, logsnr, inputs)

@@ -1,8 +1,11 @@
 """ONNX Runtime with tensors bound by address: for GPUs, where nothing may cross to the host between steps.
 
-The binding is tested on a CPU; on CUDA, with the graphs that replay a whole step, it has not run yet.
+Proved on a CPU and on devices that tests pretend; on CUDA itself it has not run yet.
 """
 
+import threading
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import onnxruntime
@@ -10,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from semantica.device import current, numbered
 from semantica.engines.base import GraphEngine
 from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
-from semantica.engines.ort_session import session
+from semantica.engines.ort_session import CPU, CUDA, INSTALL, session
 from semantica.errors import UserError
+from semantica.sampling.graphs import RECORDING
 
 # torch's element types by the name that ONNX Runtime gives to those of a graph, with ONNX's number
 ELEMENTS = {
@@ -28,15 +33,29 @@ def load(bundle: Bundle, device: str) -> "BoundEngine":
     """Raises `UserError` without a GPU, or where the installed ONNX Runtime has no CUDA."""
     if not torch.cuda.is_available():
         raise UserError(f"--device {device}: there is no CUDA device, or torch is a build without CUDA")
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise UserError(
-            "this ONNX Runtime has no CUDA: pip uninstall onnxruntime, then pip install onnxruntime-gpu (never both)"
-        )
-    return BoundEngine(bundle, torch.device(device))
+    if CUDA not in onnxruntime.get_available_providers():
+        raise UserError(f"this ONNX Runtime has no CUDA: {INSTALL}")
+    return BoundEngine(bundle, numbered(torch.device(device)))
+
+
+def settings(device: torch.device, stream: int) -> dict[str, str]:
+    """Options of the CUDA provider, https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html."""
+    return {
+        "device_id": str(device.index),
+        "user_compute_stream": str(stream),
+        # a whole step in one launch; a graph of which anything but shapes would be computed on the CPU is refused then
+        "enable_cuda_graph": "1",
+        # fp32 is held to what the parity gate measured in fp32
+        "use_tf32": "0",
+        # every algorithm timed once for each shape, before the graph is recorded that runs in all steps since
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+        # GroupNormalization is not there in that layout, and every convolution would be turned to and fro
+        "prefer_nhwc": "0",
+    }
 
 
 class BoundEngine(GraphEngine):
-    """Two sessions that read and write tensors of their own, one set for each batch size, on one stream."""
+    """Two sessions that read and write tensors of their own, one set for each batch size. Safe with several threads."""
 
     backend, array = "onnxruntime", "torch"
 
@@ -46,36 +65,79 @@ class BoundEngine(GraphEngine):
         self.denoiser, self.encoder = (BoundSession(bundle, name, device) for name in (DENOISE, CONDITION))
         self.null_arrays = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
 
+    def predict(self, z: Tensor, logsnr: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return self.denoiser({"z": z, "logsnr": logsnr}, inputs)["v"]
 
-@dataclass(frozen=True)
+
+@dataclass
 class Buffers:
-    """Tensors of a batch size by name, and the binding that holds their addresses."""
+    """Tensors of a batch size by name, and the binding that holds their addresses.
+
+    fixed: the inputs of many calls that lie in them now, known again as the same object. recorded: after a first run.
+    """
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     binding: onnxruntime.IOBinding
     options: onnxruntime.RunOptions
+    fixed: Mapping[str, Tensor] | None = None
+    recorded: bool = False
 
 
 class BoundSession:
-    """One graph: inputs are copied into its buffers, results are copied out of them.
+    """One graph: inputs are copied into its buffers, results are copied out of them; one thread at a time.
 
-    A CUDA graph has its addresses written into it, so that they must not change from one replay to the next.
+    A CUDA graph has its addresses written into it, so that they must not change from one replay to the next. Everything
+    runs on a stream of the session's own, which waits for the caller's and is waited for.
     """
 
     def __init__(self, bundle: Bundle, name: str, device: torch.device):
-        self.bundle, self.device = bundle, device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        providers = ["CPUExecutionProvider"]
-        if self.stream is not None:
-            options = {
-                "device_id": str(device.index or 0),
-                "user_compute_stream": str(self.stream.cuda_stream),
-                "enable_cuda_graph": "1",
-            }
-            providers = [("CUDAExecutionProvider", options)]
-        self.session = session(bundle, name, providers)
+        self.bundle, self.device, self.lock = bundle, device, threading.Lock()
         self.kept: dict[int, Buffers] = {}
+        with current(device):
+            self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            if self.stream is None:
+                self.session = session(bundle, name, CPU)
+            else:
+                self.session = session(bundle, name, CUDA, settings(device, self.stream.cuda_stream))
+
+    def __call__(self, inputs: Mapping[str, Tensor], fixed: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Results by name; fixed: inputs that stay for many calls, copied when another object comes."""
+        batch = len(next(iter(inputs.values())))
+        with self.lock, current(self.device):
+            # the results' memory is the caller's, so that it is free again only after what the caller does with it
+            made = {
+                entry.name: torch.empty(
+                    self.bundle.shape_of(entry.name, batch), dtype=ELEMENTS[entry.type][0], device=self.device
+                )
+                for entry in self.session.get_outputs()
+            }
+            if self.stream is None:
+                self.run(batch, inputs, fixed, made)
+                return made
+            caller = torch.cuda.current_stream(self.device)
+            self.stream.wait_stream(caller)
+            with torch.cuda.stream(self.stream):
+                self.run(batch, inputs, fixed, made)
+            caller.wait_stream(self.stream)
+            return made
+
+    def run(
+        self, batch: int, inputs: Mapping[str, Tensor], fixed: Mapping[str, Tensor] | None, made: dict[str, Tensor]
+    ) -> None:
+        buffers = self.buffers(batch)
+        given = dict(inputs)
+        if fixed is not None and fixed is not buffers.fixed:
+            buffers.fixed = None
+            given |= fixed
+        for name, tensor in given.items():
+            buffers.inputs[name].copy_(tensor)
+        # the first run of a size records
+        with nullcontext() if buffers.recorded or self.stream is None else RECORDING:
+            self.session.run_with_iobinding(buffers.binding, buffers.options)
+        buffers.fixed, buffers.recorded = fixed, True
+        for name, tensor in made.items():
+            tensor.copy_(buffers.outputs[name])
 
     def buffers(self, batch: int) -> Buffers:
         if batch not in self.kept:
@@ -98,19 +160,3 @@ class BoundSession:
                 options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             self.kept[batch] = Buffers(*made, binding, options)
         return self.kept[batch]
-
-    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        buffers = self.buffers(len(next(iter(inputs.values()))))
-        if self.stream is None:
-            return self.run(buffers, inputs)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            made = self.run(buffers, inputs)
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        return made
-
-    def run(self, buffers: Buffers, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name, own in buffers.inputs.items():
-            own.copy_(inputs[name])
-        self.session.run_with_iobinding(buffers.binding, buffers.options)
-        return {name: own.clone() for name, own in buffers.outputs.items()}

@@ -1,6 +1,10 @@
 """TensorRT and TensorRT-RTX: one API in two packages. Not yet run on a GPU."""
 
 import importlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,70 +13,191 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from semantica import cache
+from semantica.condition import Condition
+from semantica.device import current, pick_device
 from semantica.engines import BACKENDS
 from semantica.engines.base import GraphEngine
 from semantica.engines.built import open_built
-from semantica.engines.bundle import NULL, Bundle
-from semantica.errors import UserError
+from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
+from semantica.engines.trt_context import Plan, Pool, Session
+from semantica.errors import ArtifactError, UserError, first_line
 from semantica.kernels.launch import architecture
+from semantica.sampling.graphs import CudaGraph, GraphCache, Replays, flatten
 
+logger = logging.getLogger(__name__)
 FILES = {"encode": "condition.engine", "denoise": "denoise.engine"}
+GRAPHS = {"encode": CONDITION, "denoise": DENOISE}
+# runs that are launched at the same time, and recorded ones that are kept: each has contexts, so memory, of its own
+SESSIONS, KEPT = 2, 4
 
 
 def load(bundle: Bundle, backend: str, device: str) -> "TensorRTEngine":
     """Raises `UserError` without a GPU, for an engine of another one, and as `open_built`."""
     if device == "cpu" or not torch.cuda.is_available():
         raise UserError(f"engine {backend!r} needs an NVIDIA GPU and a CUDA build of torch: use another --engine")
-    place = torch.device("cuda" if device == "auto" else device)
-    version = importlib.import_module(BACKENDS[backend].packages[0]).__version__
-    return TensorRTEngine(bundle, *open_built(bundle, backend, architecture(place), version), place)
+    place = pick_device("cuda" if device == "auto" else device)
+    version = module_of(backend).__version__
+    folder, manifest = open_built(bundle, backend, architecture(place), version)
+    here = torch.cuda.get_device_name(place)
+    if manifest.get("card", here) != here:
+        # of one architecture, so that it runs, with kernels that were the fastest on the other card
+        logger.warning("%s was built on %s, here is %s: build it again for speed", folder, manifest["card"], here)
+    return TensorRTEngine(bundle, folder, manifest, place)
+
+
+def module_of(backend: str) -> ModuleType:
+    """TensorRT's package. Raises `UserError` where it is installed and does not load."""
+    name = BACKENDS[backend].packages[0]
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise UserError(f"{name} does not load here ({first_line(error)}): {BACKENDS[backend].install}") from error
 
 
 class TensorRTEngine(GraphEngine):
-    """Two deserialised engines with one execution context each; everything stays on the device."""
+    """Two deserialised engines; everything stays on the device. Safe with several threads.
+
+    A run takes one session of execution contexts for all its steps. A run that is all arithmetic is recorded as one
+    CUDA graph with contexts of its own, and replayed where that is faster.
+
+    device: with its number, which is made current for every call.
+    """
 
     array = "torch"
 
     def __init__(self, bundle: Bundle, folder: Path, manifest: dict[str, Any], device: torch.device):
         super().__init__(bundle)
-        self.backend, self.device = manifest["backend"], str(device)
+        self.backend, self.place, self.device = manifest["backend"], device, str(device)
         self.arithmetic = f"{bundle.precision}, as typed in the graph"
-        trt = importlib.import_module(BACKENDS[self.backend].packages[0])
+        self.trt = trt = module_of(self.backend)
         self.max_batch = manifest["profile"]["max"]
         self.logger = trt.Logger(trt.Logger.WARNING)
-        self.runtime = trt.Runtime(self.logger)
-        paths = (folder / FILES[name] for name in ("encode", "denoise"))
-        self.encoder, self.denoiser = (ExecutionContext(trt, self.runtime, path, device) for path in paths)
+        with current(device):
+            self.runtime, self.plans = trt.Runtime(self.logger), {}
+            for name, file in FILES.items():
+                kept = self.depends(manifest["files"][file]["sha256"]) if hasattr(trt, "IRuntimeCache") else None
+                self.plans[name] = Plan(trt, self.runtime, folder / file, device, kept)
+        # conditions are made one after the other
+        most = {"encode": 1, "denoise": SESSIONS}
+        self.pools = {name: Pool(lambda plan=plan: Session(plan), most[name]) for name, plan in self.plans.items()}
+        self.graphs = self.replays = None
+        if device.type == "cuda":
+            self.replays, self.graphs = Replays(device), GraphCache(self.record, limit=KEPT)
+        # the session of a run, in the thread that runs it
+        self.local = threading.local()
         self.null_arrays = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
 
+    def depends(self, engine: str) -> dict[str, str]:
+        """What kernels that are compiled here depend on."""
+        return {**cache.card(self.place), "library": f"{self.backend} {self.trt.__version__}", "engine": engine}
 
-class ExecutionContext:
-    """One engine: named tensors on the device in, new named tensors out."""
+    def encoder(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with self.pools["encode"].lease() as session:
+            made = session(inputs)
+            session.rest()
+        return made
 
-    def __init__(self, trt: ModuleType, runtime, path, device: torch.device):
-        self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
-        if self.engine is None:
-            raise UserError(f"{path} does not load in TensorRT {trt.__version__}: build it again on this machine")
-        self.context, self.device = self.engine.create_execution_context(), device
-        self.names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
-        self.dtypes = {name: dtype_of(trt, self.engine.get_tensor_dtype(name)) for name in self.names}
-        self.outputs = [n for n in self.names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
+    def inputs(self, condition: Condition) -> dict[str, Tensor]:
+        with current(self.place):
+            return {name: self.plans["denoise"].ready(name, a) for name, a in super().inputs(condition).items()}
 
-    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        # held until the launch, so that no address belongs to a freed tensor
-        held = {name: tensor.to(self.device, self.dtypes[name]).contiguous() for name, tensor in inputs.items()}
-        for name, tensor in held.items():
-            self.context.set_input_shape(name, tuple(tensor.shape))
-        for name in self.outputs:
-            shape = tuple(self.context.get_tensor_shape(name))
-            held[name] = torch.empty(shape, dtype=self.dtypes[name], device=self.device)
-        for name, tensor in held.items():
-            self.context.set_tensor_address(name, tensor.data_ptr())
-        if not self.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-            raise RuntimeError("TensorRT could not launch the engine")
-        return {name: held[name] for name in self.outputs}
+    def predict(self, z: Tensor, logsnr: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        own = getattr(self.local, "session", None)
+        if own is not None:
+            return own({"z": z, "logsnr": logsnr}, inputs)["v"]
+        with self.session() as session:
+            return session({"z": z, "logsnr": logsnr}, inputs)["v"]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def execute(
+        self, run: Callable, z: Tensor, levels: Tensor, condition: Condition, null: Condition | None, key: tuple | None
+    ) -> Tensor:
+        """As `CompiledDenoiser.execute`: `run(z, levels, condition, null)`, one session for all steps, or its graph.
+
+        Raises `UserError` where z is on another device.
+        """
+        if z.device != self.place:
+            raise UserError(f"z is on {z.device}, this {self.backend} engine computes on {self.device}: move it there")
+        with current(self.place), self.session():
+            if key is None or self.graphs is None:
+                return run(z, levels, condition, null)
+            tensors, rebuild = flatten(condition, null)
+
+            def function(z: Tensor, levels: Tensor, *rest: Tensor) -> Tensor:
+                return run(z, levels, *rebuild(rest))
+
+            return self.graphs((*key, condition.sizes, null and null.sizes), function, z, levels, *tensors)
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A session from the pool, for this thread."""
+        with self.pools["denoise"].lease() as session, self.using(session):
+            yield session
+            session.rest()
+
+    @contextmanager
+    def using(self, session: Session) -> Iterator[None]:
+        before = getattr(self.local, "session", None)
+        self.local.session = session
+        try:
+            yield
+        finally:
+            self.local.session = before
+
+    def record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> CudaGraph:
+        """A run as one graph. Its kernels work in the memory of contexts that nobody else gets."""
+        session = Session(self.plans["denoise"], own=False)
+        with self.using(session):
+            made = self.replays.record(function, inputs)
+        made.session = session
+        return made
+
+    def refit(self, bundle: Bundle) -> None:
+        """Put the weights of another bundle of the same network into the engines, as to swap a LoRA merged into them.
+
+        Takes seconds instead of a build. No other thread may use the engine meanwhile. Whether the result agrees with
+        the network that the bundle was exported from says `semantica.export.parity.compare`; for a bundle that is to
+        stay, `semantica build --like` does all of it.
+
+        Raises:
+            UserError: the engines were not built for it (`semantica build --refittable`), or the bundle holds another
+                kind of network.
+            ArtifactError: TensorRT did not take all of the weights; load the engine again.
+        """
+        if kind_of(bundle) != kind_of(self.bundle):
+            raise UserError(f"{bundle.folder} holds another kind of network: refit takes other weights of the same")
+        if not all(plan.engine.refittable for plan in self.plans.values()):
+            raise UserError(f"this {self.backend} engine takes no other weights: build it with --refittable")
+        with current(self.place):
+            if self.graphs is not None:
+                # no work may be pending, and what was recorded may hold weights
+                torch.cuda.synchronize(self.place)
+                self.graphs.clear()
+            for name, plan in self.plans.items():
+                refitter = self.trt.Refitter(plan.engine, self.logger)
+                parser = self.trt.OnnxParserRefitter(refitter, self.logger)
+                place = bundle.folder / GRAPHS[name]
+                if not (parser.refit_from_file(str(place.resolve())) and refitter.refit_cuda_engine()):
+                    said = [str(parser.get_error(i)) for i in range(parser.num_errors)] + refitter.get_missing_weights()
+                    raise ArtifactError(f"TensorRT does not take the weights of {place}: {'; '.join(said)[:200]}")
+        self.bundle = bundle
+        self.null_arrays = {name: array.to(self.place) for name, array in load_file(bundle.folder / NULL).items()}
+
+    def serialized(self) -> dict[str, bytes]:
+        """Both engines with the weights that they have now, as refittable as they were."""
+        made = {}
+        with current(self.place):
+            for name, plan in self.plans.items():
+                config = plan.engine.create_serialization_config()
+                config.set_flag(self.trt.SerializationFlag.INCLUDE_REFIT)
+                made[name] = bytes(plan.engine.serialize_with_config(config))
+        return made
 
 
-def dtype_of(trt: ModuleType, dtype) -> torch.dtype:
-    table = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}
-    return {getattr(trt.DataType, name): made for name, made in table.items()}[dtype]
+def kind_of(bundle: Bundle) -> dict[str, Any]:
+    """What two bundles have in common whose engines differ in weights alone."""
+    names = ("precision", "opset", "streams", "shapes")
+    nodes = {name: graph["nodes"] for name, graph in bundle.manifest.get("graphs", {}).items()}
+    return {name: bundle.manifest[name] for name in names} | {"nodes": nodes, "inputs": bundle.inputs}

@@ -2,20 +2,56 @@
 
 import functools
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.utils import is_kernels_available
 from torch import Tensor, nn
 
 from semantica.errors import UserError
 from semantica.model.layers import CrossAttention, CrossAttentionProcessor, SelfAttention, SelfAttentionProcessor
 
-# best first: flash-attn 4, 3, 2, from the hub's prebuilt kernels or as installed packages
-FLASH = ("flash_4_hub", "_flash_3_hub", "_flash_3", "flash_hub", "flash")
+# "auto" tries these before PyTorch's own, and only where no gradient is needed: as diffusers calls flash-attention 3,
+# it has no backward pass. PyTorch's own is flash-attention 2 or cuDNN's, so that a package of the former has nothing
+# to add; the kernels of the hub are downloads, which only a name asks for
+FASTER = ("_flash_3",)
 NATIVE, MATH = "native", "_native_math"
+# PyTorch's own: all compile, and their backward passes are repeatable where `use_deterministic_algorithms` asks for it
+OWN = (NATIVE, MATH, "_native_flash", "_native_efficient")
 # up to here PyTorch's unfused attention trains faster in bf16 on a CPU: the fused backward pass took 4 times as long
 SHORT = 64
+# by how much results and gradients of two backends may differ: some units in the last place, as kernels that sum in
+# another order each time do by themselves
+TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a model's self-attention has to do.
+
+    heads, dim, tokens: of a layer; dim is that of a head.
+    dtype: of its activations; flash-attention knows fp16 and bf16 only.
+    backward: whether gradients are needed. compiled: whether it is part of a graph.
+    """
+
+    heads: int = 1
+    dim: int = 64
+    tokens: int = 256
+    dtype: torch.dtype = torch.bfloat16
+    backward: bool = True
+    compiled: bool = False
+
+
+def uses(model: nn.Module, dtype: torch.dtype, backward: bool, compiled: bool) -> list[Use]:
+    """Each kind of self-attention in a model once. Where its owner has no rotary grid the tokens are not known."""
+    tokens: dict[SelfAttention, int] = {}
+    for owner in model.modules():
+        layers = [m for m in owner.modules() if isinstance(m, SelfAttention)] if hasattr(owner, "rope_cos") else []
+        tokens |= dict.fromkeys(layers, len(owner.rope_cos) if layers else 0)
+    found = [m for m in model.modules() if isinstance(m, SelfAttention)]
+    kinds = {(m.heads, m.to_qkv.in_features // m.heads, tokens.get(m, SHORT + 1)) for m in found}
+    return [Use(*kind, dtype, backward, compiled) for kind in sorted(kinds)] or [Use(1, 64, SHORT + 1, dtype, backward)]
 
 
 def backends() -> list[str]:
@@ -24,16 +60,23 @@ def backends() -> list[str]:
 
 
 def set_attention(
-    model: nn.Module, name: str, device: torch.device | str, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    backward: bool = True,
+    compiled: bool = False,
+    deterministic: bool = False,
 ) -> tuple[str, str]:
-    """Make a model's self-attention run on a backend, after a tiny forward and backward pass on it succeeded.
+    """Make a model's self-attention run on a backend, after what it will have to do was tried on it.
 
     Args:
         model: any module that holds `SelfAttention` modules.
-        name: a backend of diffusers' dispatcher, or "auto": the first flash-attention that works, else "native"
-            (PyTorch's scaled_dot_product_attention).
+        name: a backend of diffusers' dispatcher, or "auto": PyTorch's scaled_dot_product_attention, or where no
+            gradient is needed flash-attention 3 if that works. "auto" downloads nothing.
         device: where the model runs.
-        dtype: of its activations; flash-attention knows fp16 and bf16 only.
+        dtype, backward, compiled: see `Use`.
+        deterministic: take none whose backward pass adds in another order each time.
 
     Returns:
         (backend, reason).
@@ -41,10 +84,11 @@ def set_attention(
     Raises:
         UserError: the name is unknown, or that backend cannot run here. There is no fallback for a named backend.
     """
-    dims = {m.to_qkv.in_features // m.heads for m in model.modules() if isinstance(m, SelfAttention)} or {64}
-    tokens = max((m.rope_cos.shape[0] for m in model.modules() if hasattr(m, "rope_cos")), default=SHORT + 1)
-    name, reason = choose(device, tuple(dims), tokens, dtype) if name == "auto" else (name, "asked for")
-    problem = probe(name, device, tuple(dims), dtype)
+    wanted = uses(model, dtype, backward, compiled)
+    if deterministic and name not in ("auto", *OWN):
+        raise UserError(f"attention backend {name!r} may differ each time: with --deterministic use {', '.join(OWN)}")
+    name, reason = choose(device, wanted, deterministic) if name == "auto" else (name, "asked for")
+    problem = probe(name, device, wanted)
     if problem:
         raise UserError(f"attention backend {name!r} cannot run on {device}: {problem}; use 'auto' or another backend")
     for module in model.modules():
@@ -53,52 +97,84 @@ def set_attention(
     return name, reason
 
 
+def sampling_attention(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Where a model that only samples runs on a GPU: the backend that was set, else the best one, compiled or not.
+
+    Raises:
+        UserError: the backend that was set cannot run there.
+    """
+    if device.type == "cuda":
+        layers = (m for m in model.modules() if isinstance(m, SelfAttention))
+        chosen = {m.processor._attention_backend for m in layers} - {None}
+        name = AttentionBackendName(chosen.pop()).value if chosen else "auto"
+        set_attention(model, name, device, dtype, backward=False, compiled=True)
+
+
 def choose(
-    device: torch.device | str,
-    head_dims: tuple[int, ...] = (64,),
-    tokens: int = 256,
-    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str, wanted: Sequence[Use] = (Use(),), deterministic: bool = False
 ) -> tuple[str, str]:
-    """The backend that "auto" means on a device, for some head dims and a number of tokens: (name, reason)."""
+    """The backend that "auto" means on a device, for what a model has to do: (name, reason)."""
     if torch.device(device).type != "cuda":
-        why = "flash-attention needs a CUDA device"
-        if tokens <= SHORT and dtype == torch.bfloat16:
+        why, tokens = "flash-attention needs a CUDA device", max(use.tokens for use in wanted)
+        if tokens <= SHORT and wanted[0].dtype == torch.bfloat16:
             return MATH, f"PyTorch SDPA, unfused: {why}; faster than the fused one for {tokens} tokens in bf16 on a CPU"
         return NATIVE, f"PyTorch SDPA: {why}"
+    if wanted[0].backward or deterministic:
+        return NATIVE, "PyTorch SDPA: it has flash-attention and cuDNN's, with backward passes"
     problems = []
-    for name in FLASH:
-        if name.endswith("_hub") and not is_kernels_available():
-            continue
-        problem = probe(name, device, head_dims, dtype)
+    for name in FASTER:
+        problem = probe(name, device, wanted)
         if not problem:
-            return name, "a tiny forward and backward pass succeeded"
+            return name, "what this model does with it was tried and succeeded"
         problems.append(f"{name}: {problem}")
-    return NATIVE, "PyTorch SDPA: no flash-attention works here (" + "; ".join(problems) + ")"
+    return NATIVE, f"PyTorch SDPA ({'; '.join(problems)})"
 
 
-def probe(name: str, device: torch.device | str, head_dims: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """Try a backend on a few tokens. Returns what is wrong in one line, or None.
+def probe(name: str, device: torch.device | str, wanted: Sequence[Use]) -> str | None:
+    """Try what a model will ask of a backend. Returns what is wrong in one line, or None.
 
     A stale or mismatching package fails in many ways, ImportError only one of them, so whatever it raises counts.
     """
     if name not in backends():
         return f"unknown; the names are {', '.join(backends())}"
-    for dim in head_dims:
-        attn = SelfAttention(dim, 1).to(device, dtype)
-        x = torch.randn(1, 64, dim, device=device, dtype=dtype, requires_grad=True)
-        cos, sin = x.new_ones(64, dim // 2), x.new_zeros(64, dim // 2)
-        expected = attn(x, cos, sin)
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    # which packages are tried must not decide how a network begins; on a CPU these draws are the same everywhere
+    with torch.random.fork_rng(devices=[device] if cuda else [], enabled=cuda):
+        # on a CPU, where all there is comes with PyTorch, a few tokens of each kind of head do
+        for use in wanted if cuda else sorted({replace(u, heads=1, tokens=64) for u in wanted}, key=lambda u: u.dim):
+            problem = attempt(name, device, use)
+            if problem:
+                return problem
+    return None
+
+
+def attempt(name: str, device: torch.device, use: Use) -> str | None:
+    """One layer on a backend and on PyTorch's own: results, and gradients where they are needed."""
+    width, given = use.heads * use.dim, {"device": device, "dtype": use.dtype}
+    attn = SelfAttention(width, use.heads).to(**given)
+    x = torch.randn(1, use.tokens, width, **given, requires_grad=use.backward)
+    cos, sin = x.new_ones(use.tokens, use.dim // 2), x.new_zeros(use.tokens, use.dim // 2)
+    with torch.set_grad_enabled(use.backward):
+        expected = [attn(x, cos, sin)]
+        if use.backward:
+            expected += torch.autograd.grad(expected[0].sum(), x)
         try:
             with Quiet():
                 # the model-level call checks that packages are there; the module-level one only takes the name
                 check_requirements(name)
                 attn.set_attention_backend(name)
-                actual = attn(x, cos, sin)
-                actual.sum().backward()
+                # tracing is what fails; generating code for it takes seconds and proves no more
+                graph = use.compiled and name not in OWN
+                run = torch.compile(attn, fullgraph=True, backend="aot_eager") if graph else attn
+                actual = [run(x, cos, sin)]
+                if use.backward:
+                    actual += torch.autograd.grad(actual[0].sum(), x)
         except Exception as error:  # noqa: BLE001
             return first_line(error)
-        if not agree(actual, expected):
-            return f"its result differs from PyTorch's by {(actual - expected).abs().max():.2g}"
+    for what, own, other in zip(("result", "gradient"), actual, expected):
+        if not agree(own, other):
+            return f"its {what} differs from PyTorch's by {(own - other).abs().max():.2g}"
     return None
 
 
@@ -112,7 +188,7 @@ def check_requirements(name: str) -> None:
 
 
 def agree(actual: Tensor, expected: Tensor) -> bool:
-    tolerance = 2e-2 if actual.dtype == torch.bfloat16 else 1e-5
+    tolerance = TOLERANCES[actual.dtype]
     return torch.allclose(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 

@@ -18,14 +18,17 @@ def repeated(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def compile_in_place(module: nn.Module, scope: Literal["blocks", "network"] = "blocks") -> None:
-    """Compile the repeated blocks, where one graph serves all of a kind, or the whole module as one graph."""
+    """Compile the repeated blocks, where one graph serves all of a kind, or the whole module as one graph.
+
+    All batches of a run have one shape. Without saying so, the second level's blocks would be compiled for any height
+    and width, and those of all further levels with them.
+    """
     if scope == "network":
-        # all batches of a run have one shape
         module.compile(fullgraph=True, dynamic=False)
         return
     for block in repeated(module):
-        block.compile(fullgraph=True)
+        block.compile(fullgraph=True, dynamic=False)
     for encoder in module.modules():
         if isinstance(encoder, tuple(ENCODERS.values())):
             for layer in getattr(encoder, "layers", ()):
-                layer.compile(fullgraph=True)
+                layer.compile(fullgraph=True, dynamic=False)

@@ -15,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from semantica.condition import Stream
+from semantica.device import sent
 from semantica.errors import UserError
 from semantica.files import read_json, refuse_unsafe
 from semantica.inputs import SINGLE, Prepared, Several, by_name, prepare_inputs
@@ -133,7 +134,7 @@ def placed(inputs: Mapping[str, Prepared], device: torch.device, dtype: torch.dt
         if isinstance(value, Several | Stream):
             return value.map(place)
         value = torch.as_tensor(value)
-        return value.to(device, dtype if value.is_floating_point() else None)
+        return sent(value.to(dtype) if value.is_floating_point() else value, torch.device(device))
 
     return {name: place(value) for name, value in inputs.items()}
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from semantica.condition import Stream
 from semantica.kernels import OPERATORS
 from semantica.model.encoders import ViTEncoder
+from semantica.model.peaks import card_peak
 from semantica.model.presets import PRESETS, encoder_preset, preset
 from semantica.model.uvit import UViT
 
@@ -106,17 +107,20 @@ def encoding_cost(encoder: nn.Module) -> tuple[int, int]:
     return counter.get_total_flops(), stream.tokens.shape[1]
 
 
-# dense bf16 rates of the data sheets, operations per second
-DATASHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+    """The device's matrix rate, and where the figure is from; None, and why, for a card whose data sheet is not known.
 
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """The device's matrix rate, and where the figure is from: a data sheet, or a matrix product timed here."""
+    A GPU's comes from `semantica.model.peaks` alone: a product that is timed in passing is bound by its launch.
+    """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for chip, rate in DATASHEET.items():
-            if chip in name and dtype == torch.bfloat16:
-                return rate, f"{chip} data sheet, dense bf16"
+        card, named = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")
+        rate = card_peak(card, dtype)
+        if rate is None:
+            return None, f"no data sheet's rate is known here for {named} on {card!r}"
+        return rate, f"{card} data sheet, dense {named}"
+    if dtype == torch.float16:
+        # PyTorch's product in it takes seconds, and nobody trains so
+        return None, "fp16 is for GPUs"
     a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
     times = []
     for _ in range(8):

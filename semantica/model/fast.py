@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semantica.condition import Condition
-from semantica.model.attention import attend_by_products
+from semantica.model.attention import attend_by_products, sampling_attention
 from semantica.model.layers import GroupNormAct, ResBlock, TransformerBlock
 from semantica.model.uvit import UViT
 
@@ -120,7 +120,7 @@ class PartingBlock(TransformerBlock):
         return super().attend(torch.cat((x, x)) if x.shape[0] < rows else x, (keys, values), sizes, lengths)
 
 
-def rearrange(net: UViT) -> None:
+def rearrange(net: UViT, dtype: torch.dtype) -> None:
     """Put the blocks above in the places of the network's own, and matrix products in those of attention on a CPU."""
     for level in net.up_blocks:
         for i, block in enumerate(level):
@@ -129,6 +129,7 @@ def rearrange(net: UViT) -> None:
         net.transformer_blocks[i] = PartingBlock(block)
     if net.device.type == "cpu":
         attend_by_products(net)
+    sampling_attention(net, net.device, dtype)
 
 
 def merge(projections: list[nn.Linear]) -> nn.Linear:
@@ -151,7 +152,7 @@ class FastDenoiser(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.net = net = copy.deepcopy(unet).eval()
-        rearrange(net)
+        rearrange(net, dtype)
         down, inner, up = net.blocks
         projections = [block.film for block in (*down, *up)] + [block.modulation for block in inner]
         self.widths = tuple(projection.out_features for projection in projections)

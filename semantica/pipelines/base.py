@@ -15,6 +15,7 @@ from semantica.condition import Condition, concatenate
 from semantica.errors import UserError
 from semantica.images import to_uint8
 from semantica.inputs import Prepared, part_of, samples_in
+from semantica.ranges import span
 from semantica.sampling.loop import Array, Denoiser, Guidance, sample
 from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule
@@ -118,7 +119,8 @@ class VariationPipeline(ABC):
         config = {**self.scheduler_config, **({"solver": solver} if solver else {})}
         fields = dict(steps=num_inference_steps, guidance=guidance_scale, interval=interval, seed=seed or 0)
         settings, schedule = Sampling.of(config, **fields), Schedule.of(config)
-        samples = self.prepare(image)
+        with span("prepare"):
+            samples = self.prepare(image)
         total = samples_in(samples) * n
         if isinstance(generator, list) and len(generator) != total:
             raise UserError(f"{len(generator)} generators for {total} images: give one, or one for each")
@@ -134,9 +136,10 @@ class VariationPipeline(ABC):
         for rows, condition in self.batches(samples, n, self.limit(guider is None and any(settings.guided()))):
             z = self.array(latents[rows.start : rows.stop])
             fresh = partial(self.fresh, noise, rows)
-            with self.watched(settings, callback_on_step_end) as on_step:
+            with span("sample"), self.watched(settings, callback_on_step_end) as on_step:
                 made.append(sample(self.denoiser, z, condition, None, schedule, settings, fresh, guidance, on_step))
-        images = finish(concatenate(made), output_type)
+        with span("finish"):
+            images = finish(concatenate(made), output_type)
         return self.output_class(images=images) if return_dict else (images,)
 
     def fresh(self, noise: Callable[..., Array], rows: range, step: int) -> Array:
@@ -164,7 +167,8 @@ class VariationPipeline(ABC):
         group = max(1, limit // n)
         for first in range(0, count, group):
             last = min(first + group, count)
-            condition = self.condition(part_of(samples, first, last))
+            with span("encode"):
+                condition = self.condition(part_of(samples, first, last))
             # all variations of some samples, or some variations of one sample
             for start in range(first * n, last * n, limit):
                 rows = range(start, min(start + limit, last * n))
@@ -186,14 +190,29 @@ def seeded(seed: int, shape: tuple[int, ...], n: int) -> Callable[..., np.ndarra
     return lambda rows, *index: np.stack([solvers.noise(seed, shape, row // n, row % n, *index) for row in rows])
 
 
+def place_of(generator: Any, place: Any) -> Any:
+    """The device that a generator draws on, for noise on `place`. Raises `UserError` for one of another GPU."""
+    if generator is None or generator.device == place or generator.device.type == "cpu":
+        return place if generator is None else generator.device
+    raise UserError(f"a generator on {generator.device} for noise on {place}: give one of the CPU or of {place}")
+
+
 def drawn(generator: Any, shape: tuple[int, ...], device: Any) -> Callable[..., Array]:
     """Noise as diffusers' pipelines draw it: one generator for all, or one for each row of the result."""
     import torch
     from diffusers.utils.torch_utils import randn_tensor
 
+    from semantica.device import numbered, sent
+
+    place = numbered(torch.device(device))
+
     def draw(rows: range, *_: int) -> Array:
         own = generator[rows.start : rows.stop] if isinstance(generator, list) else generator
-        return randn_tensor((len(rows), *shape), own, torch.device(device), torch.float32)
+        kinds = {place_of(one, place) for one in (own if isinstance(own, list) else [own])}
+        if len(kinds) > 1:
+            raise UserError("generators of the CPU and of a GPU together: give those of one device")
+        # what a generator of the CPU draws goes over without waiting
+        return sent(randn_tensor((len(rows), *shape), own, kinds.pop(), torch.float32), place)
 
     return draw
 

@@ -66,9 +66,13 @@ class BundlePipeline(VariationPipeline):
     def array(self, values: Any) -> Any:
         """Values as the engine takes them, on its device: float32, or whole numbers as they are."""
         if self.engine.array == "numpy":
-            values = np.asarray(values)
+            # numpy reads neither a tensor of a GPU nor one in bf16
+            values = values.cpu() if hasattr(values, "cpu") else values
+            values = np.asarray(values.float() if str(values.dtype) == "torch.bfloat16" else values)
             return values.astype(np.float32, copy=False) if values.dtype.kind == "f" else values
         import torch
 
+        from semantica.device import sent
+
         values = torch.as_tensor(values)
-        return values.to(self.engine.device, torch.float32 if values.is_floating_point() else None)
+        return sent(values.float() if values.is_floating_point() else values, torch.device(self.engine.device))

@@ -1,6 +1,7 @@
 """The networks of a run folder behind the call of every pipeline, without what diffusers' own pipelines import."""
 
 import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from semantica.condition import Condition, Stream
+from semantica.device import current, sent
 from semantica.errors import UserError
 from semantica.files import read_json
 from semantica.inputs import SINGLE, Prepared, samples_in
@@ -136,7 +138,10 @@ class NetworkPipeline(VariationPipeline):
 
     def array(self, values: Any) -> Tensor:
         """On the device; the solver's sums keep their digits whatever the network computes in."""
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
-        return torch.as_tensor(values).to(self._execution_device, dtype)
+        values = torch.as_tensor(values).to(torch.promote_types(self.unet.dtype, torch.float32))
+        return sent(values, torch.device(self._execution_device))
 
-    __call__ = torch.no_grad()(VariationPipeline.__call__)
+    @functools.wraps(VariationPipeline.__call__)
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        with torch.no_grad(), current(torch.device(self._execution_device)):
+            return VariationPipeline.__call__(self, *arguments, **named)

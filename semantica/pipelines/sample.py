@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,14 +12,16 @@ import numpy as np
 import tyro
 from tyro.extras import literal_type_from_choices
 
+from semantica import cache
 from semantica.condition import Array
 from semantica.engines import BACKENDS, load_engine
 from semantica.engines.bundle import is_bundle
-from semantica.errors import UserError
+from semantica.errors import UserError, first_line
 from semantica.files import write_text, written
 from semantica.images import fit, grid, load_image, save_png, to_uint8
 from semantica.pipelines.base import VariationPipeline
 from semantica.pipelines.bundle import BundlePipeline
+from semantica.ranges import marked, nvtx
 from semantica.sampling.loop import sample as denoise
 from semantica.sampling.settings import Sampling
 from semantica.solvers import SOLVERS, Schedule, noise
@@ -47,6 +51,9 @@ class SampleConfig:
     """What runs a bundle. A run folder runs in torch: eager in fp32 by default; torch-compile is several times faster
     (bf16 where the processor has it) once it has compiled, which takes from ten seconds to minutes."""
     device: str = "auto"
+    """"auto" is a GPU where there is one; for ONNX Runtime, which "auto" runs fp32 and fp16 bundles in, the CPU."""
+    nvtx: bool = False
+    """Mark what a run does as ranges for NVIDIA's profilers: nsys profile -t cuda,nvtx semantica sample ... --nvtx."""
 
     def check(self) -> "SampleConfig":
         """Raises `UserError` for impossible numbers or a place that is taken."""
@@ -76,6 +83,8 @@ def load_pipeline(model: Path, device: str = "auto", engine: str = "auto") -> Va
     """
     from semantica.memory import keep_freed_memory
 
+    if engine == "torch-compile":
+        cache.keep_compiled()
     if is_bundle(model):
         keep_freed_memory()
         return BundlePipeline(load_engine(model, engine, device))
@@ -124,6 +133,20 @@ def unconditional(pipeline: VariationPipeline, count: int, settings: Sampling) -
     return np.concatenate(made)
 
 
+@contextmanager
+def failures_of_the_gpu() -> Iterator[None]:
+    """What torch raises for a full or failing GPU becomes one line; torch itself may not be installed."""
+    try:
+        yield
+    except RuntimeError as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if "OutOfMemoryError" in kinds:
+            raise UserError(f"no memory left ({first_line(error)}): lower -n, or --device cpu") from error
+        if "AcceleratorError" in kinds or "CUDA error" in first_line(error):
+            raise UserError(f"the GPU failed ({first_line(error)}): see nvidia-smi, or --device cpu") from error
+        raise
+
+
 def sample(config: SampleConfig) -> Path:
     """Write the variations and, beside them, the resolved configuration; returns where they are.
 
@@ -133,7 +156,9 @@ def sample(config: SampleConfig) -> Path:
     config.check()
     pictures = [load_image(path) for path in config.image]
     settings = Sampling(config.steps, config.solver, config.guidance, seed=config.seed)
-    made = variations(load_pipeline(config.model, config.device, config.engine), pictures, config.n, settings)
+    with marked(nvtx() if config.nvtx else None), failures_of_the_gpu():
+        pipeline = load_pipeline(config.model, config.device, config.engine)
+        made = variations(pipeline, pictures, config.n, settings)
     record = json.dumps(dataclasses.asdict(config), indent=1, default=str)
     size = made.shape[2]
     config.out.parent.mkdir(parents=True, exist_ok=True)

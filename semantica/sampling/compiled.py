@@ -1,7 +1,8 @@
 """A `FastDenoiser` in the sampling loop: prepared before the first step, compiled, on a GPU replayed as one graph."""
 
-import time
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Literal
 
@@ -9,15 +10,18 @@ import torch
 from torch import Tensor
 
 from semantica.condition import Condition, Stream
-from semantica.device import pick_precision
+from semantica.device import current, pick_precision
 from semantica.model.fast import FastDenoiser
 from semantica.model.uvit import SIGMA_MIN, UViT
+from semantica.sampling.graphs import GraphCache, Replays, flatten
 from semantica.sampling.loop import Predict
 from semantica.sampling.settings import Sampling
 from semantica.solvers import alpha_sigma
 
-# graphs that a sampler keeps, each with its own memory; dynamo's limit on the shapes that compiled code is kept for
-BUCKETS, SHAPES = 8, 64
+# dynamo's limit on the shapes that compiled code is kept for
+SHAPES = 64
+# its configuration is the process's own, and so are its compilers
+COMPILING = threading.RLock()
 
 
 class CompiledDenoiser:
@@ -53,7 +57,9 @@ class CompiledDenoiser:
         elif compile == "blocks":
             for block in chain(*self.network.net.blocks):
                 block.compile(fullgraph=True, dynamic=False)
-        self.graphs = GraphCache() if graphs and self.device.type == "cuda" else None
+        self.graphs = GraphCache(Replays(self.device).record) if graphs and self.device.type == "cuda" else None
+        # kinds of runs whose code is compiled
+        self.known: set[tuple] = set()
 
     def __call__(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
         return self.unet(z, logsnr, condition)
@@ -84,6 +90,7 @@ class CompiledDenoiser:
 
         return predict
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def execute(
         self, run: Callable, z: Tensor, levels: Tensor, condition: Condition, null: Condition | None, key: tuple | None
@@ -92,86 +99,31 @@ class CompiledDenoiser:
 
         key: all that the run depends on but its tensors; None where it also reads something else, such as fresh noise.
         """
-        with torch._dynamo.config.patch(recompile_limit=SHAPES):
-            if self.graphs is None or key is None:
-                return run(z, levels, condition, null)
-            # a null condition on the host would be copied by every call
-            tensors, rebuild = flatten(condition, null)
-            key = (*key, condition.sizes, null and null.sizes)
-            return self.graphs(key, lambda z, levels, *rest: run(z, levels, *rebuild(rest)), z, levels, *tensors)
+        tensors, rebuild = flatten(condition, null)
+        # inference tensors are other inputs to a compiler than ordinary ones, and graphs could not write into them
+        z, levels, *tensors = (t.clone() if t.is_inference() else t for t in (z, levels, *tensors))
+        given = z, levels, *tensors
+        # what depends on fresh noise or somebody's hooks has no name to be known by
+        kind = key and (*key, condition.sizes, null and null.sizes)
+
+        def function(z: Tensor, levels: Tensor, *rest: Tensor) -> Tensor:
+            return run(z, levels, *rebuild(rest))
+
+        with current(self.device), self.compiling(kind and (*kind, *map(layout, given))):
+            return function(*given) if self.graphs is None or kind is None else self.graphs(kind, function, *given)
+
+    @contextmanager
+    def compiling(self, kind: tuple | None) -> Iterator[None]:
+        """Around the first run of a kind: the compiler may keep as many shapes, and one thread at a time compiles."""
+        if kind in self.known:
+            yield
+            return
+        with COMPILING, torch._dynamo.config.patch(recompile_limit=SHAPES):
+            yield
+        if kind is not None:
+            self.known.add(kind)
 
 
-def flatten(condition: Condition, null: Condition | None) -> tuple[list[Tensor], Callable]:
-    """All tensors of both conditions, and the function that puts them back."""
-    tensors: list[Tensor] = []
-
-    def collect(t: Tensor) -> int:
-        tensors.append(t)
-        return len(tensors) - 1
-
-    places = [c if c is None else c.map(collect) for c in (condition, null)]
-    return tensors, lambda given: [p if p is None else p.map(lambda i: given[i]) for p in places]
-
-
-class CudaGraph:
-    """A function of tensors as one CUDA graph: inputs are copied into its own buffers, the result is copied out."""
-
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
-        self.inputs = [t.clone() for t in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # what is compiled, tuned or allocated at first use must be so before recording
-            for _ in range(3):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = function(*self.inputs)
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
-        self.graph.replay()
-        return self.output.clone()
-
-
-def seconds(call: Callable[[], Tensor]) -> float:
-    """The shortest of three calls, on the wall."""
-    found = []
-    for _ in range(3):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return min(found)
-
-
-class GraphCache:
-    """One graph for each kind of call, kept where its replay is faster than the call; the oldest kind goes first.
-
-    Args:
-        record: makes a graph of a function and its inputs.
-        measure: seconds that a call takes.
-    """
-
-    def __init__(self, record: Callable = CudaGraph, measure: Callable[[Callable[[], Tensor]], float] = seconds):
-        self.record, self.measure = record, measure
-        self.kept: dict[tuple, Callable] = {}
-        self.times: dict[tuple, tuple[float, float]] = {}
-
-    def __call__(self, key: tuple, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`function(*inputs)`, by replay. `key`: all that the function depends on but the values of its inputs."""
-        key = (*key, *((tuple(t.shape), t.dtype) for t in inputs))
-        if key not in self.kept:
-            while len(self.kept) >= BUCKETS:
-                oldest = next(iter(self.kept))
-                del self.kept[oldest], self.times[oldest]
-            graph = self.record(function, inputs)
-            self.times[key] = self.measure(lambda: function(*inputs)), self.measure(lambda: graph(*inputs))
-            # a function that lost to its replay is not kept: it holds this call's condition
-            self.kept[key] = graph if self.times[key][1] < self.times[key][0] else None
-        return (self.kept[key] or function)(*inputs)
+def layout(tensor: Tensor) -> tuple:
+    """What compiled code depends on of a tensor, besides its values."""
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype

@@ -1,10 +1,12 @@
 """diffusers' guiders in the sampling loop."""
 
+import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from torch import Tensor
 
 from semantica.condition import Condition
+from semantica.device import sent
 from semantica.model.layers import TransformerBlock
 from semantica.sampling.loop import Denoiser, Predict
 from semantica.sampling.settings import Sampling
@@ -31,7 +33,7 @@ class Guided:
         """See `semantica.sampling.loop.Guidance`."""
         guider, count = self.guider, settings.steps
         module = getattr(denoiser, "module", denoiser)
-        times = levels.new_tensor([1 - i / count for i in range(count)])
+        times = sent(torch.tensor([1 - i / count for i in range(count)], dtype=levels.dtype), levels.device)
 
         def predict(i: int, z: Tensor) -> Tensor:
             guider.set_state(step=i, num_inference_steps=count, timestep=times[i])

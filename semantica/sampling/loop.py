@@ -13,6 +13,7 @@ import numpy as np
 
 from semantica.condition import Condition, concatenate, repeat_each
 from semantica.errors import UserError
+from semantica.ranges import span
 from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule, guide, predict_x, step
 
@@ -114,8 +115,11 @@ def sample(
     def run(z: Array, levels: Array, condition: Condition, null: Condition | None) -> Array:
         predict, x_previous = predictor(guidance, denoiser, levels, condition, null, settings), None
         for i in range(len(plan)):
-            x = settings.threshold(predict_x(plan, i, z, predict(i, z)))
-            z = step(plan, i, z, x, x_previous, noise(i) if plan.noise_scale[i] else None)
+            with span("denoise"):
+                v = predict(i, z)
+            with span("solve"):
+                x = settings.threshold(predict_x(plan, i, z, v))
+                z = step(plan, i, z, x, x_previous, noise(i) if plan.noise_scale[i] else None)
             x_previous = x
             if on_step is not None:
                 z = on_step(i, z)
@@ -179,4 +183,6 @@ def like(array: np.ndarray, z: Array) -> Array:
         return array
     import torch
 
-    return torch.from_numpy(array).to(z.device)
+    from semantica.device import sent
+
+    return sent(torch.from_numpy(array), z.device)

@@ -10,6 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from semantica import diffusion, solvers
+from semantica.device import sent
 from semantica.errors import UserError
 
 
@@ -72,8 +73,8 @@ class SemanticaScheduler(SchedulerMixin, ConfigMixin):
         t, logsnrs = self.schedule.grid(num_inference_steps)
         self.plan = solvers.make_plan(self.config.solver, logsnrs)
         self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.from_numpy(t[:-1].astype(np.float32)).to(device)
-        self.logsnrs = torch.from_numpy(logsnrs[:-1].astype(np.float32)).to(device)
+        place = torch.device(device or "cpu")
+        self.timesteps, self.logsnrs = (sent(torch.from_numpy(a[:-1].astype(np.float32)), place) for a in (t, logsnrs))
         self._times = t
         self._index = 0
         self._x_previous = None

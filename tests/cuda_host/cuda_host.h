@@ -116,6 +116,11 @@ T __ldcs(const T* address, cuda_host::Call at = cuda_host::Call::to("__ldcs")) {
   return *address;
 }
 template <typename T>
+T __ldcg(const T* address, cuda_host::Call at = cuda_host::Call::to("__ldcg")) {
+  cuda_host::check_aligned(address, at);
+  return *address;
+}
+template <typename T>
 void __stcs(T* address, T value, cuda_host::Call at = cuda_host::Call::to("__stcs")) {
   cuda_host::check_aligned(address, at);
   *address = value;

@@ -6,10 +6,13 @@
 #include <cstring>
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 struct alignas(16) float4 { float x, y, z, w; };
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { uint16_t bits; };
+struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct alignas(4) __half2 { __half x, y; };
 
 inline float __uint_as_float(unsigned bits) {
   float value;
@@ -50,6 +53,8 @@ inline __half __float2half_rn(float value) {
   return {uint16_t(sign | (size - 0x38000000 + 0xfff + odd) >> 13)};
 }
 
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 // what is off by some units in the last place on a GPU is so here: up to the error that the CUDA C++ Programming Guide
 // ("Mathematical Functions") allows, how far and which way hanging on the argument alone
 inline float off_by(float exact, unsigned units, unsigned argument) {

@@ -1,10 +1,10 @@
 // group_norm's CUDA kernels on the bench: problems from standard input, results to standard output; see
 // tests/test_group_norm_cuda.py. Each problem runs under several seeds; other bits under another seed are a failure.
-#include "group_norm.cu"
+#include "group_norm_backward.cu"
+#include "group_norm_forward.cu"
 
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <vector>
 
 using namespace semantica;
@@ -27,13 +27,20 @@ struct Array {
   T* as() { return static_cast<T*>(at); }
 };
 
-struct Outputs {
-  Array y, mean, rstd, dx, dweight, dbias, dscale, dshift, daddend;
-  std::vector<Array*> all() { return {&y, &mean, &rstd, &dx, &dweight, &dbias, &dscale, &dshift, &daddend}; }
+// the order of fields in the request
+struct Numbers {
+  int64_t samples, channels, groups, pixels, type, affine_f32, film_f32, channels_last, silu;
+  // elements from one sample's to the next's, 0 where there are none
+  int64_t scale, shift, addend;
+  int64_t seeds, resident, offset;
+  struct Way {
+    int64_t path, vector, threads, rows, columns, width, repeat, parts, chunks, kept, rounds, blocks, shared, workspace;
+  } forward, backward;
 };
 
-Plan read_plan(const int64_t* n) {
-  return {int(n[0]), int(n[1]), int(n[2]), int(n[3]), int(n[4]), n[5] != 0, n[6]};
+Plan plan_of(const Numbers::Way& n) {
+  return {Path(n.path),  int(n.vector), int(n.threads), int(n.rows), int(n.columns), int(n.width), int(n.repeat),
+          int(n.parts), int(n.chunks), int(n.kept),    int(n.rounds), int(n.blocks), n.shared};
 }
 
 void need(int error) {
@@ -45,52 +52,57 @@ void need(int error) {
 
 }  // namespace
 
-// without the barrier at FILE LINE; or says, with one argument, which ones are reached
+// without the barrier or wait at FILE LINE; or says, with one argument, which ones are reached
 int main(int count, char** arguments) {
-  if (count == 2) cuda_host::record_barriers();
+  const bool list = count == 2;
+  if (list) cuda_host::record_barriers();
   if (count == 3) cuda_host::omit(arguments[1], std::atoi(arguments[2]));
-  int64_t n[28];
-  while (std::fread(n, sizeof n, 1, stdin)) {
-    int64_t samples = n[0], channels = n[1], groups = n[2], pixels = n[3], seeds = n[11];
-    auto size = [](int64_t type) { return type ? 2 : 4; };
-    size_t x_bytes = size_t(samples * channels * pixels) * size(n[4]), affine = size_t(channels) * size(n[5]);
-    size_t film = size_t(samples * channels) * size(n[6]), stats = size_t(samples * groups) * 4;
-    Plan forth = read_plan(n + 14), back = read_plan(n + 21);
-    cuda_host::set_resident(unsigned(n[12]));
+  Numbers n;
+  while (std::fread(&n, sizeof n, 1, stdin)) {
+    const size_t item = n.type ? 2 : 4, film_item = n.film_f32 ? 4 : item, affine = n.channels * (n.affine_f32 ? 4 : item);
+    // an offset of one element moves x, dy, y and dx from where 16 bytes are read at once
+    const size_t skip = n.offset * item, x_bytes = n.samples * n.channels * n.pixels * item + skip;
+    const size_t statistics = n.samples * n.groups * 4;
+    cuda_host::set_resident(unsigned(n.resident));
     Array x(x_bytes), dy(x_bytes), weight(affine), bias(affine);
-    Array scale(n[8] ? film : 0), shift(n[9] ? film : 0), addend(n[10] ? film : 0);
+    Array scale(n.samples * n.scale * film_item), shift(n.samples * n.shift * film_item), addend(n.samples * n.addend * film_item);
     for (Array* input : {&x, &dy, &weight, &bias, &scale, &shift, &addend}) input->read();
-    Problem problem{x.at, weight.at, bias.at, scale.at, shift.at, addend.at, samples, channels, groups, pixels,
-                    Type(n[4]), Type(n[5]), Type(n[6]), n[7] != 0};
+    auto moved = [&](Array& a) { return a.as<char>() + skip; };
+    Problem problem{moved(x),
+                    {weight.at, 0, n.affine_f32 != 0},
+                    {bias.at, 0, n.affine_f32 != 0},
+                    {scale.at, n.scale, n.film_f32 != 0},
+                    {shift.at, n.shift, n.film_f32 != 0},
+                    {addend.at, n.addend, n.film_f32 != 0},
+                    n.samples, n.channels, n.groups, n.pixels, Type(n.type), n.channels_last != 0, n.silu != 0};
     std::vector<std::vector<char>> first;
-    for (int64_t seed = 0; seed < seeds; seed++) {
+    for (int64_t seed = 0; seed < n.seeds; seed++) {
       cuda_host::set_seed(uint64_t(seed));
-      Outputs out{Array(x_bytes), Array(stats), Array(stats), Array(x_bytes), Array(affine), Array(affine),
-                  Array(scale.bytes), Array(shift.bytes), Array(addend.bytes)};
-      int64_t units = samples * (channels / forth.width), units_back = samples * (channels / back.width);
-      Array work(forth.grid ? size_t(units * (forth.chunks + 1) * 2 * forth.width) * 4 : 0);
-      Array work_back(back.grid ? size_t(units_back * (back.chunks + 1) * 3 * back.width) * 4 : 0);
-      Array partial(size_t(2 * samples * channels) * 4);
-      need(group_norm_forward(problem, forth, 1e-5f, out.y.at, out.mean.as<float>(), out.rstd.as<float>(),
-                              work.as<float>(), nullptr));
-      need(group_norm_backward(problem, back, dy.at, out.mean.as<float>(), out.rstd.as<float>(), out.dx.at,
-                               out.dweight.at, out.dbias.at, out.dscale.at, out.dshift.at, out.daddend.at,
-                               partial.as<float>(), work_back.as<float>(), nullptr));
-      auto all = out.all();
-      for (size_t i = 0; i < all.size(); i++) {
-        const char* at = all[i]->as<char>();
+      auto film = [&](const Array& of) { return of.at ? n.samples * n.channels * film_item : 0; };
+      Array y(x_bytes), mean(statistics), rstd(statistics), dx(x_bytes), dweight(affine), dbias(affine);
+      Array dscale(film(scale)), dshift(film(shift)), daddend(film(addend));
+      Array work(size_t(n.forward.workspace) * 4), work_back(size_t(n.backward.workspace) * 4);
+      const Statistics found{mean.as<float>(), rstd.as<float>()};
+      need(group_norm_forward(problem, plan_of(n.forward), 1e-5f, moved(y), found, work.as<float>(), nullptr));
+      need(group_norm_backward(problem, plan_of(n.backward), moved(dy), found,
+                               {moved(dx), dweight.at, dbias.at, dscale.at, dshift.at, daddend.at}, work_back.as<float>(),
+                               nullptr));
+      const Array* all[] = {&y, &mean, &rstd, &dx, &dweight, &dbias, &dscale, &dshift, &daddend};
+      for (size_t i = 0; i < 9; i++) {
+        const size_t from = all[i] == &y || all[i] == &dx ? skip : 0;
+        const char* at = static_cast<const char*>(all[i]->at) + from;
         if (seed == 0) {
-          first.emplace_back(at, at + all[i]->bytes);
-        } else if (all[i]->bytes && std::memcmp(at, first[i].data(), all[i]->bytes)) {
+          first.emplace_back(at, at + all[i]->bytes - from);
+        } else if (all[i]->bytes && std::memcmp(at, first[i].data(), first[i].size())) {
           std::fprintf(stderr, "result %zu has other bits with seed %lld\n", i, (long long)seed);
           return 5;
         }
       }
     }
     for (auto& result : first) {
-      if (count != 2 && !result.empty()) std::fwrite(result.data(), 1, result.size(), stdout);
+      if (!list && !result.empty()) std::fwrite(result.data(), 1, result.size(), stdout);
     }
     std::fflush(stdout);
   }
-  if (count == 2) cuda_host::print_barriers();
+  if (list) cuda_host::print_barriers();
 }

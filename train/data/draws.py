@@ -5,6 +5,9 @@ from functools import lru_cache
 
 import numpy as np
 
+# how samples are drawn; it is counted up where the same seed gives other samples. 1 until version 0.1: noise by numpy's
+# ziggurat, crops at fractions of a pixel
+DRAWS = 2
 # how a source refers to a picture: a path below its root, or a number
 Ref = str | int
 # one stream of random numbers per purpose, so that changing one leaves the others as they were

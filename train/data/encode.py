@@ -6,7 +6,6 @@ whatever was done before, and the arithmetic (device, precision, compiled or not
 """
 
 import functools
-import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +27,7 @@ from semantica.train.data.source import Source
 from semantica.train.data.tokencost import measure, report
 from semantica.train.data.tokenfile import BATCH, Encode, Unit, finished, write_unit
 from semantica.train.data.tokens import FORMAT, VIEWS, origin
+from semantica.train.data.workers import processors
 
 # bytes of tokens in one file, where the data has no files of its own
 FILE = 256 << 20
@@ -70,7 +70,7 @@ def store_tokens(config: TokensConfig) -> None:
     room_for(out, sum(len(unit.refs) for unit in left) * picture_bytes(shape))
     if left:
         (out / "index.json").unlink(missing_ok=True)
-    workers = config.processes if config.processes is not None else max(1, min(8, (os.cpu_count() or 2) // 2))
+    workers = config.processes if config.processes is not None else max(1, min(8, processors() // 2))
     with tqdm(total=total, initial=total - sum(len(u.refs) for u in left), desc="tokens", unit="picture") as bar:
         for unit in left:
             write_unit(out, unit, data, encode, shape, encoder.image_size, workers, bar.update)

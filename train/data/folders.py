@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from semantica.errors import UserError
-from semantica.images import BadImage, load_image, probe_image
+from semantica.images import BadImage, load_image, load_pixels, probe_image
 from semantica.train.data.draws import PAIR, Pair, View, generator, order
 from semantica.train.data.source import MARK, Source, Stamp, around, parted
 
@@ -136,6 +136,10 @@ class FolderData(Source):
     def load(self, ref: str, near: int) -> Image.Image:
         """Raises `BadImage`."""
         return load_image(self.root / ref, near=near)
+
+    def pixels(self, ref: str, near: int) -> np.ndarray:
+        """Raises `BadImage`."""
+        return load_pixels(self.root / ref, near=near)
 
     def refs(self) -> list[str]:
         return [path for paths in self.groups.values() for path in paths]

@@ -7,7 +7,7 @@ from torch import nn
 
 from semantica.model.conditioner import encode_one
 from semantica.train.data.draws import Ref
-from semantica.train.data.pairs import Pairs, collate, streamed
+from semantica.train.data.pairs import Pairs
 from semantica.train.data.source import Source
 
 PAIRS, BATCH = 256, 64
@@ -36,10 +36,10 @@ def held_out_batches(
     result = []
     for start in range(0, count, BATCH):
         indices = range(start, min(start + BATCH, count))
-        batch = collate([pairs[i] for i in indices])
+        batch = pairs.batch(indices, device)
         batch["group"] = [data.draw(seed, i).group for i in indices]
-        batch["other"] = partners(batch["group"], data.mode)
-        result.append(streamed({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}))
+        batch["other"] = partners(batch["group"], data.mode).to(device)
+        result.append(batch)
     if encoder is not None and data.tokens is None:
         encoder.to(device)
         with torch.no_grad():
@@ -53,7 +53,7 @@ def examples(pairs: Pairs, count: int) -> dict:
     """The first samples of a run with their conditions' pictures, for when nothing is held out."""
     pairs = copy.copy(pairs)
     pairs.pixels = True
-    return streamed(collate([pairs[i] for i in range(count)]))
+    return pairs.batch(range(count))
 
 
 def partners(groups: list[Ref], mode: str) -> torch.Tensor:

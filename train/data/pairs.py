@@ -1,42 +1,40 @@
-"""Pairs -> batches, where every random choice is a pure function of (seed, global sample index).
+"""Pairs -> samples, where every random choice is a pure function of (seed, global sample index).
 
 Sample `index` of a run is the same whichever process or worker makes it, and whether or not the run was interrupted.
+Workers decode, cut and resize; what touches every number (mirroring, scaling, noise) is left to the device.
 """
 
-import itertools
 import math
-import signal
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from semantica.condition import Stream
 from semantica.errors import UserError
-from semantica.images import BadImage, fit, to_tensor
-from semantica.train.data.draws import DROP, LEVEL, NOISE, Pair, Ref, View, generator, strata
+from semantica.images import BadImage, cut
+from semantica.train.data.batch import Layout, empty, finish, mean, stack
+from semantica.train.data.draws import DROP, LEVEL, Pair, Ref, View, generator, strata
 from semantica.train.data.source import Source
 
 # pictures found broken for one sample before the data is given up
 PATIENCE = 64
+# large JPEGs are decoded at a fraction of their size, but not below so many times the side that is shown
+MARGIN = 1.5
 
 
 class Pairs(Dataset):
     """Sample `index` (any non-negative integer) of a run, as a pure function of (data, options, seed, index).
 
     An item is a dict: `condition` uint8 `[C, C, 3]`, or `[K, C, C, 3]` for K > 1 conditions; `target` uint8
-    `[S, S, 3]`; `noise` float32 `[3, S, S]`, standard normal; `u` float in (0, 1), the noise level's quantile,
-    stratified so that each global batch has one in each interval `[k / global_batch, (k + 1) / global_batch)`; `drop`
-    bool, whether the condition is dropped; `index`; `bad`, a list of (path, reason) of pictures that proved broken and
-    were replaced by the next usable ones.
+    `[S, S, 3]`; `flips`, 1 + K bools, whether the target and each condition are yet to be mirrored; `u` float in
+    (0, 1), the noise level's quantile, stratified so that each global batch has one in each interval
+    `[k / global_batch, (k + 1) / global_batch)`; `drop` bool, whether the condition is dropped; `index`; `bad`, a list
+    of (path, reason) of pictures that proved broken and were replaced by the next usable ones.
 
-    Data with stored tokens have `tokens`, fp16 `[M, C]` for each condition, and `pooled`, fp16 `[C]` for each, instead
-    of `condition`: those of its centre, mirrored where the picture would be.
+    Data with stored tokens have `tokens`, fp16 `[M, C]` for each condition, and `pooled`, float32 `[C]`, the mean over
+    them, instead of `condition`: those of its centre, mirrored where the picture would be.
 
     Args:
         image_size, condition_size: S and C in pixels; C defaults to S.
@@ -97,7 +95,6 @@ class Pairs(Dataset):
         batch, position = divmod(index, self.global_batch)
         # 32 bits at the middle of their cells: never 0 or 1, and exact when the stratum is added
         within = (int(generator(self.seed, LEVEL, batch, position).integers(2**32)) + 0.5) / 2**32
-        shape = (3, self.image_size, self.image_size)
         inputs = {}
         if self.pixels:
             views = zip(conditions, pair.conditions)
@@ -106,18 +103,42 @@ class Pairs(Dataset):
         if self.data.tokens:
             views = zip(conditions, pair.conditions)
             stored = [self.data.tokens.read(ref, view.flip and self.flip) for (ref, _), view in views]
-            inputs["tokens"], inputs["pooled"] = zip(*stored)
+            inputs["tokens"], pooled = zip(*stored)
+            inputs["pooled"] = mean(pooled)
         if self.target_tokens:
             inputs["target_tokens"], _ = self.data.tokens.read(shown, pair.target.flip and self.flip)
         return {
             **inputs,
             "target": self._cut(target, self.image_size, pair.target),
-            "noise": generator(self.seed, NOISE, index).standard_normal(shape, np.float32),
+            "flips": [view.flip and self.flip for view in (pair.target, *pair.conditions)],
             "u": (int(strata(self.global_batch, self.seed, batch)[position]) + within) / self.global_batch,
             "drop": bool(generator(self.seed, DROP, index).random() < self.drop),
             "index": index,
             "bad": bad,
         }
+
+    def batch(self, indices: Iterable[int], device: torch.device | str = "cpu") -> dict[str, Any]:
+        """These samples as the trainer takes them, see `semantica.train.data.batch.finish`, loaded here and now."""
+        indices = list(indices)
+        self.prefetch(indices)
+        items = [self[index] for index in indices]
+        batch = empty(self.layout(), len(items))
+        stack(items, batch)
+        return finish(batch | {"bad": [entry for item in items for entry in item["bad"]]}, self.seed, device)
+
+    def layout(self) -> Layout:
+        """What of a sample goes into a batch: all but `bad`."""
+        several = (self.conditions,) if self.conditions > 1 else ()
+        layout = {"target": ((self.image_size, self.image_size, 3), torch.uint8)}
+        if self.pixels:
+            layout["condition"] = (*several, self.condition_size, self.condition_size, 3), torch.uint8
+        if self.data.tokens:
+            count, width = self.data.tokens.shape
+            layout |= {"tokens": ((self.conditions, count, width), torch.float16), "pooled": ((width,), torch.float32)}
+            if self.target_tokens:
+                layout["target_tokens"] = (count, width), torch.float16
+        kinds = {"u": torch.float64, "drop": torch.bool, "index": torch.int64}
+        return layout | {"flips": ((1 + self.conditions,), torch.bool)} | {name: ((), kinds[name]) for name in kinds}
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Let the data fetch what these samples will show, all at once."""
@@ -126,7 +147,7 @@ class Pairs(Dataset):
             views = [view for pair in draws for view in (pair.target, *(pair.conditions if self.pixels else ()))]
             self.data.prefetch({view.ref for view in views})
 
-    def _load_pair(self, index: int, bad: list[tuple[str, str]]) -> tuple[Pair, list[tuple[Ref, Image.Image | None]]]:
+    def _load_pair(self, index: int, bad: list[tuple[str, str]]) -> tuple[Pair, list[tuple[Ref, np.ndarray | None]]]:
         """A usable pair, and its pictures with their references: the target, then the conditions."""
         same, stored = self.data.mode == "reconstruct", self.data.tokens is not None
         # every picture is a target at least once in that span
@@ -151,7 +172,7 @@ class Pairs(Dataset):
 
     def _first_usable(
         self, candidates: Iterable[Ref], bad: list[tuple[str, str]], decode: bool, stored: bool
-    ) -> tuple[Ref, Image.Image | None] | None:
+    ) -> tuple[Ref, np.ndarray | None] | None:
         """The first of the pictures that decodes, and that has stored tokens, as far as these are asked for."""
         known = {name for name, _ in bad}
         for ref in candidates:
@@ -161,7 +182,7 @@ class Pairs(Dataset):
             try:
                 if stored:
                     self.data.tokens.check(ref)
-                return ref, self.data.load(ref, self._near) if decode else None
+                return ref, self.data.pixels(ref, self._near) if decode else None
             except BadImage as error:
                 bad.append((name, error.reason))
             if len(bad) >= PATIENCE:
@@ -175,149 +196,15 @@ class Pairs(Dataset):
     @property
     def _near(self) -> int:
         size = max(self.image_size, self.condition_size) if self.pixels else self.image_size
-        return math.ceil(size / (self.crop or 1.0))
+        return math.ceil(MARGIN * size / (self.crop or 1.0))
 
-    def _cut(self, image: Image.Image, size: int, view: View) -> np.ndarray:
-        mirror = view.flip and self.flip
+    def _cut(self, pixels: np.ndarray, size: int, view: View) -> np.ndarray:
         if self.crop is None:
-            return fit(image, size, mirror=mirror)
+            return cut(pixels, size)
         x, y, zoom = view.crop
-        return fit(image, size, x=x, y=y, zoom=1 - zoom * (1 - self.crop), mirror=mirror)
-
-
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Items of `Pairs` as one batch.
-
-    Tensors `condition [B, 3, C, C]` (or `[B, K, 3, C, C]`), `target [B, 3, S, S]` float32 in [-1, 1], `noise
-    [B, 3, S, S]` float32, `u [B]` float64, `drop [B]` bool, `index [B]` int64, and `bad`, all the items' (path,
-    reason) in one list. Where tokens are stored, also `tokens [B, K M, C]` fp16 and `pooled [B, C]` float32, the mean
-    over the conditions, and `target_tokens [B, M, C]` fp16 where they are asked for.
-    """
-    noise = torch.empty(len(items), *items[0]["noise"].shape)
-    # torch's own memory: numpy's is aligned by chance, and that can change how later sums are rounded
-    for row, item in zip(noise, items, strict=True):
-        row.copy_(torch.from_numpy(item["noise"]))
-    inputs = {}
-    if "condition" in items[0]:
-        inputs["condition"] = pixels(np.stack([item["condition"] for item in items]))
-    if "tokens" in items[0]:
-        inputs["tokens"] = gathered([item["tokens"] for item in items]).flatten(1, 2)
-        inputs["pooled"] = gathered([item["pooled"] for item in items]).float().mean(1)
-    if "target_tokens" in items[0]:
-        inputs["target_tokens"] = gathered([[item["target_tokens"]] for item in items])[:, 0]
-    return {
-        **inputs,
-        "target": to_tensor([item["target"] for item in items]),
-        "noise": noise,
-        "u": torch.tensor([item["u"] for item in items], dtype=torch.float64),
-        "drop": torch.tensor([item["drop"] for item in items], dtype=torch.bool),
-        "index": torch.tensor([item["index"] for item in items], dtype=torch.int64),
-        "bad": [entry for item in items for entry in item["bad"]],
-    }
-
-
-def gathered(rows: list[Sequence[np.ndarray]]) -> Tensor:
-    """Arrays that lie in mapped files, `[B][K]` of one shape, as one tensor: the only copy that is made of them."""
-    batch = torch.empty(len(rows), len(rows[0]), *rows[0][0].shape, dtype=torch.float16)
-    for place, row in zip(batch.numpy(), rows, strict=True):
-        for slot, array in zip(place, row, strict=True):
-            slot[...] = array
-    return batch
-
-
-def streamed(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch whose stored tokens are one `Stream` in the place of `condition`, whose pictures become `shown`."""
-    if "tokens" not in batch:
-        return batch
-    rest = {name: value for name, value in batch.items() if name not in ("tokens", "pooled", "condition")}
-    shown = {"shown": batch["condition"]} if "condition" in batch else {}
-    return {**rest, **shown, "condition": Stream(batch["tokens"], batch["pooled"])}
-
-
-def pixels(pictures: np.ndarray) -> Tensor:
-    """`to_tensor` for arrays with any number of leading dimensions: `[..., S, S, 3]` to `[..., 3, S, S]`."""
-    flat = to_tensor(pictures.reshape(-1, *pictures.shape[-3:]))
-    return flat.reshape(*pictures.shape[:-3], *flat.shape[1:])
-
-
-def batches(
-    dataset: Pairs,
-    *,
-    first_index: int,
-    batch: int,
-    workers: int,
-    device: torch.device | str = "cpu",
-    part: tuple[int, int] = (0, 1),
-) -> Iterator[dict[str, Any]]:
-    """Endless batches (see `collate` and `streamed`) of consecutive indices from `first_index` on,
-    with their tensors on `device`, `u` on the host.
-
-    Args:
-        batch: samples of each batch over all processes.
-        part: (which, of how many) equal parts of each batch this process takes; batch must be divisible.
-
-    The same bytes for any number of workers (0 loads in this process). Worker processes end when the iterator is
-    closed or forgotten. The global random state of torch is not touched.
-
-    Raises:
-        UserError: as `Pairs.__getitem__`, also from a worker.
-    """
-    device = torch.device(device)
-    loader = DataLoader(
-        _Fetch(dataset),
-        batch_sampler=_ranges(first_index, batch, *part),
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-        # of its own, since the loader draws a seed from it
-        generator=torch.Generator(),
-    )
-    iterator = iter(loader)
-    try:
-        for loaded in iterator:
-            if isinstance(loaded, UserError):
-                raise loaded
-            # u stays on the host, where noise levels are worked out in float64
-            tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor) and k != "u"}
-            moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
-            yield streamed({**loaded, **moved})
-    finally:
-        # the workers are stopped by its destructor
-        del iterator
+        return cut(pixels, size, x=x, y=y, zoom=1 - zoom * (1 - self.crop))
 
 
 def bad_record(path: str, reason: str) -> dict[str, str]:
     """One line of `bad_samples.jsonl`."""
     return {"path": path, "reason": reason}
-
-
-class _Fetch(Dataset):
-    """Hands a `UserError` on as a value: the loader would bury its one line in the worker's traceback."""
-
-    def __init__(self, dataset: Pairs):
-        self.dataset = dataset
-
-    def __getitems__(self, indices: Iterable[int]) -> list[dict[str, Any]] | UserError:
-        try:
-            self.dataset.prefetch(indices)
-            return [self.dataset[index] for index in indices]
-        except UserError as error:
-            return error
-
-
-def _collate(items: list[dict[str, Any]] | UserError) -> dict[str, Any] | UserError:
-    return items if isinstance(items, UserError) else collate(items)
-
-
-def _ranges(first: int, batch: int, part: int, parts: int) -> Iterator[range]:
-    own = batch // parts
-    return (range(start, start + own) for start in itertools.count(first + part * own, batch))
-
-
-def start_worker(_: int) -> None:
-    """What a `DataLoader`'s processes begin with."""
-    # the main process decides what these mean, and then ends the workers; a scheduler may send them to all alike
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    warnings.filterwarnings("ignore", module=r"PIL\.")

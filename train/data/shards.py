@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from semantica.errors import UserError, first_line
-from semantica.images import BadImage, load_image
+from semantica.images import BadImage, load_image, load_pixels
 from semantica.train.data.draws import CYCLE, PAIR, Pair, View, generator, order
 from semantica.train.data.source import MARK, Source, Stamp, around, parted
 
@@ -184,11 +184,18 @@ class ShardData(Source):
 
     def load(self, ref: int, near: int) -> Image.Image:
         """Raises `BadImage` for bytes that are missing or altered, or no picture."""
+        return load_image(io.BytesIO(self._bytes(ref)), near=near)
+
+    def pixels(self, ref: int, near: int) -> np.ndarray:
+        """Raises `BadImage` as `load`."""
+        return load_pixels(io.BytesIO(self._bytes(ref)), near=near)
+
+    def _bytes(self, ref: int) -> bytes:
         data = self.store.read(*self._place(ref))
         if hashlib.sha256(data).digest()[:MARK] != self.sha[ref].tobytes():
             what = "missing" if len(data) < self.size[ref] else "altered"
             raise BadImage(f"{what}: its bytes in the shard are not those of its hash", self.name_of(ref))
-        return load_image(io.BytesIO(data), near=near)
+        return data
 
     def refs(self) -> range:
         return range(len(self.size))

@@ -75,8 +75,15 @@ class Source(Protocol):
         ...
 
     def load(self, ref: Ref, near: int) -> Image.Image:
-        """A picture, as `semantica.images.load_image`. Raises `BadImage`."""
+        """A picture, as `semantica.images.load_image`: `near` is the shortest side, in pixels, that is still of use.
+
+        Raises `BadImage`.
+        """
         ...
+
+    def pixels(self, ref: Ref, near: int) -> np.ndarray:
+        """`load` as uint8 `[H, W, 3]`. Raises `BadImage`."""
+        return np.array(self.load(ref, near))
 
     def name_of(self, ref: Ref) -> str:
         """A picture's name in messages."""

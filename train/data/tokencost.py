@@ -8,7 +8,6 @@ from torch import nn
 
 from semantica.files import read_json
 from semantica.model.cost import encoding_cost
-from semantica.train.data.pairs import gathered
 from semantica.train.data.source import Source
 from semantica.train.data.tokens import VIEWS, attach, read_index
 
@@ -37,7 +36,7 @@ def measure(root: Path, data: Source, encoder: nn.Module, encode) -> dict[str, f
         forward.append((time.perf_counter() - began) / (VIEWS * batch))
         chosen = generator.integers(len(known), size=ROWS).tolist()
         began = time.perf_counter()
-        gathered([[stored.read(known[i], bool(i % 2))[0]] for i in chosen])
+        np.stack([stored.read(known[i], bool(i % 2))[0] for i in chosen])
         reading.append((time.perf_counter() - began) / ROWS)
     files = index["files"]
     return {

@@ -18,7 +18,7 @@ from semantica.errors import UserError
 from semantica.files import write_bytes, write_json, written
 from semantica.images import BadImage, fit
 from semantica.train.data.draws import Ref
-from semantica.train.data.pairs import start_worker
+from semantica.train.data.loading import start_worker
 from semantica.train.data.source import Source, Stamp
 from semantica.train.data.tokens import VIEWS, Table, mark, whole
 
@@ -60,7 +60,7 @@ class Pictures(Dataset):
         # before the picture: a change in between then shows
         stamp = self.data.stamp(self.refs[i])
         try:
-            return Seen(fit(self.data.load(self.refs[i], self.side), self.side), "", stamp)
+            return Seen(fit(self.data.load(self.refs[i], 2 * self.side), self.side), "", stamp)
         except BadImage as error:
             return Seen(None, error.reason, stamp)
 

@@ -9,12 +9,13 @@ import tyro
 
 from semantica.errors import UserError
 from semantica.train.data.config import TokensConfig
-from semantica.train.pages.config import MineConfig, ReportConfig, UrlsConfig, narrowed
+from semantica.train.pages.config import MineConfig, ReportConfig, ResizeConfig, UrlsConfig, narrowed
 
 RUN = {
     MineConfig: "semantica.train.pages.mine:mine_and_show",
     UrlsConfig: "semantica.train.pages.urls:write_urls",
     ReportConfig: "semantica.train.pages.report:report",
+    ResizeConfig: "semantica.train.pages.resize:resize_and_show",
     TokensConfig: "semantica.train.data.encode:store_tokens",
 }
 
@@ -27,7 +28,8 @@ class PairsConfig(ReportConfig, TokensConfig, MineConfig):
     """
 
     out: Path | None = None
-    """Folder of shards to write; with --urls-only a .parquet file; with --tokens the folder of tokens."""
+    """Folder of shards to write; with --urls-only a .parquet file; with --tokens the folder of tokens; with --resize
+    by default beside INPUT, as INPUT-256px."""
     encoder: Annotated[str, tyro.conf.arg(metavar="NAME")] = "facebook/dinov2-small"
     """What similarity is measured with: DINOv2, CLIP or SigLIP by hub name or local folder; "colour-and-shape", a
     classical descriptor that needs no download and knows no meaning; or "none": pairs are then not filtered."""
@@ -35,6 +37,10 @@ class PairsConfig(ReportConfig, TokensConfig, MineConfig):
     """Processes of this machine, by default one per processor; with --tokens, those that decode pictures."""
     urls_only: bool = False
     """Write a parquet of (page, url, alt) for img2dataset instead of shards: for crawls that hold only HTML."""
+    resize: int | None = None
+    """Write the shards in INPUT again, with this short side in pixels: training at --image-size 256 then decodes no
+    more than it shows. Longer pictures become JPEGs (quality 95, 4:2:0; 40 to 43 dB), the others stay as they are.
+    With `semantica train --crop C` give the image size divided by C."""
     tokens: str | None = None
     """Store what --encoder makes of every picture of this data (shards, or a folder that `semantica train --data`
     takes) in --out, by default beside it as DATA.tokens, for `semantica train --tokens`. A token belongs to a view:
@@ -43,18 +49,26 @@ class PairsConfig(ReportConfig, TokensConfig, MineConfig):
     """Show what --low and --high would keep of these shards, and write their report.html again; or show what stored
     tokens cost and save."""
 
-    def chosen(self) -> MineConfig | UrlsConfig | ReportConfig | TokensConfig:
+    def chosen(self) -> MineConfig | UrlsConfig | ReportConfig | ResizeConfig | TokensConfig:
         """The options of the one that is asked for. Raises `UserError` for impossible ones, and those of another."""
         thresholds = (self.low, self.high) != (None, None)
         config = UrlsConfig if self.urls_only else MineConfig
         if self.report is not None:
-            if self.inputs or self.out or self.tokens:
-                raise UserError("--report takes one folder and no other input: leave out INPUT, --out and --tokens")
+            if self.inputs or self.out or self.tokens or self.resize:
+                raise UserError(
+                    "--report takes one folder and no other input: leave out INPUT, --out, --tokens and --resize"
+                )
             config = ReportConfig
         elif self.tokens is not None:
-            if self.inputs or self.urls_only or self.on != "local" or thresholds:
-                raise UserError("--tokens takes no crawl: leave out INPUT, --urls-only, --on, --low and --high")
+            if self.inputs or self.urls_only or self.on != "local" or thresholds or self.resize:
+                raise UserError(
+                    "--tokens takes no crawl: leave out INPUT, --urls-only, --on, --low, --high and --resize"
+                )
             config = TokensConfig
+        elif self.resize is not None:
+            if self.urls_only or self.on != "local":
+                raise UserError("--resize takes shards and no crawl: leave out --urls-only and --on")
+            config = ResizeConfig
         chosen = narrowed(self, config)
         if config is not ReportConfig:
             chosen.check()

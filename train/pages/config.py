@@ -115,6 +115,29 @@ class UrlsConfig:
 
 
 @dataclass(frozen=True)
+class ResizeConfig:
+    """Store the pictures of shards at the size that training shows."""
+
+    inputs: tuple[Path, ...]
+    """One folder of shards."""
+    resize: int
+    """Short side of the pictures to be stored, in pixels."""
+    out: Path | None = None
+    """Folder of shards to write; by default beside those, as SHARDS-256px."""
+    processes: int | None = None
+
+    def check(self) -> "ResizeConfig":
+        """Raises `UserError` for impossible options."""
+        if len(self.inputs) != 1 or not self.inputs[0].is_dir():
+            raise UserError("--resize takes one folder of shards on this machine: give what 'semantica pairs' made")
+        if self.resize < 16:
+            raise UserError(f"--resize is {self.resize}: give at least 16 pixels")
+        if self.processes is not None and self.processes < 1:
+            raise UserError(f"--processes is {self.processes}: give at least 1")
+        return self
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """Show what is stored: of shards what thresholds would keep, of tokens what they cost and save."""
 

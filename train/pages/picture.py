@@ -71,7 +71,7 @@ def examine(body: bytes, rules: Rules, side: int | None) -> Picture:
         if long > rules.max_aspect * short:
             raise Rejected("aspect")
         as_it_came = keeps(body, probe.format, long, rules)
-        near = max(HASH_SIDE, side or 0) if as_it_came else rules.max_side
+        near = 2 * (max(HASH_SIDE, side or 0) if as_it_came else rules.max_side)
         image = load_image(io.BytesIO(body), near=near)
     except BadImage as error:
         raise Rejected(slug(error.reason)) from error

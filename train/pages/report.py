@@ -147,7 +147,7 @@ def examples(data: ShardData) -> list[Part]:
 
 def tile(data: ShardData, ref: int) -> np.ndarray:
     try:
-        return fit(data.load(ref, TILE), TILE)
+        return fit(data.load(ref, 2 * TILE), TILE)
     except BadImage:
         return np.full((TILE, TILE, 3), 200, np.uint8)
 

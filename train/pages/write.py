@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -144,34 +145,18 @@ class Shards:
         # what an interrupted attempt left
         for stale in out.glob(f".pages-{unit:05d}-*"):
             remove(stale)
-        self.tar = None
-
-    def _open(self) -> None:
-        self.name = f"pages-{self.unit:05d}-{len(self.closed):05d}"
-        self.aside = aside_of(self.out / f"{self.name}.tar", f"{os.getpid()}.incomplete")
-        self.file = Hashing(open(self.aside, "wb"))
-        self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
-        self.rows = {"key": [], "count": [], "offset": [], "size": [], "sha": [], "cosine": []}
+        self.file: ShardFile | None = None
 
     def add(self, page: int, url: str, time: int, kept: list[Found], pictures: Pictures) -> np.ndarray | None:
         """Write one page; the similarities of its pairs (i, j), i < j, row by row, where it has embeddings."""
-        if self.tar is None:
-            self._open()
-        key = hashlib.sha256(f"{self.unit} {page} {url}".encode()).hexdigest()[:16]
-        for i, found in enumerate(kept):
-            data = pictures.data(found)
-            self.rows["offset"].append(self._member(f"{key}.{i}.{found.suffix}", data))
-            self.rows["size"].append(len(data))
-            self.rows["sha"].append(np.frombuffer(found.sha[:MARK], np.uint8))
-        cosines = None
+        if self.file is None:
+            self.file = ShardFile(self.out, f"pages-{self.unit:05d}-{len(self.closed):05d}")
+        key = hashlib.sha256(f"{self.unit} {page} {url}".encode()).digest()[:8]
+        table, cosines = None, None
         if kept[0].emb is not None:
             table = np.stack([found.emb for found in kept])
-            buffer = io.BytesIO()
-            np.save(buffer, table, allow_pickle=False)
-            self._member(f"{key}.emb.npy", buffer.getvalue())
             wide = table.astype(np.float64)
             cosines = (wide @ wide.T)[np.triu_indices(len(kept), 1)].astype(np.float32)
-            self.rows["cosine"].append(cosines)
         images = [
             {
                 "url": f.url, "alt": f.alt, "width": f.width, "height": f.height, "sha256": f.sha.hex(),
@@ -179,37 +164,85 @@ class Shards:
             }
             for f in kept
         ]  # fmt: skip
-        record = {"url": url, "time": time, "images": images}
-        self._member(f"{key}.json", json.dumps(record, sort_keys=True).encode())
-        self.rows["key"].append(np.frombuffer(bytes.fromhex(key), np.uint8))
-        self.rows["count"].append(len(kept))
-        if self.file.size >= self.limit:
+        self.file.add(
+            key,
+            ((pictures.data(found), found.suffix, found.sha) for found in kept),
+            table,
+            cosines,
+            {"url": url, "time": time, "images": images},
+        )
+        if self.file.hashing.size >= self.limit:
             self.close()
         return cosines
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.closed.append(self.file.close())
+            self.file = None
+
+
+class ShardFile:
+    """One shard and its table: written aside, renamed when it is closed, gone where it never is."""
+
+    def __init__(self, out: Path, name: str):
+        self.out, self.name = out, name
+        self.aside = aside_of(out / f"{name}.tar", f"{os.getpid()}.incomplete")
+        self.hashing = Hashing(open(self.aside, "wb"))
+        self.tar = tarfile.open(fileobj=self.hashing, mode="w", format=tarfile.USTAR_FORMAT)
+        self.rows = {"key": [], "count": [], "offset": [], "size": [], "sha": [], "cosine": []}
+
+    def add(
+        self,
+        key: bytes,
+        pictures: Iterable[tuple[bytes, str, bytes]],
+        table: np.ndarray | None,
+        cosines: np.ndarray | None,
+        record: dict,
+    ) -> None:
+        """Write one page.
+
+        Args:
+            key: 8 bytes. pictures: each one's file, suffix and SHA-256. record: what `KEY.json` holds.
+            table: embeddings `[n, D]`. cosines: of the pairs (i, j), i < j, row by row.
+        """
+        count = 0
+        for data, suffix, sha in pictures:
+            self.rows["offset"].append(self._member(f"{key.hex()}.{count}.{suffix}", data))
+            self.rows["size"].append(len(data))
+            self.rows["sha"].append(np.frombuffer(sha[:MARK], np.uint8))
+            count += 1
+        if table is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, table, allow_pickle=False)
+            self._member(f"{key.hex()}.emb.npy", buffer.getvalue())
+        if cosines is not None:
+            self.rows["cosine"].append(cosines)
+        self._member(f"{key.hex()}.json", json.dumps(record, sort_keys=True).encode())
+        self.rows["key"].append(np.frombuffer(key, np.uint8))
+        self.rows["count"].append(count)
 
     def _member(self, name: str, data: bytes) -> int:
         """Append a member; the offset of its data."""
         info = tarfile.TarInfo(name)
         info.size, info.mode = len(data), 0o644
         self.tar.addfile(info, io.BytesIO(data))
-        return self.file.size - len(data) - (-len(data)) % tarfile.BLOCKSIZE
+        return self.hashing.size - len(data) - (-len(data)) % tarfile.BLOCKSIZE
 
-    def close(self) -> None:
-        if self.tar is None:
-            return
+    def close(self) -> dict:
+        """Put it in its place; what index.json says of it."""
         self.tar.close()
-        self.file.close()
+        self.hashing.close()
         self.tar = None
         table = save(table_of(self.rows))
         counts = self.rows["count"]
-        self.closed.append({
-            "name": self.name, "bytes": self.file.size, "sha256": self.file.sha.hexdigest(),
-            "table_sha256": hashlib.sha256(table).hexdigest(), "pages": len(counts), "images": sum(counts),
-            "pairs": sum(n * (n - 1) for n in counts),
-        })  # fmt: skip
         write_bytes(self.out / f"{self.name}.safetensors", table, apart=True)
         sync(self.aside)
         move_in(self.aside, self.out / f"{self.name}.tar")
+        return {
+            "name": self.name, "bytes": self.hashing.size, "sha256": self.hashing.sha.hexdigest(),
+            "table_sha256": hashlib.sha256(table).hexdigest(), "pages": len(counts), "images": sum(counts),
+            "pairs": sum(n * (n - 1) for n in counts),
+        }  # fmt: skip
 
     def __del__(self):
         with suppress(AttributeError, OSError):

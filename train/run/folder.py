@@ -20,6 +20,7 @@ from semantica.model.uvit import UViT
 from semantica.pipelines.networks import NetworkPipeline
 from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.config import FORMAT, FREE, TrainConfig
+from semantica.train.data.draws import DRAWS
 from semantica.train.data.pairs import bad_record
 from semantica.train.objective import take
 from semantica.train.processes import World
@@ -49,7 +50,7 @@ class Run:
 
     def _open(self, data_digest: str) -> None:
         record = {"format": FORMAT, "semantica": semantica.__version__, "torch": torch.__version__}
-        record |= {"train": self.config.record(), "data_digest": data_digest}
+        record |= {"train": self.config.record(), "data_digest": data_digest, "draws": DRAWS}
         path = self.out / "config.json"
         if path.exists():
             self._compare(path, record)
@@ -72,12 +73,15 @@ class Run:
         # other parts add up to the same, unless each is compared within itself
         free = FREE if self.config.align else FREE | {"accumulate"}
         defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
         for name, now in record["train"].items():
             # a run made before an option existed had its default
             then = before.get(name, defaults.get(name))
             if name not in free and then != now:
                 option = name.replace("_", "-")
                 raise UserError(f"{self.out} was made with --{option} {then}, not {now}: choose another --out")
+        if old.get("draws", 1) != DRAWS:
+            self.say(f"{self.out} was begun by a version that drew noise and crops in another way: from here on as now")
         if seen != record["data_digest"]:
             raise UserError(
                 f"the pictures in {self.config.data} changed since {self.out} was made: choose another --out"
@@ -184,16 +188,25 @@ class Run:
         (self.out / "samples").mkdir(exist_ok=True)
         save_png(grid(rows, apart=1), self.out / "samples" / f"step-{step:08d}.png")
 
-    def publish(self, unet: UViT | None, encoder: nn.Module | None, scheduler: SemanticaScheduler) -> None:
+    def publish(
+        self, unet: UViT | None, encoder: nn.Module | None, scheduler: SemanticaScheduler, place: str | None = None
+    ) -> None:
         """Write the pipeline, on the first process, which has the whole networks; its index, which makes the folder
-        usable, comes last. All processes call this."""
-        self._write(self._publish, unet, encoder, scheduler)
+        usable, comes last. All processes call this.
 
-    def _publish(self, unet: UViT, encoder: nn.Module, scheduler: SemanticaScheduler) -> None:
+        place: a folder of its own in the run folder, for another one than the run's.
+        """
+        self._write(self._publish, unet, encoder, scheduler, place)
+
+    def _publish(self, unet: UViT, encoder: nn.Module, scheduler: SemanticaScheduler, place: str | None) -> None:
         # what it imports of diffusers takes as long as PyTorch, and only this needs it
         from semantica.pipelines.variations import SemanticaPipeline
 
         pipeline, index = SemanticaPipeline(unet, encoder, scheduler), self.out / "model_index.json"
+        if place:
+            with written(self.out / place) as folder:
+                pipeline.save_pretrained(folder, safe_serialization=True)
+            return
         index.unlink(missing_ok=True)
         aside = self.out / "pipeline"
         with written(aside) as folder:

@@ -1,7 +1,7 @@
 """Figures of a run: loss, gradient norm, speed, memory."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,13 +11,37 @@ from semantica.train.config import TrainConfig
 from semantica.train.processes import World
 
 
-class Measure:
-    """Loss, gradient norm and speed since the last row, without a device synchronisation at each step."""
+def drained(device: torch.device) -> None:
+    """Wait until a device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
-    def __init__(self, config: TrainConfig, device: torch.device, dtype: torch.dtype, flops: int, world: World):
+
+class Measure:
+    """Loss, gradient norm and speed since the last row, without a device synchronisation at each step.
+
+    The clock runs from `start` to `stop`, over any number of steps; `stop` first waits for the device, which otherwise
+    still has to do what the last steps gave it.
+
+    Args:
+        clock, drain: seconds on the wall, and what waits until a device has nothing left to do.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        flops: int,
+        world: World,
+        clock: Callable[[], float] = time.perf_counter,
+        drain: Callable[[torch.device], None] = drained,
+    ):
         self.config, self.device, self.flops, self.world = config, device, flops, world
+        self.clock, self.drain, self.skips = clock, drain, dtype == torch.float16
         self.peak, self.peak_source = peak_flops(device, dtype)
-        self.peak *= world.size
+        if self.peak is not None:
+            self.peak *= world.size
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.reset()
 
@@ -29,12 +53,17 @@ class Measure:
         self.aligned: list[Tensor] = []
 
     def start(self) -> None:
-        self.began = time.perf_counter()
+        self.began = self.clock()
+
+    def stop(self) -> None:
+        """Before anything that is not training: it would wait for the device, and hide the time of the steps."""
+        self.drain(self.device)
+        self.busy += self.clock() - self.began
 
     def waiting(self, feed: Iterator[dict]) -> dict:
-        began = time.perf_counter()
+        began = self.clock()
         batch = next(feed)
-        self.waited += time.perf_counter() - began
+        self.waited += self.clock() - began
         return batch
 
     def step(self, loss: Tensor, norm: Tensor, aligned: Tensor | None = None) -> None:
@@ -42,9 +71,9 @@ class Measure:
         self.norms.append(norm)
         if aligned is not None:
             self.aligned.append(aligned)
-        self.finite &= torch.isfinite(loss) & torch.isfinite(norm)
+        # a step whose gradients overflow in fp16 was skipped, and the next has a lower scale
+        self.finite &= torch.isfinite(loss) & (torch.isfinite(norm) | self.skips)
         self.steps += 1
-        self.busy += time.perf_counter() - self.began
 
     def check(self) -> None:
         # the same answer on every process: a mean over 0 and 1 is 1 only where all are
@@ -56,16 +85,17 @@ class Measure:
 
     def row(self, step: int, rate: float) -> dict:
         self.check()
+        norms = torch.stack(self.norms)
         images = self.steps * self.config.batch / max(self.busy, 1e-9)
         row = {
             "step": step,
             "loss": self.world.mean(torch.stack(self.losses).mean()).item(),
-            "grad_norm": torch.stack(self.norms).mean().item(),
+            "grad_norm": (norms[norms.isfinite()] if self.skips else norms).mean().item(),
             "lr": rate,
             "images_per_s": images,
             "data_wait": self.waited / max(self.busy, 1e-9),
             "peak_memory_bytes": peak_memory(self.device),
-            "mfu": images * self.flops / self.peak,
+            "mfu": None if self.peak is None else images * self.flops / self.peak,
             "flops_per_image": self.flops,
             "peak_flops": self.peak,
             "peak_flops_source": self.peak_source,

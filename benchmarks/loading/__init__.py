@@ -1,0 +1,1 @@
+"""What loading costs: decoders, and whole samples on one processor."""

@@ -1,0 +1,1 @@
+"""diffusers' own UNets, ControlNets and autoencoders on the fused operators."""

@@ -1,0 +1,100 @@
+"""Benches that are killed: what was measured is stored as it came, and --resume goes on from there."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from semantica.benchmarks.harness import store
+from semantica.benchmarks.harness.table import Column, Kind
+from semantica.benchmarks.harness.verb import Outputs, measure
+from semantica.cli import main
+from semantica.errors import UserError
+
+SUITE = """
+from dataclasses import dataclass
+from semantica.benchmarks.harness import store
+from semantica.benchmarks.harness.suite import Bench, bench, pytest_generate_tests, test_row
+
+@dataclass(eq=False)
+class Toy(Bench):
+    device: str = "cpu"
+    killed_at: str = ""
+
+    def __post_init__(self):
+        self.ran = []
+
+    def run(self, race, what):
+        self.ran.append(race[0])
+        if race[0] == self.killed_at:
+            raise KeyboardInterrupt
+        row = dict(zip(store.IDENTITY, ("toy", "quick", race[0], "", "fp32", race[1])), kernel_hash=None)
+        row |= store.environment("cpu")
+        return {"quick": ([0.5, 0.25], {**row, "value": len(self.ran)}), "broken": "it is wrong"}
+"""
+KIND = Kind("toys", "", (Column("implementation", "{impl}"),), "op", 1, lambda rows: None, lambda rows: {})
+RACES = {(name, "forward"): ["quick", "broken"] for name in ("a", "b", "c")}
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A bench of three races, each with a row and one that is wrong; ended where it is told."""
+    (tmp_path / "toy_suite.py").write_text(SUITE)
+    spec = importlib.util.spec_from_file_location("toy_suite", tmp_path / "toy_suite.py")
+    sys.modules["toy_suite"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield lambda killed_at="": module.Toy(races={k: list(v) for k, v in RACES.items()}, killed_at=killed_at)
+    del sys.modules["toy_suite"]
+
+
+def shapes(path: Path) -> list[tuple[str, int]]:
+    return [(row["shape"], row["value"]) for row in store.rows(path)]
+
+
+def test_a_killed_bench_keeps_its_rows_and_goes_on(toy, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    bench = toy(killed_at="c")
+    with pytest.raises(KeyboardInterrupt):
+        measure(Outputs(json=path), bench, KIND)
+    assert bench.ran == ["a", "b", "c"] and shapes(path) == [("a", 1), ("b", 2)]
+    assert [row["problem"] for row in json.loads(path.read_text())["semantica"]["wrong"]] == ["a", "b"]
+    bench = toy()
+    measure(Outputs(json=path, resume=True), bench, KIND)
+    assert bench.ran == ["c"] and shapes(path) == [("a", 1), ("b", 2), ("c", 1)]
+    # the exit code is of all rows, and so is what is said
+    assert [row["problem"] for row in bench.wrong] == ["a", "b", "c"]
+    assert capsys.readouterr().out.count("WRONG, not timed") == 3
+    before = path.read_bytes()
+    bench = toy()
+    measure(Outputs(json=path, resume=True), bench, KIND)
+    assert bench.ran == [] and path.read_bytes() == before and len(bench.wrong) == 3
+    # unless it is asked to go on, it begins anew
+    measure(Outputs(json=path), toy(), KIND)
+    assert shapes(path) == [("a", 1), ("b", 2), ("c", 3)]
+
+
+def test_stale_rows_and_races_that_lack_some_are_run_again(toy, tmp_path):
+    path = tmp_path / "rows.json"
+    measure(Outputs(json=path), toy(), KIND)
+    content = json.loads(path.read_text())
+    # b has timed other code, of c one implementation is missing
+    content["benchmarks"][1]["extra_info"] |= {"kernel_hash": "of another version", "op": "group_norm"}
+    content["semantica"]["wrong"] = content["semantica"]["wrong"][:2]
+    path.write_text(json.dumps(content))
+    bench = toy()
+    measure(Outputs(json=path, resume=True), bench, KIND)
+    assert bench.ran == ["b", "c"] and [shape for shape, _ in shapes(path)] == ["a", "b", "c"]
+
+
+def test_it_does_not_mix_machines(toy, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    measure(Outputs(json=path), toy(), KIND)
+    content = json.loads(path.read_text())
+    content["benchmarks"][0]["extra_info"]["device"] = "another card"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="holds rows of another card"):
+        measure(Outputs(json=path, resume=True), toy(), KIND)
+    assert main(["bench", "kernels", "--resume"]) == 2
+    assert "--resume needs --json FILE" in capsys.readouterr().err
