@@ -6,6 +6,7 @@ On a GPU the same cases run through the operator: see test_kernels.
 import dataclasses
 import itertools
 import math
+import re
 import runpy
 import struct
 import subprocess
@@ -226,6 +227,26 @@ def test_every_order_gives_the_same_bits_and_no_race_or_overrun(programs, flavou
     ):
         assert any(map(holds, plans))
     on_the_bench(programs(flavour), given, seeds)
+
+
+MEETS = re.compile(r"__syncthreads\(|grid_sync\(|cp_async_wait<|\.sync\(|\.barrier_(arrive|wait)\(")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_no_barrier_or_wait_can_be_left_out(programs):
+    given = trials(torch.bfloat16, RACED, TIGHT)
+    reached = start(programs("plain"), given, 1, "list").stdout.decode().split()
+    kernels = [path for path in cuda_host.CUDA.glob("*.cu*") if path.name != "device.cuh"]
+    assert set(reached) == {
+        f"{path.name}:{i}"
+        for path in kernels
+        for i, line in enumerate(path.read_text().splitlines(), 1)
+        if MEETS.search(line)
+    }
+    for place in reached:
+        done = start(programs("tsan"), given, 1, *place.split(":"))
+        assert done.returncode in (66, cuda_host.FAULT), f"nobody notices that {place} is left out"
 
 
 @needs_compiler
