@@ -59,12 +59,11 @@ __device__ __forceinline__ bool over_team(const Pair* stage, int per, Pair* own,
       if (lane == 0) *(plan.path == Path::resident ? own + g : mine + g) = pair;
     }
     if (first) return false;
+    // in a team of one block every lane reads what it has written itself
     if (plan.path == Path::grid) {
       grid_sync();
     } else if (size > 1) {
       this_cluster().sync();
-    } else {
-      __syncthreads();
     }
   }
   for (int g = int(threadIdx.x) / WARP; g < groups; g += int(blockDim.x) / WARP) {
