@@ -144,6 +144,11 @@ tuning() {
   semantica bench tune --op "$op" --kernel "$@" --out "$OUT/tuned/$op.json" | tee -a "$OUT/tune-$op.txt"
 }
 
+# tests that need a GPU: $1 name of the files, then options and files
+tested() {
+  "$PYTHON" -P -m pytest -q -p no:cacheprovider -m gpu --junitxml "$OUT/$1.xml" "${@:2}" | tee "$OUT/$1.txt"
+}
+
 # every case of the table by every implementation of ours, forward and backward; each tensor has an allocation of its
 # own, so that no overrun hides in a neighbour
 checked() {
@@ -195,12 +200,15 @@ run() {
   case $1 in
     doctor) card state | tee "$OUT/card.txt"; semantica doctor | tee "$OUT/doctor.txt" ;;
     tests)
-      local files several=()
-      mapfile -t files < <(grep -l 'mark\.gpu' tests/*.py)
-      # most of their time is compiling, which every core can do
+      local files timed several=() code=0
+      # what is timed wants the card for itself
+      mapfile -t timed < <(grep -l 'timing\.CudaClock()' $(grep -l 'mark\.gpu' tests/*.py))
+      mapfile -t files < <(grep -l 'mark\.gpu' tests/*.py | grep -vxF "$(printf '%s\n' "${timed[@]}")")
+      # most of the others' time is compiling, which every core can do
       if "$PYTHON" -P -c 'import xdist' 2> /dev/null; then several=(-n 8); fi
-      "$PYTHON" -P -m pytest -q -p no:cacheprovider -m gpu --junitxml "$OUT/tests.xml" ${several[@]+"${several[@]}"} \
-        "${files[@]}" | tee "$OUT/tests.txt" ;;
+      tested tests ${several[@]+"${several[@]}"} "${files[@]}" || code=$?
+      tested tests-timed "${timed[@]}" || code=$?
+      return $code ;;
     memcheck | racecheck) checked "$1" ;;
     compiled)
       semantica bench kernels --compile-only --arch "$(card arch)" --workers "$(nproc)" \
