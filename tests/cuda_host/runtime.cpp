@@ -257,6 +257,10 @@ int run(const Grid& grid, const std::function<void()>& thread, Copy copy) {
   watch(true);
   schedule();
   watch(false);
+  // what was read past the caches of threads is over with them
+  detector_switch(made.read_only);
+  detector_release(&made.ended);
+  detector_switch(made.host);
   detector_acquire(&made.ended);
   drop_detector(made.read_only);
   for (auto& fiber : made.fibers) drop(fiber->context);
