@@ -105,7 +105,8 @@ card() {
     arch-rehearsed) echo sm_90 ;;
     state) nvidia-smi ;;
     state-rehearsed) echo "no card: a rehearsal" ;;
-    sanitizer) shift; compute-sanitizer --error-exitcode 9 "$@" ;;
+    # libraries ask the driver for functions that it may lack, which is no fault of a kernel; a failed launch raises
+    sanitizer) shift; compute-sanitizer --error-exitcode 9 --report-api-errors no "$@" ;;
     sanitizer-rehearsed) shift; while [[ $1 == --* ]]; do shift 2; done; "$@" ;;
   esac
 }
@@ -141,6 +142,11 @@ training() { bench "$1" train --preset "$2" --batch "$3" --steps $STEPS --worker
 tuning() {
   local op=$1; shift
   semantica bench tune --op "$op" --kernel "$@" --out "$OUT/tuned/$op.json" | tee -a "$OUT/tune-$op.txt"
+}
+
+# tests that need a GPU: $1 name of the files, then options and files
+tested() {
+  "$PYTHON" -P -m pytest -q -p no:cacheprovider -m gpu --junitxml "$OUT/$1.xml" "${@:2}" | tee "$OUT/$1.txt"
 }
 
 # every case of the table by every implementation of ours, forward and backward; each tensor has an allocation of its
@@ -194,12 +200,15 @@ run() {
   case $1 in
     doctor) card state | tee "$OUT/card.txt"; semantica doctor | tee "$OUT/doctor.txt" ;;
     tests)
-      local files several=()
-      mapfile -t files < <(grep -l 'mark\.gpu' tests/*.py)
-      # most of their time is compiling, which every core can do
+      local files timed several=() code=0
+      # what is timed wants the card for itself
+      mapfile -t timed < <(grep -l 'timing\.CudaClock()' $(grep -l 'mark\.gpu' tests/*.py))
+      mapfile -t files < <(grep -l 'mark\.gpu' tests/*.py | grep -vxF "$(printf '%s\n' "${timed[@]}")")
+      # most of the others' time is compiling, which every core can do
       if "$PYTHON" -P -c 'import xdist' 2> /dev/null; then several=(-n 8); fi
-      "$PYTHON" -P -m pytest -q -p no:cacheprovider -m gpu --junitxml "$OUT/tests.xml" ${several[@]+"${several[@]}"} \
-        "${files[@]}" | tee "$OUT/tests.txt" ;;
+      tested tests ${several[@]+"${several[@]}"} "${files[@]}" || code=$?
+      tested tests-timed "${timed[@]}" || code=$?
+      return $code ;;
     memcheck | racecheck) checked "$1" ;;
     compiled)
       semantica bench kernels --compile-only --arch "$(card arch)" --workers "$(nproc)" \
@@ -249,7 +258,10 @@ prepare() {
 # what can be made again, and what is true of this machine alone, is left out
 keep() {
   local left=(--exclude .installed --exclude .model --exclude .run --exclude .bundle)
-  [[ -z $ARCHIVE ]] || tar -czf "$ARCHIVE" -C "$OUT" "${left[@]}" .
+  [[ -n $ARCHIVE ]] || return 0
+  # who is ended here must not leave half a file in the place of a whole one
+  tar -czf "$ARCHIVE.new" -C "$OUT" "${left[@]}" .
+  mv "$ARCHIVE.new" "$ARCHIVE"
 }
 
 if [[ -n $ARCHIVE && -e $ARCHIVE ]]; then tar -xzf "$ARCHIVE" -C "$OUT"; fi

@@ -18,7 +18,7 @@ constexpr int SUMS = 3;
 template <typename T>
 __device__ __forceinline__ float before_silu(float dy, float h) {
   // 1 - s would have few digits where h is large; exp(80) is far from overflow, and the gradient there is 0
-  const float e = exponential<T>(fminf(-h, 80.0f)), s = __fdividef(1.0f, 1.0f + e);
+  const float e = exponential<T>(fminf(-h, 80.0f)), s = reciprocal<T>(1.0f + e);
   return dy * s * fmaf(h, e * s, 1.0f);
 }
 

@@ -15,7 +15,7 @@ struct Welford {
 
   __device__ __forceinline__ void add(const float (&x)[V]) {
     n += 1.0f;
-    const float share = __fdividef(1.0f, n);
+    const float share = __frcp_rn(n);
 #pragma unroll
     for (int v = 0; v < V; v++) {
       float delta = x[v] - mean[v];

@@ -13,7 +13,7 @@ struct Pair {
 // Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983, eq. 1.5
 struct Moments {
   static __device__ __forceinline__ Pair merge(const Pair& a, const Pair& b) {
-    float n = a.n + b.n, share = n > 0 ? __fdividef(b.n, n) : 0.0f, delta = b.first - a.first;
+    float n = a.n + b.n, share = n > 0 ? b.n * __frcp_rn(n) : 0.0f, delta = b.first - a.first;
     return {fmaf(delta, share, a.first), fmaf(delta * delta, a.n * share, a.second + b.second), n};
   }
 };

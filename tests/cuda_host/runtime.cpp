@@ -257,6 +257,7 @@ int run(const Grid& grid, const std::function<void()>& thread, Copy copy) {
   watch(true);
   schedule();
   watch(false);
+  // what was read past the caches of threads is over with them
   detector_switch(made.read_only);
   detector_release(&made.ended);
   detector_switch(made.host);
