@@ -245,8 +245,12 @@ def test_no_barrier_or_wait_can_be_left_out(programs):
         if MEETS.search(line)
     }
     for place in reached:
-        done = start(programs("tsan"), given, 1, *place.split(":"))
-        assert done.returncode in (66, cuda_host.FAULT), f"nobody notices that {place} is left out"
+        # other bits in another order, or a fault; else a race, which takes longer to find
+        noticed = (
+            start(programs(flavour), given, seeds, *place.split(":")).returncode in (code, cuda_host.FAULT)
+            for flavour, seeds, code in (("plain", 8, 5), ("tsan", 1, 66))
+        )
+        assert any(noticed), f"nobody notices that {place} is left out"
 
 
 @needs_compiler
