@@ -82,8 +82,8 @@ def phases(crawl: Path, encoder_name: str) -> dict[str, float]:
     from semantica.train.pages.write import write_unit
 
     source = Input(str(crawl), "warc")
-    encoder = describe_encoder(encoder_name, "cpu")
-    describe = describer(encoder) if encoder_name != NONE else None
+    encoder, place = describe_encoder(encoder_name, "cpu")
+    describe = describer(encoder, place) if encoder_name != NONE else None
     rules = MineConfig((crawl,), Path("x"), encoder=encoder_name).rules()
     seconds = {}
     with tempfile.TemporaryDirectory() as name:

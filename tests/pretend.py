@@ -237,7 +237,7 @@ class PretendedCuda:
             "get_device_capability": lambda device=None: (9, 0),
             "get_device_name": lambda device=None: "Pretended Card",
             # what is drawn comes from the host's generator
-            "get_rng_state": lambda device=None: torch.zeros(1), "set_rng_state": lambda state, device=None: None,
+            "get_rng_state": self.random_state, "set_rng_state": lambda state, device=None: self.random_state(device),
         }  # fmt: skip
         for name, function in {**ready, **replaced}.items():
             monkeypatch.setattr(torch.cuda, name, function)
@@ -300,6 +300,11 @@ class PretendedCuda:
         for stream in [*self.defaults.values(), *self.local.streams.values()]:
             Stream.join(clock, stream.clock)
         self.wait("synchronize", clock.clock)
+
+    def random_state(self, device=None) -> Tensor:
+        if self.current_stream(device).graph is not None:
+            raise RuntimeError("Cannot call CUDAGeneratorImpl::current_seed during CUDA graph capture.")
+        return torch.zeros(1)
 
     def wait(self, what: str, clock: dict) -> None:
         self.waits.append(what)

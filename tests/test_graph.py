@@ -114,6 +114,24 @@ def test_a_replay_that_computes_something_else_is_not_kept(spoils):
         empty(*given(0))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_gradients_that_overflow_in_both_ways_are_alike(value):
+    """As those of a loss scaled for fp16 do in the first steps: the update is skipped, and the scale falls."""
+    net = network().eval()
+
+    def overflows(x: torch.Tensor) -> tuple[torch.Tensor]:
+        loss = net(x).mean()
+        (loss + 0 * (x * value * net.unused.sum()).sum()).backward()
+        return (loss.detach(),)
+
+    graph, x = StepGraph(overflows, net.parameters(), CPU, Recording()), torch.ones(2, 6)
+    assert graph(x)[0] == net(x).mean() and not net.unused.grad.isfinite().any()
+    # but not where the call is finite
+    spoilt = StepGraph(overflows, net.parameters(), CPU, Recording(lambda r: r[0].fill_(value)))
+    with pytest.raises(ArtifactError, match="the recorded step's loss is"):
+        spoilt(x)
+
+
 def test_the_trainer_records_its_step_and_trains_the_same(photos, tmp_path, monkeypatch):
     """Two parts to a batch; the encoder trained along, REPA and stored tokens are trees of tensors like these."""
     record = Recording()

@@ -11,13 +11,16 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from semantica.train.pages import runners
+from semantica.errors import UserError
+from semantica.train.pages import describe, runners
 from semantica.train.pages.body import BadBody, decode
 from semantica.train.pages.config import MAX_HTML, MineConfig
+from semantica.train.pages.describe import Encoder
 from semantica.train.pages.links import BadPage, Link, canonical, encoding, largest, page_links
-from semantica.train.pages.mine import mine
+from semantica.train.pages.mine import Job, give_up, mine
 from semantica.train.pages.picture import Rejected, by_name, examine, slug
 from semantica.train.pages.sources import Input, digest, events, find_inputs
 from semantica.train.pages.warc import captures
@@ -317,6 +320,36 @@ def test_a_unit_that_kills_its_process_costs_itself_alone(tmp_path, monkeypatch)
     finally:
         runner.close()
     assert ended == {0: "", 1: "its process ended with exit code -11", 2: "RuntimeError: two lines", 3: "", 4: ""}
+
+
+@pytest.mark.parametrize("said", ["OutOfMemoryError: CUDA out of memory", "RuntimeError: cuDNN error: CUDA error"])
+def test_a_full_gpu_is_no_fault_of_the_input(said, tmp_path):
+    """It would be left out, and the crawl with it, one input after the other."""
+    inputs = tuple(Input(f"{i}.warc", "warc", str(i)) for i in range(4))
+    job = Job(inputs, tmp_path, MineConfig().rules(), Encoder("x", "", 8, "cuda"), "cuda:0")
+    job.work.mkdir()
+    with pytest.raises(UserError, match="1 of 4 inputs failed, the first is '2.warc' .*CUDA.*same command continues"):
+        give_up(job, {2: said})
+    assert not any(job.work.iterdir())
+
+
+def test_pictures_are_described_on_the_gpu_that_was_named(cuda, monkeypatch):
+    placed = []
+
+    class Tower(torch.nn.Module):
+        image_size = 8
+
+        def to(self, place):
+            placed.append(place)
+            return self
+
+    monkeypatch.setattr(describe, "loaded", lambda name: Tower())
+    with cuda.mode():
+        encoder, place = describe.describe_encoder("tower", "cuda:1")
+        # what decides the bytes of the shards is the kind of device alone
+        assert (encoder.device, place, placed) == ("cuda", "cuda:1", [])
+        describe.describer(encoder, place)
+    assert placed == ["cuda:1"]
 
 
 def test_inputs_are_found_by_name_and_known_by_content(crawl, tmp_path):

@@ -105,3 +105,11 @@ def test_what_runs_on_a_device_that_is_not_current_is_named(cuda):
         assert cuda.astray == []
         x + 1
         assert cuda.astray == ["aten.add.Tensor"]
+
+
+def test_the_state_of_random_numbers_is_not_read_while_a_stream_captures(cuda):
+    """As blocks that the backward pass computes again do."""
+    with cuda.mode(), torch.no_grad():
+        assert torch.cuda.get_rng_state() is not None
+        with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="during CUDA graph capture"):
+            torch.cuda.get_rng_state()

@@ -368,6 +368,7 @@ def test_what_cannot_be_read_is_one_line(copy, crawl, tmp_path, capsys):
         (rewritten(shards=[{"name": "../pages-x", "bytes": 1, "table_sha256": ""}]), {}, "leads out of the folder"),
         ("pipe:cat x", {}, "is refused"), ("pipe://cat x", {}, "is refused"), ("reference://x", {}, "is refused"),
         ("simplecache::s3://x", {}, "is refused"), ("memory://nowhere", {}, "no index.json"),
+        (copy, {"mode": "reconstruct", "high": 0.8}, "--low and --high are for two pictures of a page"),
         (tmp_path, {"mode": "pages"}, "no index.json"), (copy, {"mode": "folders"}, "unknown data mode"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words) as caught:

@@ -183,6 +183,9 @@ class TrainConfig:
             raise UserError("--checkpointing-keeps sees into no compiled block: give --compile-scope network too")
         if self.graph and (processes > 1 or self.parallel != "auto"):
             raise UserError("--graph is for one process: leave it out")
+        if self.graph and self.checkpointing:
+            # it keeps and sets states of random numbers, which a recording forbids
+            raise UserError("--graph records no blocks that are computed again: leave out --checkpointing, or --graph")
         shares = [("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1)]
         for name, low, high in shares + ([("crop", 1e-3, 1)] if self.crop != "centre" else []):
             if not low <= getattr(self, name) <= high:
@@ -190,6 +193,8 @@ class TrainConfig:
         decays = (self.ema, *self.ema_also)
         if len({*decays}) < len(decays) or not all(0 <= decay <= 1 for decay in decays):
             raise UserError(f"--ema-also is {' '.join(map(str, self.ema_also))}: give other decays than --ema, 0 to 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas is {' '.join(map(str, self.betas))}: give numbers from 0 to less than 1")
         for name in ("lr", "clip", "timeout"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: give a positive number")
@@ -203,6 +208,10 @@ class TrainConfig:
             raise UserError("--repa with --tokens reads what targets show at their centre: give --crop centre too")
         if self.tokens and self.encoder == "vit":
             raise UserError(f"--tokens {self.tokens} come from a frozen encoder: give the --encoder that made them")
+        if self.encoder == "vit" and self.encoder_tokens != "patches":
+            raise UserError("--encoder-tokens is for frozen encoders: the trainable one has patches only")
+        if self.seed >= 1 << 32:
+            raise UserError(f"--seed is {self.seed}: give less than {1 << 32}")
         if self.warmup < 0 or self.weight_decay < 0 or (self.workers or 0) < 0 or self.seed < 0:
             raise UserError("--warmup, --weight-decay, --workers and --seed must not be negative")
         return self

@@ -241,13 +241,15 @@ def open_shards(root: str, mode: str = "pages", low: float | None = None, high: 
     Args:
         root: folder or fsspec URL.
         mode: "pages", or "reconstruct" (target = condition).
-        low, high: smallest and largest similarity of a pair.
+        low, high: smallest and largest similarity of a pair; none in mode "reconstruct".
 
     Raises:
         UserError: no shards there, a format or address that is not read, most shards unusable, or no pair left.
     """
     if mode not in ("pages", "reconstruct"):
         raise UserError(f"unknown data mode {mode!r} for shards: choose pages or reconstruct")
+    if mode == "reconstruct" and (low, high) != (None, None):
+        raise UserError("--low and --high are for two pictures of a page: leave them out with --mode reconstruct")
     store = Store(root)
     return open_listed(store, read_index(store), mode, low, high)
 

@@ -1,7 +1,7 @@
 """`semantica pairs`: one command line for mining, lists of URLs, reports and stored tokens."""
 
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,8 @@ RUN = {
     ResizeConfig: "semantica.train.pages.resize:resize_and_show",
     TokensConfig: "semantica.train.data.encode:store_tokens",
 }
+# options that ask for something else than mining
+ASKS = ("report", "tokens", "resize", "urls_only")
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,22 @@ class PairsConfig(ReportConfig, TokensConfig, MineConfig):
                 raise UserError("--resize takes shards and no crawl: leave out --urls-only and --on")
             config = ResizeConfig
         chosen = narrowed(self, config)
+        self.refuse_others(config)
         if config is not ReportConfig:
             chosen.check()
             if thresholds:
                 raise UserError("--low and --high belong to --report and to 'semantica train': shards hold all pairs")
         return chosen
+
+    def refuse_others(self, config: type) -> None:
+        """Raises `UserError` for an option that was given and that what was asked for does not read."""
+        # what is asked for, and the thresholds, have lines of their own
+        known = {field.name for field in fields(config)} | {*ASKS} | {"low", "high"}
+        asked = next((ask for ask in ASKS if getattr(self, ask) not in (None, False)), None)
+        for field in fields(self):
+            if field.name not in known and getattr(self, field.name) != field.default:
+                what = "mining" if asked is None else f"--{asked.replace('_', '-')}"
+                raise UserError(f"--{field.name.replace('_', '-')} says nothing to {what}: leave it out")
 
 
 def run(config: PairsConfig) -> None:

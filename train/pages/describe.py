@@ -21,7 +21,7 @@ class Encoder:
     """Which encoder describes the pictures.
 
     name: as the user gave it; fingerprint: of its weights; side: of the pictures that it sees, None without encoder.
-    device: where it runs; its arithmetic differs in the last bits from that of another.
+    device: the kind of device where it runs; its arithmetic differs in the last bits from that of another.
     """
 
     name: str
@@ -30,36 +30,41 @@ class Encoder:
     device: str
 
 
-def describe_encoder(name: str, device: str) -> Encoder:
-    """Load an encoder once, to know that it can be loaded and which weights it has.
+def describe_encoder(name: str, device: str) -> tuple[Encoder, str]:
+    """Load an encoder once, to know that it can be loaded and which weights it has; and its device with its number.
 
     Raises:
         UserError: it cannot be loaded, or there is no such device.
     """
     if name == NONE:
-        return Encoder(name, "", None, "cpu")
+        return Encoder(name, "", None, "cpu"), "cpu"
     if name == CLASSICAL:
-        return Encoder(name, "1", CLASSICAL_SIDE, "cpu")
+        return Encoder(name, "1", CLASSICAL_SIDE, "cpu"), "cpu"
     from semantica.device import pick_device
     from semantica.model.encoders import weights_sha256
 
-    where = pick_device(device).type
+    where = pick_device(device)
     try:
-        encoder = network(name, where)
+        # the processes that describe have copies of their own
+        encoder = loaded(name)
     except UserError as error:
         raise UserError(f"{error}; or give --encoder {CLASSICAL} (no download, not semantic) or {NONE}") from error
-    return Encoder(name, weights_sha256(encoder)[:16], encoder.image_size, where)
+    return Encoder(name, weights_sha256(encoder)[:16], encoder.image_size, where.type), str(where)
+
+
+def loaded(name: str):
+    from semantica.model.encoders import PretrainedEncoder
+
+    return PretrainedEncoder.from_source(name)
 
 
 @lru_cache(maxsize=1)
 def network(name: str, device: str):
-    from semantica.model.encoders import PretrainedEncoder
-
-    return PretrainedEncoder.from_source(name).to(device)
+    return loaded(name).to(device)
 
 
-def describer(encoder: Encoder) -> Describe:
-    """The function that describes a batch in this process."""
+def describer(encoder: Encoder, place: str) -> Describe:
+    """The function that describes a batch in this process, on a device."""
     if encoder.name == CLASSICAL:
         from semantica.features import colour_and_shape
 
@@ -71,8 +76,8 @@ def describer(encoder: Encoder) -> Describe:
     if encoder.device == "cpu":
         # as many workers as processors; and sums are cut alike everywhere
         torch.set_num_threads(1)
-    tower = network(encoder.name, encoder.device)
-    return lambda pictures: unit(tower(to_tensor(pictures).to(encoder.device)).pooled.float().cpu().numpy())
+    tower = network(encoder.name, place)
+    return lambda pictures: unit(tower(to_tensor(pictures).to(place)).pooled.float().cpu().numpy())
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -26,16 +26,19 @@ from semantica.train.pages.write import write_unit
 
 # of the inputs, may fail before the run is one that failed
 MAX_FAILED = 0.5
+# what an input has no part in, whichever it was: no room, no memory, a GPU that is full or gone
+NO_ROOM = ("OSError", "OperationalError", "UserError", "MemoryError", "OutOfMemoryError", "AcceleratorError")
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a unit's work needs, wherever it runs."""
+    """Everything that a unit's work needs, wherever it runs. place: the device of this machine's encoders."""
 
     inputs: tuple[Input, ...]
     out: Path
     rules: Rules
     encoder: Encoder
+    place: str = "cpu"
     actors: tuple = ()
 
     @property
@@ -53,7 +56,7 @@ def read_one(job: Job, unit: int) -> None:
         return
     describe = None
     if job.encoder.name != NONE:
-        describe = Remote(job.actors[unit % len(job.actors)]) if job.actors else describer(job.encoder)
+        describe = Remote(job.actors[unit % len(job.actors)]) if job.actors else describer(job.encoder, job.place)
     read_unit(job.inputs[unit], folder, job.rules, job.encoder, describe)
 
 
@@ -82,7 +85,7 @@ def mine(config: MineConfig) -> dict:
     if out.exists() and not (out / "index.json").exists() and not (out / "work").is_dir():
         if not out.is_dir() or any(out.iterdir()):
             raise UserError(f"{out} exists and holds no shards: choose another --out")
-    encoder = describe_encoder(config.encoder, config.device)
+    encoder, place = describe_encoder(config.encoder, config.device)
     try:
         (out / "work").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,13 +96,15 @@ def mine(config: MineConfig) -> dict:
         stack.callback(runner.close)
         phase = functools.partial(run_phase, runner)
         sources = digested(sources, out / "work" / "digests", phase)
-        job = Job(tuple(sources), out, config.rules(), encoder)
+        # a task of a cluster has what the cluster gave it, whatever that is called here
+        place = encoder.device if config.on == "ray" else place
+        job = Job(tuple(sources), out, config.rules(), encoder, place)
         claim(job)
         if (out / "index.json").exists():
             print(f"{out} is complete: nothing to do")
         else:
             if config.on == "ray" and encoder.name != NONE:
-                actors = ray_encoders(functools.partial(describer, encoder))
+                actors = ray_encoders(functools.partial(describer, encoder, place))
                 job = dataclasses.replace(job, actors=tuple(actors))
             phases(job, phase)
         remove(out / "work")
@@ -170,10 +175,10 @@ def give_up(job: Job, failed: dict[int, str]) -> None:
     """Leave out inputs whose reading ended a process; each is named in the statistics.
 
     Raises:
-        UserError: most of them failed, or one for lack of room.
+        UserError: most of them failed, or one for lack of room or by its GPU.
     """
     for unit, error in failed.items():
-        if error.startswith(("OSError", "OperationalError", "UserError", "MemoryError")):
+        if error.startswith(NO_ROOM) or "CUDA" in error:
             stop(job, {unit: error})
     if len(failed) > MAX_FAILED * len(job.inputs):
         stop(job, failed)
