@@ -61,6 +61,14 @@ def test_a_label_that_the_data_lacks_is_refused(web, tmp_path):
         figures(web, folder)
 
 
+def test_options_of_sampling_say_nothing_to_pictures_that_are_there(tmp_path):
+    for changed in (dict(guidance=3.0), dict(steps=5), dict(n=8), dict(seed=1)):
+        (name,) = changed
+        with pytest.raises(UserError, match=f"^--{name} says nothing to pictures that are there"):
+            EvaluateConfig(data=tmp_path, images=tmp_path, **changed).check()
+        EvaluateConfig(data=tmp_path, model=tmp_path, **changed).check()
+
+
 def test_conditions_go_round_the_groups():
     groups = {"a": ("a0", "a1", "a2"), "b": ("b0",), "c": ("c0", "c1")}
     assert spread(groups, 5) == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1)]

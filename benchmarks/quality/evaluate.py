@@ -13,6 +13,8 @@ from semantica import features
 from semantica.errors import UserError
 from semantica.files import read_json, write_json
 
+# options of how a model samples
+SAMPLING = ("n", "steps", "guidance", "seed")
 # (condition's place in the gallery or -1, group) of each evaluated picture
 Picks = list[tuple[int, str]]
 
@@ -51,6 +53,10 @@ class EvaluateConfig:
         """Raises `UserError` for impossible options."""
         if (self.model is None) == (self.images is None):
             raise UserError("give either --model or --images")
+        sampling = {field.name: field.default for field in dataclasses.fields(self) if field.name in SAMPLING}
+        for name, default in sampling.items() if self.images else ():
+            if getattr(self, name) != default:
+                raise UserError(f"--{name} says nothing to pictures that are there: leave it out with --images")
         for name in ("conditions", "steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}: give at least 1")
