@@ -41,16 +41,16 @@ def job(settings: TrainConfig, **more) -> dict:
 
 @pytest.fixture(scope="module")
 def together(torchrun, tmp_path_factory):
-    """A function that trains in two processes what jobs say; returns how each job ended, by process."""
+    """A function that trains in several processes what jobs say; returns how each job ended, by process."""
 
-    def together(jobs: list[dict]) -> list[list[dict]]:
+    def together(jobs: list[dict], processes: int = 2) -> list[list[dict]]:
         path = tmp_path_factory.mktemp("jobs") / "jobs.json"
         path.write_text(json.dumps(jobs))
         worker = Path(__file__).parent / "processes" / "ranks.py"
-        process = torchrun(str(worker), str(path))
+        process = torchrun(str(worker), str(path), processes=processes)
         said = process.communicate(timeout=400)
         assert process.returncode == 0, said[0][-2000:] + said[1][-6000:]
-        return list(zip(*(json.loads(path.with_suffix(f".{rank}").read_text()) for rank in (0, 1))))
+        return list(zip(*(json.loads(path.with_suffix(f".{rank}").read_text()) for rank in range(processes))))
 
     return together
 
@@ -352,6 +352,15 @@ def test_two_nodes_of_two_split_inside_and_copy_between(photos, tmp_path):
             held = json.loads(file.metadata()["DCP_SHARDING_INFO"])
         places += [held[key]["saved_offsets"] for key in held if key == "conv_out.weight"]
     assert len(places) == 2 and places[0] != places[1]
+
+
+@pytest.mark.slow
+def test_three_processes_go_on_to_the_same_bits(photos, together, tmp_path):
+    """Of two, sums are the same in any order."""
+    settings = dict(batch=6, accumulate=1, save_every=2, eval_every=10, image_size=16)
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    together([job(config(photos, out, steps=n, **settings)) for out, n in ((straight, 4), (parts, 2), (parts, 4))], 3)
+    assert furthest(newest(straight), newest(parts)) == 0
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ The model itself knows of none of this. `parallelize` chooses; what one process 
 import copy
 import functools
 import inspect
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,6 +17,9 @@ from semantica.model.compile import repeated
 from semantica.model.layers import CrossAttention
 from semantica.train.objective import Objective
 from semantica.train.processes import World
+
+# it is asked for where there are none, see `DataParallel.wrap`
+warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
 
 
 class Whole:
@@ -56,6 +60,9 @@ class DataParallel(Whole):
         # nothing in the model changes its buffers; the option has another name from PyTorch 2.13 on
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        # sums of three processes and more depend on places in buckets. Buckets that are built anew after the first step
+        # are not those of a run that goes on there; where any parameter might be unused, none are built anew
+        same = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
         # it takes no module on two devices: the frozen encoder of stored tokens stays on the CPU, and does not run
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             objective, elsewhere(objective, self.device)
@@ -66,7 +73,7 @@ class DataParallel(Whole):
             **{buffers: False},
             gradient_as_bucket_view=True,
             # an encoder that is trained along, but conditions nothing
-            find_unused_parameters=not objective.unet.stream_names and objective.head is None,
+            find_unused_parameters=same or not objective.unet.stream_names and objective.head is None,
         )
 
     def micro_batch(self, objective: nn.Module, last: bool) -> AbstractContextManager:

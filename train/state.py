@@ -62,7 +62,8 @@ class TrainState:
     def update(self) -> Tensor:
         """Clip, step, average; returns the gradient's norm before clipping, still on the device.
 
-        With a scaler a step whose gradients are not all finite changes nothing but the scale.
+        With a scaler a step whose gradients are not all finite changes no weight and no moment: averages come nearer
+        to the weights as in any step, and the scale falls.
         """
         parameters = list(self.parameters.values())
         if self.scaler is not None:
