@@ -13,6 +13,7 @@ import torch
 
 from semantica.benchmarks.kernels.implementations import OWN_LEEWAY, by_kernels, cuda_kernels, in_cuda, ours
 from semantica.benchmarks.kernels.problems import Problem
+from semantica.benchmarks.kernels.traffic import bytes_moved, who_serves
 from semantica.benchmarks.kernels.verify import Answers, evaluate, verify
 from semantica.kernels import cuda, dispatch
 from semantica.kernels.group_norm import cuda as calls
@@ -189,12 +190,12 @@ def test_the_table_chooses_by_architecture_layout_and_size(card, tmp_path, monke
     rows = [{"layout": "channels_last", "bytes": [1000, 40000], "use": "cuda"}]
     path.write_text(json.dumps({"forward": {"sm_90": rows}, "backward": {}}))
     monkeypatch.setattr(calls, "CHOICE", path)
-    monkeypatch.setattr(cuda.launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(calls.launch, "architecture", lambda device: "sm_90")
     small, fits, large = (torch.zeros(1, n, n, 16).movedim(-1, 1) for n in (2, 16, 64))
     assert [calls.serves_forward(x, 4) for x in (small, fits, large)] == [False, True, False]
     assert not calls.serves_forward(fits.contiguous(), 4) and not calls.serves_backward(fits, fits, None, None, 4)
     assert cuda.has_rows(path) and cuda.status(path) == "CUDA kernels serve sizes measured on sm_90"
-    monkeypatch.setattr(cuda.launch, "architecture", lambda device: "sm_80")
+    monkeypatch.setattr(calls.launch, "architecture", lambda device: "sm_80")
     assert not calls.serves_forward(fits, 4)
     # the same under the operator: the rival is asked first, and what it leaves goes on
     asked = []
@@ -210,6 +211,32 @@ def test_the_table_chooses_by_architecture_layout_and_size(card, tmp_path, monke
         device = None
 
     assert [served(Number(n)) for n in (0, 1, 2)] == ["plain", "triton", "cuda"]
+
+
+def test_rows_say_which_kernels_serve_them_and_what_these_move(card, tmp_path, monkeypatch):
+    path = tmp_path / "choice.json"
+    served = {"sm_90": [{"layout": "channels_last", "bytes": [1000, 400000], "use": "cuda"}]}
+    path.write_text(json.dumps({"forward": served, "backward": {}}))
+    monkeypatch.setattr(calls, "CHOICE", path)
+    monkeypatch.setattr(calls.launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setitem(dispatch.REGISTERED["group_norm"], "cuda", ("Triton", ""))
+
+    def problem(*shape: int, last: bool = True) -> Problem:
+        return Problem("group_norm", GroupNormCase(shape, 32, channels_last=last), torch.bfloat16, "cuda")
+
+    small, cache = problem(2, 64, 16, 16), 1000
+    assert [who_serves(small, way) for way in ("forward", "backward", "both")] == ["CUDA", "Triton", "CUDA, Triton"]
+    assert who_serves(problem(2, 64, 16, 16, last=False), "forward") == "Triton"
+    # held in shared memory, x is read once and y written
+    assert {bytes_moved(small, name, "forward", cache) for name in ("cuda", "fused")} == {2 * (2 * 64 * 256 * 2)}
+    both = [bytes_moved(small, "fused", way, cache) for way in ("forward", "backward")]
+    assert bytes_moved(small, "fused", "both", cache) == sum(both)
+    pytest.importorskip("triton")
+    # in registers too: however small the cache, no second walk
+    assert bytes_moved(small, "triton", "backward", cache) == small.effective_bytes("backward")
+    wide = problem(1, 128, 256, 256)
+    assert bytes_moved(wide, "triton", "forward", cache) == wide.effective_bytes("forward") + 128 * 65536 * 2
+    assert bytes_moved(wide, "triton", "forward", 50 << 20) == wide.effective_bytes("forward")
 
 
 def test_where_cuda_has_no_code_triton_serves_and_it_is_said(card, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from semantica.kernels import cuda
+from semantica.kernels import cuda, launch
 from semantica.kernels.group_norm.cuda_plan import ACCESS, Card, Plan, Problem, plan
 
 CHOICE = Path(__file__).with_name("choice.json")
@@ -72,14 +72,18 @@ def can(x: Tensor, groups: int, operands: int) -> bool:
     return planned(problem(x, groups), operands, x.device) is not None
 
 
+def chosen(direction: str, x: Tensor) -> bool:
+    return cuda.chosen(CHOICE, direction, launch.architecture(x.device), layout(x), x.nbytes)
+
+
 def serves_forward(x: Tensor, groups: int, *rest) -> bool:
     """Whether the table prefers these kernels to Triton's for a call, and they can compute it."""
-    return cuda.chosen(CHOICE, "forward", x, layout(x)) and can(x, groups, 1)
+    return chosen("forward", x) and can(x, groups, 1)
 
 
 def serves_backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int, *rest) -> bool:
     """As `serves_forward`."""
-    return cuda.chosen(CHOICE, "backward", x, layout(x)) and can(x, groups, 2)
+    return chosen("backward", x) and can(x, groups, 2)
 
 
 @functools.cache
