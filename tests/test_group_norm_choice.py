@@ -5,6 +5,7 @@ lie in a card's memory; the real ones are proved in test_group_norm_cuda.
 """
 
 import ctypes
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -18,9 +19,10 @@ from semantica.benchmarks.kernels.verify import Answers, evaluate, verify
 from semantica.kernels import cuda, dispatch
 from semantica.kernels.group_norm import cuda as calls
 from semantica.kernels.group_norm.cases import CASES, GroupNormCase
-from semantica.kernels.group_norm.cuda_plan import CARDS, RESIDENT
+from semantica.kernels.group_norm.cuda_plan import CARDS, RESIDENT, plan, seconds
 from semantica.kernels.group_norm.op import group_norm, group_norm_ref
 
+CARD = calls.card
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -162,6 +164,35 @@ def test_views_of_one_tensor_and_odd_addresses_are_served_as_they_are(card):
     (made,) = GroupNorm.made
     # a view keeps its rows apart, what has gaps between channels is copied
     assert (made.given.strides, made.given.vector) == ((0, 0, 16, 8, 0), 1)
+
+
+@pytest.mark.parametrize(("answers", "team"), [((33, 16, 8), 16), ((33, 16, 0), 8), ((33, 0, 0), 4)])
+def test_clusters_are_as_large_as_the_card_says(card, monkeypatch, answers, team):
+    """Multiprocessors are grouped otherwise on each card, and on each part of one: no size above 1 may be taken for
+    granted, and 16 is refused unless it is there."""
+    asked = []
+
+    def clusters(*, device, blocks, threads, shared):
+        asked.append((device, threads, shared))
+        return {2: 66, **dict(zip((4, 8, 16), answers))}[blocks]
+
+    card.clusters = clusters
+    limits = dict(multi_processor_count=132, shared_memory_per_block_optin=227 << 10, L2_cache_size=50 << 20)
+    limits = SimpleNamespace(**limits, shared_memory_per_multiprocessor=228 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: limits)
+    found = CARD.__wrapped__(torch.device("cuda", 0))
+    assert found.clusters == (132, 66, *answers) and found.cluster == team
+    # of blocks that fill a multiprocessor
+    assert set(asked) == {(0, 512, 227 << 10)}
+    problem = calls.Problem(1, 320, 32, 4096, 2, True)
+    made = plan(problem, 1, found)
+    assert (made.path, made.team, made.blocks) == (RESIDENT, team, 8 * team)
+    # fewer at once than multiprocessors would permit: in turns
+    few = dataclasses.replace(found, clusters=tuple(min(count, 1) for count in found.clusters))
+    assert seconds(made, problem, 1, few) > seconds(made, problem, 1, found)
+    monkeypatch.setattr(card, "code", lambda device: 80)
+    cuda.code.cache_clear()
+    assert CARD.__wrapped__(torch.device("cuda", 0)).clusters == (132,)
 
 
 def test_addends_have_gradients_and_absent_ones_are_empty(card):

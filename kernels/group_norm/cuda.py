@@ -3,6 +3,7 @@
 What it computes and what it returns is what the Triton kernels do; a call that it does not serve goes to them.
 """
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from semantica.kernels import cuda, launch
-from semantica.kernels.group_norm.cuda_plan import ACCESS, Card, Plan, Problem, plan
+from semantica.kernels.group_norm.cuda_plan import ACCESS, LARGEST, Card, Plan, Problem, plan
 
 CHOICE = Path(__file__).with_name("choice.json")
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -51,13 +52,22 @@ def problem(x: Tensor, groups: int) -> Problem:
 def card(device: torch.device) -> Card:
     """Limits of a card, with the capability of the code that it runs: clusters are in what was compiled for sm_90a."""
     limits, (version, _) = torch.cuda.get_device_properties(device), cuda.code(device)
-    return Card(
+    found = Card(
         divmod(version, 10),
         limits.multi_processor_count,
         limits.shared_memory_per_block_optin,
         limits.shared_memory_per_multiprocessor,
         limits.L2_cache_size,
     )
+    return dataclasses.replace(found, clusters=clusters(found, device)) if found.has_clusters else found
+
+
+def clusters(found: Card, device: torch.device) -> tuple[int, ...]:
+    """How many of each size run at once: how multiprocessors are grouped differs from card to card of one model, and
+    with what a card is partitioned into."""
+    ask = functools.partial(cuda.module().clusters, device=index(device), threads=found.threads, shared=found.shared)
+    sizes = (2**i for i in range(LARGEST.bit_length()))
+    return tuple(found.multiprocessors if size == 1 else ask(blocks=size) for size in sizes)
 
 
 @functools.cache
