@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from semantica.errors import UserError
+from semantica.solvers import Schedule
 
 CLASS = "DiscreteSchedule"
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -146,3 +147,8 @@ class DiscreteSchedule:
         if self.clean or multistep or not end > levels[-1]:
             end = np.inf
         return np.append(visited, 0.0).astype(np.float64), np.append(levels, end)
+
+
+def schedule_of(config: Mapping[str, Any]) -> Schedule | DiscreteSchedule:
+    """The schedule in the configuration of a model's scheduler, of either kind."""
+    return DiscreteSchedule.of(config) if config.get("class") == CLASS else Schedule.of(config)

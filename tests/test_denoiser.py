@@ -285,3 +285,20 @@ def test_sizes_of_sdxl_are_of_the_latents_unless_told(model):
 def test_what_it_does_not_know_is_one_line(wrong, message):
     with pytest.raises(UserError, match=message):
         wrong()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("compile", ["network", "blocks"])
+def test_it_compiles_without_a_break(compile):
+    model = adapter()
+    denoiser, z = model.denoiser(), randn(2, 4, SIZE, SIZE, seed=9)
+    run = partial(
+        sample,
+        z=z,
+        condition=denoiser.condition(model.streams),
+        null=None,
+        schedule=denoiser.schedule,
+        settings=Sampling(3, "ddim", 3.0, thresholding="none"),
+    )
+    assert relative(run(CompiledDenoiser(denoiser, torch.float32, compile)), run(denoiser)) < 1e-4

@@ -69,6 +69,11 @@ class UNetDenoiser(nn.Module):
         return self.unet.device
 
     @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Of what is sampled, `(channels, S, S)`."""
+        return self.unet.config.in_channels, self.schedule.image_size, self.schedule.image_size
+
+    @property
     def module(self) -> nn.Module:
         """What guiders may change."""
         return self.unet
