@@ -14,7 +14,9 @@ import numpy as np
 from semantica.errors import UserError
 from semantica.files import read_json
 
-FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+# the two files of old, or the one that holds both; and the settings
+VOCABULARY, MERGES, WHOLE, SETTINGS = "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"
+FILES = (VOCABULARY, MERGES, WHOLE, SETTINGS)
 START, END, WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 SHORT = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 # a file of merges has a megabyte; one of another kind under its name is not read into memory
@@ -25,20 +27,16 @@ class ClipTokenizer:
     """Prompts to rows of numbers, all of one length: start, the prompt cut to fit, end, then padding.
 
     Args:
-        folder: with `vocab.json` and `merges.txt`, and `tokenizer_config.json` where its settings differ from CLIP's.
+        folder: with `vocab.json` and `merges.txt`, or `tokenizer.json`; and `tokenizer_config.json` where its settings
+            differ from CLIP's.
 
     Raises:
         UserError: a file is missing or something else.
     """
 
     def __init__(self, folder: Path):
-        self.vocabulary = read_json(folder / FILES[0])
-        path = folder / FILES[1]
-        if not path.is_file() or path.stat().st_size > LIMIT:
-            raise UserError(f"{path} is missing, or no list of merges: copy the tokenizer's files there")
-        lines = path.read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        config = read_json(folder / FILES[2]) if (folder / FILES[2]).is_file() else {}
+        self.vocabulary, pairs = read_model(folder)
+        config = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
         numbers = self.vocabulary.values()
         if {START, END} - set(self.vocabulary) or not all(type(n) is int for n in numbers) or {*map(len, pairs)} - {2}:
             raise UserError(f"{folder} is no tokenizer of CLIP: it has other words or merges")
@@ -47,7 +45,7 @@ class ClipTokenizer:
         padding = config.get("pad_token", END)
         padding = padding.get("content") if isinstance(padding, dict) else padding
         if type(self.length) is not int or not 2 < self.length <= 1 << 16 or padding not in self.vocabulary:
-            raise UserError(f"{folder / FILES[2]} has length {self.length!r} and padding {padding!r}: these are none")
+            raise UserError(f"{folder / SETTINGS} has length {self.length!r} and padding {padding!r}: these are none")
         self.padding, self.start, self.end = (self.vocabulary[word] for word in (padding, START, END))
         self.encode = functools.lru_cache(4096)(self._encode)
 
@@ -80,6 +78,25 @@ class ClipTokenizer:
                 i += 2 if both else 1
             parts = merged
         return [self.vocabulary.get(part, self.end) for part in parts]
+
+
+def read_model(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]]]:
+    """Vocabulary and merges, the first learned first. Raises `UserError` for a file that is missing or too large."""
+    whole = not (folder / VOCABULARY).is_file() and (folder / WHOLE).is_file()
+    for path in [folder / WHOLE] if whole else [folder / VOCABULARY, folder / MERGES]:
+        if not path.is_file() or path.stat().st_size > LIMIT:
+            raise UserError(f"{path} is missing, or none of a tokenizer: copy the tokenizer's files there")
+    if whole:
+        model = read_json(folder / WHOLE).get("model")
+        model = model if isinstance(model, dict) else {}
+        vocabulary, lines = model.get("vocab"), model.get("merges")
+    else:
+        text = (folder / MERGES).read_text(encoding="utf-8")
+        vocabulary = read_json(folder / VOCABULARY)
+        lines = [line for line in text.splitlines() if line and not line.startswith("#version")]
+    if not isinstance(vocabulary, dict) or not isinstance(lines, list):
+        raise UserError(f"{folder} is no tokenizer of CLIP: it has no vocabulary or no merges")
+    return vocabulary, [tuple(line.split() if isinstance(line, str) else line) for line in lines]
 
 
 def split(text: str) -> Iterator[str]:

@@ -211,7 +211,7 @@ def sample(config: SampleConfig) -> Path:
     config.out.parent.mkdir(parents=True, exist_ok=True)
     if config.out.suffix == ".png":
         shown = inputs["image"] if isinstance(inputs, dict) and pictures else pictures
-        rows = [[fit(picture, size), *row] for picture, row in zip(shown, made, strict=True)] if shown else made
+        rows = [[fit(picture, size), *row] for picture, row in zip(shown, made, strict=True)] if shown else list(made)
         save_png(grid(rows, apart=4), config.out)
         write_text(config.out.with_suffix(".json"), record)
     else:

@@ -139,10 +139,18 @@ def part_of(folder: Path, name: str) -> nn.Module:
     # a download may hold half precision alone
     half = all(".fp16." in file for file in files)
     options = {"use_safetensors": True, "local_files_only": True, **({"variant": "fp16"} if half else {})}
-    if hasattr(diffusers, kind):
-        made = getattr(diffusers, kind).from_pretrained(folder / name, torch_dtype=torch.float32, **options)
-    else:
-        made = getattr(transformers, kind).from_pretrained(folder / name, dtype=torch.float32, **options)
+    bar = transformers.utils.logging
+    shown = bar.is_progress_bar_enabled()
+    # files that are there load in seconds
+    bar.disable_progress_bar()
+    try:
+        if hasattr(diffusers, kind):
+            made = getattr(diffusers, kind).from_pretrained(folder / name, torch_dtype=torch.float32, **options)
+        else:
+            made = getattr(transformers, kind).from_pretrained(folder / name, dtype=torch.float32, **options)
+    finally:
+        if shown:
+            bar.enable_progress_bar()
     return made.eval().requires_grad_(False)
 
 
