@@ -89,7 +89,7 @@ def verify(builder: builders.Builder, bundle: Bundle, folder: Path, manifest: di
     from semantica.export import parity
 
     row = parity.compare(engine, parity.load_problem(bundle), engine.arithmetic)
-    said = parity.failures(row, parity.BOUNDS[bundle.precision])
+    said = parity.failures(row, parity.bounds_of(bundle))
     if said:
         backend = manifest["backend"]
         raise ArtifactError(f"the {backend} engine differs from the fp32 network: {'; '.join(said)}; not kept")

@@ -1,4 +1,4 @@
-"""Options of `semantica export` and `semantica build`; light, so that `--help` imports no torch."""
+"""Options of `semantica export`, `quantise` and `build`; light, so that `--help` imports no torch."""
 
 import os
 from dataclasses import dataclass
@@ -31,6 +31,43 @@ class ExportConfig:
         for name in ("levels", "steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}: give at least 1")
+        if os.path.lexists(self.out):
+            raise UserError(f"--out {self.out} exists: choose another folder")
+        return self
+
+
+@dataclass(frozen=True)
+class QuantiseConfig:
+    """Turn an fp32 or fp16 bundle into one whose denoiser multiplies int8 numbers, checked against the same network.
+
+    NVIDIA ModelOpt calibrates on inputs of whole sampling runs. Each layer is then judged alone, and those that cost v
+    little for what they compute are quantised. TensorRT takes an fp16 bundle (it has no fp32 attention), and multiplies
+    convolutions and products in int8; ONNX Runtime on a CPU products alone.
+    """
+
+    bundle: Annotated[Path, tyro.conf.Positional]
+    """Bundle folder made by `semantica export`."""
+    out: Path
+    """Bundle folder to write; must not exist."""
+    mode: Literal["int8"] = "int8"
+    """Of the numbers that are multiplied."""
+    images: Path | None = None
+    """Folder of pictures like those that will be varied, to calibrate on; drawn fields without it."""
+    target: float = 45.0
+    """dB of v over the error that the quantised layers may cost, added up; more leaves more layers as they are."""
+    samples: int = 64
+    """Inputs of the denoiser to calibrate on, as many from every noise level of the runs."""
+    seed: int = 0
+    """Of the noise that the runs start from, and of the draws."""
+
+    def check(self) -> "QuantiseConfig":
+        """Raises `UserError` for impossible numbers or a place that is taken."""
+        if self.samples < 1:
+            raise UserError(f"--samples is {self.samples}: give at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}: give 0 or more")
+        if not self.target > 0:
+            raise UserError(f"--target is {self.target}: give decibels above 0")
         if os.path.lexists(self.out):
             raise UserError(f"--out {self.out} exists: choose another folder")
         return self

@@ -114,10 +114,10 @@ def save(model: ir.Model, path: Path, weights: dict[str, Tensor], weights_file: 
     ir.save(model, path)
 
 
-def widened(path: Path) -> ir.Model:
-    """A written graph with fp32 in place of bf16, parameters included: to be run where bf16 has no kernels."""
+def widened(path: Path, narrow: ir.DataType = ir.DataType.BFLOAT16) -> ir.Model:
+    """A written graph with fp32 in place of a narrow type, parameters included: to be run where that has no kernels."""
     model = ir.load(path)
-    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    wide = ir.DataType.FLOAT
     values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
     for value in values + [output for node in model.graph for output in node.outputs]:
         if value.dtype == narrow:

@@ -51,6 +51,12 @@ register_verb(
     "semantica.export.config:ExportConfig",
 )
 register_verb(
+    "quantise",
+    "turn a bundle into one whose denoiser multiplies int8 numbers",
+    "semantica.export.quantise:quantise",
+    "semantica.export.config:QuantiseConfig",
+)
+register_verb(
     "build",
     "build TensorRT or AOTInductor engines from a bundle",
     "semantica.export.build:build",

@@ -319,6 +319,7 @@ def test_constraints_pin_what_make_installs():
     project, pinned = PROJECT["project"], pins()
     extras = project["optional-dependencies"]
     named = {"train", "pairs", "export", "bench", "cuda-build", "flash", "float8", "tensorrt", "tensorrt-rtx", "ray"}
+    named |= {"quantise"}
     assert set(extras) == {*named, "test"}
     lines = sum((extras[name] for name in ("train", "bench", "pairs", "test", "cuda-build")), project["dependencies"])
     needs = {need.name: need for need in map(Requirement, [*lines, *PROJECT["build-system"]["requires"]])}

@@ -1,9 +1,5 @@
 """TensorRT engines from a bundle's graphs, for the GPU of this machine."""
 
-import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +8,7 @@ from semantica.engines import BACKENDS, Bundle, Engine, load_engine
 from semantica.engines.built import FORMAT, VERSION, engine_folder
 from semantica.engines.bundle import CONDITION, DENOISE, MANIFEST, read_manifest
 from semantica.errors import ArtifactError, UserError
+from semantica.export import worker
 from semantica.export.builders import Builder
 
 # what does the work; its results must be in the bundle's type
@@ -111,27 +108,8 @@ def present_gpu() -> str | None:
 
 
 def run_worker(request: dict[str, Any], place: Path, backend: str, name: str) -> dict[str, Any]:
-    """Run the builder's process. Raises `ArtifactError`, in one line, where it crashes or refuses."""
-    place.write_text(json.dumps(request))
-    answer = place.with_suffix(".result")
-    # -P: nothing from the folder that the user stands in is imported
-    command = [sys.executable, "-P", "-m", "semantica.export.builders._tensorrt_worker", str(place)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode < 0:
-            fault = signal.Signals(-done.returncode).name
-            raise ArtifactError(f"{backend} crashed on {name} ({fault}); nothing is kept")
-        if done.returncode or not answer.exists():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
-            raise ArtifactError(f"{backend} failed on {name}: {last}; nothing is kept")
-        made = json.loads(answer.read_text())
-    finally:
-        place.unlink(missing_ok=True)
-    answer.unlink()
-    if "error" in made:
-        logged = " ".join(done.stdout.split() + done.stderr.split())[:300]
-        raise ArtifactError(f"{backend} cannot build {name}: {made['error']} {logged}; nothing is kept")
-    return made
+    """Run the builder's process; raises `ArtifactError` as `semantica.export.worker.run_worker`."""
+    return worker.run_worker("semantica.export.builders._tensorrt_worker", request, place, backend, name)
 
 
 def check_types(layers: dict[str, dict[str, int]], precision: str, name: str) -> None:

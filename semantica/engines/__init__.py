@@ -128,8 +128,8 @@ def load_engine(bundle: str | Path | Bundle, backend: str = "auto", device: str 
     Args:
         bundle: the folder that `semantica export` wrote; every file is checked against its hash first.
         backend: a name in `BACKENDS`, or "auto": ONNX Runtime for fp32 and fp16 bundles where it is installed and no
-            GPU is asked for (a line in the log says so where there is one), otherwise torch. By name only: what
-            `semantica build` made, and torch-compile, whose first run takes long.
+            GPU is asked for (a line in the log says so where there is one), and for quantised ones; otherwise torch. By
+            name only: what `semantica build` made, and torch-compile, whose first run takes long.
         device: "cpu", "cuda" or "auto", for the backends that run on either; "auto" is the CPU for ONNX Runtime.
 
     Raises:
@@ -139,7 +139,7 @@ def load_engine(bundle: str | Path | Bundle, backend: str = "auto", device: str 
     if backend == "auto":
         row = BACKENDS["onnxruntime"]
         fits = opened.precision in row.precisions["cpu"] and device in ("auto", "cpu") and not row.missing()
-        backend = "onnxruntime" if fits else "torch"
+        backend = "onnxruntime" if fits or opened.quantised else "torch"
         if fits and device == "auto" and gpu_here():
             logger.warning(
                 "auto: %s (%s) runs in ONNX Runtime on the CPU, though there is an NVIDIA GPU: %s; "

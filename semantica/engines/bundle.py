@@ -21,6 +21,8 @@ FOR_ONNX_RUNTIME = {CONDITION: "condition.ort.onnx", DENOISE: "denoise.ort.onnx"
 # what the fp32 network answered to the inputs that engines are compared on; sampling does not read it
 REFERENCE = "reference.safetensors"
 PRECISIONS = ("fp32", "fp16", "bf16")
+# what the denoiser's products may be quantised to
+MODES = ("int8",)
 # a manifest is a few kilobytes; a file of another kind under its name is not read into memory
 MANIFEST_LIMIT = 1 << 24
 REQUIRED = {
@@ -43,6 +45,16 @@ class Bundle:
     def precision(self) -> str:
         """What weights, keys, values and embedding are stored in: "fp32", "fp16" or "bf16"."""
         return self.manifest["precision"]
+
+    @property
+    def quantised(self) -> str:
+        """What the denoiser's graph was quantised to, "int8"; "" where it was not."""
+        return self.manifest.get("quantisation", {}).get("mode", "")
+
+    def computed(self, arithmetic: str) -> str:
+        """What an engine over the graphs computes in, in words: what they are typed as, and what is quantised."""
+        what = self.manifest.get("quantisation", {}).get("what", "")
+        return f"{self.quantised} in {what}, else {arithmetic}" if self.quantised else arithmetic
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -100,6 +112,9 @@ def open_bundle(folder: str | Path) -> Bundle:
     if manifest["precision"] not in PRECISIONS:
         known = ", ".join(PRECISIONS)
         raise UserError(f"{folder / MANIFEST} has precision {manifest['precision']!r}: expected one of {known}")
+    quantisation = manifest.get("quantisation", {"mode": MODES[0]})
+    if not isinstance(quantisation, dict) or quantisation.get("mode") not in MODES:
+        raise UserError(f"{folder / MANIFEST} has an unknown quantisation: expected one of {', '.join(MODES)}")
     numbers = [manifest["shapes"].get(name) for name in SHAPES] + list(manifest["streams"].values())
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise UserError(f"{folder / MANIFEST} has impossible shapes or streams: export the bundle again")

@@ -24,7 +24,14 @@ def load(bundle: Bundle, backend: str, device: str) -> "TorchEngine":
 
 
 def build(bundle: Bundle, device: torch.device) -> tuple[UViT, torch.nn.Module]:
-    """The two networks of a bundle with its weights. Raises `UserError` where configuration and weights disagree."""
+    """The two networks of a bundle with its weights. Raises `UserError` where configuration and weights disagree, or
+    the bundle is quantised, which its graphs alone are.
+    """
+    if bundle.quantised:
+        raise UserError(
+            f"{bundle.folder} is {bundle.quantised}, which its graphs are and the network is not: use --engine "
+            "onnxruntime or an engine of TensorRT, or the bundle that it was made from"
+        )
     model = bundle.manifest["model"]
     weights = load_file(bundle.folder / WEIGHTS)
     settings = dict(model.get("unet") or {})

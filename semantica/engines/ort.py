@@ -42,7 +42,7 @@ class OnnxRuntimeEngine(GraphEngine):
 
     def __init__(self, bundle: Bundle):
         super().__init__(bundle)
-        self.arithmetic = ARITHMETIC[bundle.precision]
+        self.arithmetic = bundle.computed(ARITHMETIC[bundle.precision])
         self.denoiser, self.encoder = (runner(session(bundle, name)) for name in (DENOISE, CONDITION))
         self.null_arrays = load_file(bundle.folder / NULL)
 

@@ -61,7 +61,7 @@ class BoundEngine(GraphEngine):
 
     def __init__(self, bundle: Bundle, device: torch.device):
         super().__init__(bundle)
-        self.device, self.arithmetic = str(device), f"{bundle.precision}, as typed in the graph"
+        self.device, self.arithmetic = str(device), bundle.computed(f"{bundle.precision}, as typed in the graph")
         self.denoiser, self.encoder = (BoundSession(bundle, name, device) for name in (DENOISE, CONDITION))
         self.null_arrays = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
 

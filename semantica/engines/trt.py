@@ -69,7 +69,7 @@ class TensorRTEngine(GraphEngine):
     def __init__(self, bundle: Bundle, folder: Path, manifest: dict[str, Any], device: torch.device):
         super().__init__(bundle)
         self.backend, self.place, self.device = manifest["backend"], device, str(device)
-        self.arithmetic = f"{bundle.precision}, as typed in the graph"
+        self.arithmetic = bundle.computed(f"{bundle.precision}, as typed in the graph")
         self.trt = trt = module_of(self.backend)
         self.max_batch = manifest["profile"]["max"]
         self.logger = trt.Logger(trt.Logger.WARNING)
