@@ -112,6 +112,17 @@ def direct(op: Any, arguments: tuple) -> Callable | None:
     return KERNELS.get((op, arguments[0].device.type))
 
 
+def transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is under way.
+
+    A `torch.library.custom_op` has no rule for either: torch would refuse reverse mode, and give derivatives of zero in
+    forward mode without a word.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def differentiable(arguments: tuple) -> bool:
     """Whether a result of these must know where it came from."""
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from semantica.kernels import dispatch, launch
 from semantica.kernels.checks import check_dtype, check_tensors
@@ -254,7 +255,8 @@ def cross_attention(
             map exp(logit - lse) can be taken later without the map having been stored. Gradients flow through it.
 
     Returns:
-        `o [B, N, H, D]`, contiguous, in q's dtype; or `(o, lse)`.
+        `o [B, N, H, D]`, contiguous, in q's dtype; or `(o, lse)`. Under transforms of `torch.func` and in forward mode
+        plain torch computes it.
 
     Raises:
         ValueError: an argument has the wrong rank, shape, dtype or device, or the sizes do not sum to M.
@@ -262,6 +264,10 @@ def cross_attention(
     check(q, k, v, sizes, lengths, gates, q_weight)
     arguments = q, k, v, list(sizes), lengths, gates, q_weight, return_lse
     kernel = dispatch.direct(op, arguments)
+    if kernel is None and dispatch.transformed():
+        # the one of torch's kernels that has a derivative in every mode
+        with torch.autocast(q.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+            return cross_attention_ref(*arguments)
     if kernel is None:
         o, lse = op(*arguments)
     elif dispatch.differentiable(arguments):
