@@ -5,7 +5,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -256,19 +256,26 @@ class DoctorConfig:
 
     presets: bool = False
     """Print the table of model sizes instead."""
+    model: Path | None = None
+    """Print instead what `semantica.accelerate` replaces in a folder of diffusers, and what not and why."""
 
 
 def run(config: DoctorConfig) -> int:
-    """Print the facts, or the table of model sizes; returns the exit code: 1 for a problem, else 0."""
+    """Print the facts, or one of the tables; returns the exit code: 1 for a problem, else 0."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(soft_wrap=True, highlight=False)
-    if config.presets:
-        from semantica.model.cost import preset_table
+    if config.presets or config.model:
+        if config.model:
+            from semantica.fused.survey import survey
 
-        rows = preset_table()
+            rows = [asdict(row) for row in survey(config.model)]
+        else:
+            from semantica.model.cost import preset_table
+
+            rows = preset_table()
         table = Table(*rows[0])
         for row in rows:
             table.add_row(*map(str, row.values()))

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import nn
@@ -11,6 +13,7 @@ from semantica import UserError
 from semantica.fused.norms import FusedGroupNormSiLU
 from semantica.fused.parts import parts
 from semantica.fused.processors import FusedAttnProcessor, attend, text_stream
+from semantica.kernels import dispatch
 
 TEXT = 48
 SMALL = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 16}
@@ -184,7 +187,7 @@ def test_what_is_not_ours_stays_and_says_why():
     }
     model, _ = unet()
     model.set_attn_processor(AttnProcessor())
-    model.mid_block.resnets[0].forward = model.mid_block.resnets[0].forward
+    add_hook_to_module(model.mid_block.resnets[0], ModelHook())
     found = {part.name: part.why for part in parts(model) if part.why}
     assert found.pop("mid_block.resnets.0") == "its forward was replaced by a hook"
     assert set(found.values()) == {"its processor is AttnProcessor"}
@@ -192,15 +195,110 @@ def test_what_is_not_ours_stays_and_says_why():
     assert type(model.mid_block.attentions[0].transformer_blocks[0].attn2.processor) is AttnProcessor
 
 
-@pytest.mark.parametrize("target, message", [
-    (nn.Linear(2, 2), "Linear has no GroupNorm and no cross-attention that could be fused"),
-    (AutoencoderTiny(encoder_block_out_channels=(8,), decoder_block_out_channels=(8,), num_encoder_blocks=(1,),
-                     num_decoder_blocks=(1,)), "AutoencoderTiny has no GroupNorm"),
-    ("a name", "str is neither a model nor a diffusers pipeline"),
+class OverTime(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.temporal = nn.GroupNorm(1, 4), nn.Conv3d(4, 4, 1)
+
+
+TINY = {"encoder_block_out_channels": (8,), "decoder_block_out_channels": (8,), "num_encoder_blocks": (1,),
+        "num_decoder_blocks": (1,)}  # fmt: skip
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: nn.Linear(2, 2), "Linear has no GroupNorm and no cross-attention that could be fused"),
+    (lambda: AutoencoderTiny(**TINY), "AutoencoderTiny has no GroupNorm"),
+    (lambda: "a name", "str is neither a model nor a diffusers pipeline"),
+    (OverTime, "OverTime has layers over time .temporal.: only models of pictures are fused"),
+    (lambda: unet()[0].double(), "UNet2DConditionModel is in float64 on cpu: no kernel is there; use float32 or bfl"),
+    (lambda: unet()[0].half(), "UNet2DConditionModel is in float16 on cpu: no kernel is there; use float32 or bfloat"),
 ])  # fmt: skip
-def test_nothing_to_fuse_is_one_line(target, message):
-    with pytest.raises(UserError, match=message):
+def test_what_cannot_be_accelerated_is_one_line_and_stays_as_it_was(make, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    target = make()
+    with pytest.raises(UserError, match=message) as raised:
         semantica.accelerate(target)
+    assert "\n" not in str(raised.value)
+    modules = target.modules() if isinstance(target, nn.Module) else ()
+    assert not any(type(module).__module__.startswith("semantica") for module in modules)
+
+
+def test_what_may_be_moved_to_a_gpu_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(dispatch.SUPPORTED, ("group_norm", "cuda"), lambda first: first.dtype != torch.float64)
+    model = unet()[0].half()
+    assert all(part.fused for part in parts(semantica.accelerate(model)))
+
+
+def test_foreign_processors_and_a_second_time_are_said_in_one_line(caplog):
+    model, _ = unet()
+    semantica.accelerate(model)
+    assert not caplog.records
+    semantica.accelerate(model)
+    model.set_attn_processor(AttnProcessor())
+    semantica.accelerate(semantica.restore(model))
+    assert [record.getMessage() for record in caplog.records] == [
+        "UNet2DConditionModel is accelerated already: nothing in it is left to be fused",
+        "UNet2DConditionModel: 4 x cross-attention as it was: its processor is AttnProcessor",
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["hook", "accelerate"])
+def test_offloading_by_model_and_by_layer(first):
+    torch.manual_seed(0)
+    model, inputs = unet()
+    stock = outputs(model, inputs)
+    # as enable_model_cpu_offload does, with the CPU in the part of the device
+    hook = {"hook": lambda: cpu_offload_with_hook(model, "cpu"), "accelerate": lambda: semantica.accelerate(model)}
+    for step in sorted(hook, key=lambda name: name != first):
+        hook[step]()
+    assert all(part.fused for part in parts(model)) and relative(outputs(model, inputs), stock) < 1e-5
+    remove_hook_from_module(semantica.restore(model), recurse=True)
+    # as enable_sequential_cpu_offload: every layer's forward is replaced
+    if first == "hook":
+        cpu_offload(model, "cpu")
+        with pytest.raises(UserError, match="could be fused"):
+            semantica.accelerate(model.mid_block.resnets[0])
+        remove_hook_from_module(model, recurse=True)
+        # what the hooks leave behind is no hook
+        assert relative(outputs(semantica.accelerate(model), inputs), stock) < 1e-5
+    else:
+        cpu_offload(semantica.accelerate(model), "cpu")
+        assert relative(outputs(model, inputs), stock) < 1e-5
+        with pytest.raises(UserError, match="has a hook that calls its fused form: remove the hooks first"):
+            semantica.restore(model)
+        assert relative(outputs(model, inputs), stock) < 1e-5
+        remove_hook_from_module(model, recurse=True)
+    assert torch.equal(outputs(semantica.restore(model), inputs), stock)
+
+
+def test_pipelines_of_this_package_have_the_same_verb(small_run):
+    pipeline = semantica.SemanticaPipeline.from_pretrained(small_run)
+    assert semantica.accelerate(pipeline) is pipeline and pipeline.denoiser is not pipeline.unet
+    assert semantica.restore(pipeline) is pipeline and pipeline.denoiser is pipeline.unet
+
+
+def test_cross_attention_through_the_triton_kernels(interpreted):
+    interpreted("interpreted/accelerate.py")
+
+
+@pytest.mark.slow
+def test_whole_pipelines_through_the_triton_kernels(interpreted):
+    interpreted("test_accelerate_pipelines.py", "-k", "same_pictures and (IP-Adapters or ControlNet)")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [False, True])
+def test_compiled_whole_or_by_block_without_a_break_in_the_graph(blocks):
+    torch.manual_seed(0)
+    model, inputs = unet()
+    stock = outputs(model, inputs)
+    semantica.accelerate(model).to(memory_format=torch.channels_last)
+    for block in [*model.down_blocks, model.mid_block, *model.up_blocks] if blocks else [model]:
+        block.compile(fullgraph=True, backend="aot_eager")
+    assert relative(outputs(model, inputs), stock) < 1e-5
 
 
 def test_processors_are_diffusers_own_for_isinstance():

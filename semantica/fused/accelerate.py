@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import nn
 
 from semantica.errors import UserError
-from semantica.fused.parts import ORIGINAL, Part, hooked, models_of, parts
+from semantica.fused.parts import ORIGINAL, Part, become, hooked, models_of, parts
 from semantica.kernels import dispatch
 
 __all__ = ["Part", "accelerate", "parts", "restore"]
@@ -55,7 +55,9 @@ def accelerate(target: T) -> T:
     if all(part.fused for part in able):
         tell(f"{name} is accelerated already: nothing in it is left to be fused")
     for part in able:
-        part.change()
+        # what is fused may have been given hooks since
+        if not part.fused:
+            part.change()
     for (kind, why), count in Counter((part.kind, part.why) for part in found if part.why).items():
         tell(f"{name}: {count} x {kind} as it was: {why}")
     return target
@@ -77,7 +79,7 @@ def restore(target: T) -> T:
         if hooked(part):
             raise UserError(f"{name} has a hook that calls its fused form: remove the hooks first (remove_all_hooks)")
     for _, part in changed:
-        part.__class__ = ORIGINAL[type(part)]
+        become(part, ORIGINAL[type(part)])
     return target
 
 

@@ -76,25 +76,30 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[Part]:
             change = lambda module=module, name=name: fuse_norm(model, module, name)  # noqa: E731
         elif isinstance(module, Attention) and module.is_cross_attention:
             kind, why, done = "cross-attention", attention_stays(module), type(module.processor) in ORIGINAL
-            change = lambda module=module: reclass(module.processor, FORMS)  # noqa: E731
+            change = lambda module=module: fuse_processor(module)  # noqa: E731
         else:
             continue
         yield Part(prefix + name, kind, why, done, change)
 
 
-def reclass(thing: Any, forms: dict[type, type]) -> None:
-    thing.__class__ = forms.get(type(thing), type(thing))
+def become(thing: Any, form: type) -> None:
+    """Change the class of a module or processor, not what it holds."""
+    # what a hook that was removed put back: the method of the class it had
+    vars(thing).pop("forward", None)
+    thing.__class__ = form
 
 
-def hooked(module: Any) -> bool:
-    # a hook that replaced `forward` keeps the old one, and would go on calling it
-    return isinstance(module, nn.Module) and "forward" in vars(module)
+def hooked(thing: Any) -> bool:
+    """Whether a hook replaced `forward`: it keeps the old one, and would go on calling it."""
+    own = vars(thing).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(thing).forward
 
 
 def stays(module: nn.Module, known: tuple[type, ...]) -> str:
     """Why a module's forward is not to be replaced; empty where it may."""
     if type(module) not in known:
         return f"{type(module).__name__} is another class"
+    # once it is fused nothing is replaced any more
     return "its forward was replaced by a hook" if hooked(module) and type(module) not in ORIGINAL else ""
 
 
@@ -118,9 +123,14 @@ def attention_stays(attention: Attention) -> str:
 
 
 def fuse_block(block: ResnetBlock2D) -> None:
-    reclass(block, FORMS)
+    become(block, FusedResnetBlock2D)
     for norm in (block.norm1, block.norm2):
-        norm.__class__ = FusedGroupNormSiLU
+        become(norm, FusedGroupNormSiLU)
+
+
+def fuse_processor(attention: Attention) -> None:
+    kind = type(attention.processor)
+    become(attention.processor, FORMS.get(kind, kind))
 
 
 def fuse_norm(model: nn.Module, norm: nn.GroupNorm, name: str) -> None:
@@ -129,6 +139,7 @@ def fuse_norm(model: nn.Module, norm: nn.GroupNorm, name: str) -> None:
     owner = model.get_submodule(owner_name)
     activation = getattr(owner, "conv_act", None) if own == "conv_norm_out" else None
     if type(activation) in (nn.SiLU, AbsorbedSiLU):
-        activation.__class__, norm.__class__ = AbsorbedSiLU, FusedGroupNormSiLU
+        become(activation, AbsorbedSiLU)
+        become(norm, FusedGroupNormSiLU)
     else:
-        norm.__class__ = FusedGroupNorm
+        become(norm, FusedGroupNorm)

@@ -74,7 +74,7 @@ def first_those_there(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tens
     if mask is None:
         return tokens, None
     there = mask[:, 0] == 0
-    order = there.to(torch.uint8).argsort(1, descending=True, stable=True)
+    order = there.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     count = there.sum(1)
     tokens = tokens.gather(1, order[:, :, None].expand_as(tokens))
     return tokens, torch.where(count > 0, count, tokens.shape[1])
