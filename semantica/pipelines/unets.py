@@ -18,6 +18,7 @@ from semantica.fused.towers import CLIP_MEAN, CLIP_STD, ClipPictures, ClipTexts
 from semantica.inputs import Prepared
 from semantica.model.conditioner import Conditioner
 from semantica.model.encoders import refuse_code
+from semantica.pipelines.kinds import INDEX
 from semantica.pipelines.networks import NetworkPipeline
 from semantica.pipelines.runfolder import readable
 from semantica.tokens import ClipTokenizer
@@ -37,7 +38,7 @@ CLASSES = {
     "text_encoder_2": ("CLIPTextModelWithProjection",),
     "image_encoder": ("CLIPVisionModelWithProjection",),
 }
-INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 class UNetPipeline(NetworkPipeline):
