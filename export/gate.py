@@ -61,6 +61,8 @@ def gate(
         native = as_written(bundle)
         for name, graphs in {"onnxruntime": bundle, "native": native}.items():
             if name == "onnxruntime" or native != bundle:
+                # one at a time: each holds the weights, in fp32 where the CPU has no narrower kernels
+                engine = None
                 engine = ort.load(graphs, "onnxruntime", "cpu")
                 words = engine.arithmetic if whole == folder else TWIN
                 rows[name] = parity.compare(engine, problem if graphs is bundle else thinned(problem), words)
