@@ -13,14 +13,20 @@ from semantica.export.builders import BUILDERS
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Turn a trained run folder into a bundle: ONNX graphs, weights and a manifest, checked against the network."""
+    """Turn a trained run folder, or a folder of a diffusers pipeline, into a bundle: ONNX graphs, weights and a
+    manifest, checked against the network."""
 
     model: Path
-    """Run folder made by `semantica train`."""
+    """Run folder made by `semantica train`, or folder of a diffusers pipeline: Stable Diffusion, SDXL, image
+    variations."""
     out: Path
     """Bundle folder to write; must not exist."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of weights and activations. Latents, noise levels and the statistics of norms stay fp32."""
+    ip_adapter: Path | None = None
+    """IP-Adapter (.safetensors) that goes into the graphs, of a diffusers pipeline."""
+    ip_scale: float = 1.0
+    """How much the IP-Adapter's picture weighs."""
     levels: int = 64
     """Noise levels at which the bundle is compared with the fp32 network."""
     steps: int = 20

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from semantica.engines import ort
 from semantica.engines.bundle import FOR_ONNX_RUNTIME, MANIFEST, NULL, REFERENCE, WEIGHTS, Bundle, open_bundle
@@ -24,13 +27,16 @@ TWIN = "fp32 over the bf16 file's weights"
 THINNED = 8
 
 
-def gate(unet, encoder, schedule, captured: Captured, folder: Path, levels: int, steps: int) -> dict[str, Any]:
+def gate(
+    unet, encoder, schedule, captured: Captured, folder: Path, levels: int, steps: int, decode: Callable | None = None
+) -> dict[str, Any]:
     """Compare the decomposed program, in half precision, and the written files with the fp32 network.
 
     Args:
         unet, encoder: the fp32 network. schedule: its noise schedule.
         captured: the programs that the files in `folder` were written from.
         levels, steps: how many noise levels, and the length of the sampling runs.
+        decode: of a network that samples latents, the fp32 decoder of these.
 
     Returns:
         `parity`, `bounds` and, in half precision, `headroom`, for the manifest.
@@ -55,10 +61,14 @@ def gate(unet, encoder, schedule, captured: Captured, folder: Path, levels: int,
         native = as_written(bundle)
         for name, graphs in {"onnxruntime": bundle, "native": native}.items():
             if name == "onnxruntime" or native != bundle:
+                # one at a time: each holds the weights, in fp32 where the CPU has no narrower kernels
+                engine = None
                 engine = ort.load(graphs, "onnxruntime", "cpu")
                 words = engine.arithmetic if whole == folder else TWIN
                 rows[name] = parity.compare(engine, problem if graphs is bundle else thinned(problem), words)
                 check(rows[name], name, network, problem, captured, graphs)
+                if decode is not None:
+                    rows[name]["decode_error"] = decoded(engine, decode, problem.made, captured.precision)
     finally:
         if whole != folder:
             shutil.rmtree(whole)
@@ -80,6 +90,23 @@ def check(
         f"{name} ({row['arithmetic']}) differs from the fp32 network: {'; '.join(said)}; worst layer: {layer}; "
         "nothing was written"
     )
+
+
+def decoded(engine, decode: Callable, latents: Tensor, precision: str) -> float:
+    """Largest error of decoded latents over the largest value, once that is below the bound of keys and values.
+
+    Raises:
+        ArtifactError: it is not, or something is not finite.
+    """
+    # of the size that a run ends with
+    latents = latents / latents.std()
+    with torch.no_grad():
+        expected = decode(latents)
+    error = (torch.from_numpy(engine.decode(latents.numpy())) - expected).abs().max() / expected.abs().max()
+    bound = parity.BOUNDS[precision].condition
+    if not error <= bound:
+        raise ArtifactError(f"decode_error {error:.3g} (bound {bound:g}): the decoder differs; nothing was written")
+    return float(error)
 
 
 def as_written(bundle: Bundle) -> Bundle:
@@ -117,6 +144,7 @@ def write_twin(folder: Path) -> Path:
     for name in manifest["files"]:
         if name.endswith(".onnx"):
             graph.save(graph.widened(folder / name), twin / name, weights, twin / WEIGHTS)
-    manifest |= {"precision": "fp32", "files": entries(twin, manifest["files"])}
+    kept = [name for name in manifest["files"] if (twin / name).is_file()]
+    manifest |= {"precision": "fp32", "tokenizers": {}, "files": entries(twin, kept)}
     (twin / MANIFEST).write_text(json.dumps(manifest))
     return twin

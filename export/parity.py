@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from semantica import solvers
 from semantica.condition import Condition
+from semantica.discrete import DiscreteSchedule, schedule_of
 from semantica.engines.bundle import REFERENCE, Bundle
 from semantica.inputs import part_of, samples_in
 from semantica.model.conditioner import encode, encoders_of
 from semantica.sampling.loop import sample
 from semantica.sampling.settings import Sampling
 
+AnySchedule = solvers.Schedule | DiscreteSchedule
 GUIDANCE = 1.5
 # samples a call at the noise levels, and pictures of the sampling runs (guidance doubles them)
 BATCHES = (1, 2)
@@ -74,7 +76,7 @@ class Problem:
     z: Tensor
     noise: Tensor
     settings: Sampling
-    schedule: solvers.Schedule
+    schedule: AnySchedule
     condition: Condition
     v: Tensor
     made: Tensor
@@ -112,9 +114,9 @@ class Apart:
         self.array, self.device, self.null, self.bind = engine.array, engine.device, engine.null, engine.bind
 
 
-def pictures(count: int, size: int, seed: int) -> Tensor:
-    """Smooth coloured fields `[count, 3, size, size]` in [-1, 1] that stand for photographs; a function of the seed."""
-    coarse = torch.from_numpy(solvers.noise(seed, (count, 3, 6, 6)))
+def pictures(count: int, size: int, seed: int, channels: int = 3) -> Tensor:
+    """Smooth fields `[count, channels, size, size]` in [-1, 1] that stand for photographs; a function of the seed."""
+    coarse = torch.from_numpy(solvers.noise(seed, (count, channels, 6, 6)))
     return F.interpolate(coarse, (size, size), mode="bicubic").clamp(-1, 1)
 
 
@@ -127,26 +129,29 @@ def condition_inputs(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str,
     }
 
 
-def given_fields(schedule: solvers.Schedule, levels: int, steps: int) -> dict[str, Any]:
+def given_fields(schedule: AnySchedule, levels: int, steps: int, channels: int) -> dict[str, Any]:
     """The fields of a `Problem` that are a function of the sizes alone.
 
     levels: noise levels, those that a run of so many steps visits.
     """
     count, size = max(BATCHES), schedule.image_size
+    # latents have no bounds
+    bounded = "none" if isinstance(schedule, DiscreteSchedule) else "clip"
     logsnr = schedule.grid(levels)[1][:-1]
     alpha, sigma = (torch.from_numpy(a).float()[:, None, None, None] for a in solvers.alpha_sigma(logsnr))
     return {
         "levels": torch.from_numpy(logsnr.astype(np.float32)),
-        "z": alpha * pictures(levels, size, 1) + sigma * torch.from_numpy(solvers.noise(2, (levels, 3, size, size))),
-        "noise": torch.from_numpy(solvers.noise(3, (count, 3, size, size))),
-        "settings": Sampling(steps, guidance=GUIDANCE),
+        "z": alpha * pictures(levels, size, 1, channels)
+        + sigma * torch.from_numpy(solvers.noise(2, (levels, channels, size, size))),
+        "noise": torch.from_numpy(solvers.noise(3, (count, channels, size, size))),
+        "settings": Sampling(steps, guidance=GUIDANCE, thresholding=bounded),
     }
 
 
 @torch.no_grad()
-def make_problem(network: Network, schedule: solvers.Schedule, levels: int, steps: int) -> Problem:
+def make_problem(network: Network, schedule: AnySchedule, levels: int, steps: int) -> Problem:
     """The inputs, and what the network makes of them."""
-    given, count = given_fields(schedule, levels, steps), max(BATCHES)
+    given, count = given_fields(schedule, levels, steps, network.unet.sample_shape[0]), max(BATCHES)
     encoders = encoders_of(network.encoder)
     others = {name: part.examples(count) for name, part in encoders.items() if not hasattr(part, "image_size")}
     inputs = condition_inputs({name: part.input_shape for name, part in encoders.items()}, others)
@@ -170,8 +175,8 @@ def save_problem(problem: Problem, path: Path) -> None:
 def load_problem(bundle: Bundle) -> Problem:
     """What `save_problem` kept beside a bundle's graphs, with the inputs that it belongs to."""
     arrays, row = load_file(bundle.folder / REFERENCE), bundle.manifest["parity"]["onnxruntime"]
-    schedule = solvers.Schedule.of(bundle.manifest["model"]["scheduler"])
-    given = given_fields(schedule, row["levels"], row["steps"])
+    schedule = schedule_of(bundle.manifest["model"]["scheduler"])
+    given = given_fields(schedule, row["levels"], row["steps"], bundle.shapes["channels"])
     others = {name.removeprefix("input."): array for name, array in arrays.items() if name.startswith("input.")}
     inputs = condition_inputs(bundle.inputs, others)
     blocks = range(bundle.shapes["blocks"])
@@ -192,13 +197,13 @@ def at_levels(denoiser, z: Tensor, levels: Tensor, condition: Condition, batch: 
     return torch.cat(parts)
 
 
-def whole_run(denoiser, noise: Tensor, condition: Condition, schedule: solvers.Schedule, settings: Sampling) -> Tensor:
-    """Images of a guided run from given noise, clipped to [-1, 1]."""
+def whole_run(denoiser, noise: Tensor, condition: Condition, schedule: AnySchedule, settings: Sampling) -> Tensor:
+    """Images of a guided run from given noise, clipped to [-1, 1]; or latents as they are."""
     most = getattr(denoiser, "max_batch", None)
     if most is not None and most < 2 * len(noise):
         denoiser = Apart(denoiser)
     made = sample(denoiser, given_to(denoiser, noise), condition, None, schedule, settings)
-    return as_torch(made).clamp(-1, 1)
+    return as_torch(made) if settings.thresholding == "none" else as_torch(made).clamp(-1, 1)
 
 
 def given_to(denoiser, array: Tensor) -> Any:
@@ -232,6 +237,9 @@ def compare(engine: Any, problem: Problem, arithmetic: str) -> dict[str, Any]:
         each = slice(None, None, max(BATCHES) // batch)
         v = at_levels(engine, problem.z[each], problem.levels[each], condition, batch)
         error = (v - problem.v[each]).abs()
+        if problem.settings.thresholding == "none":
+            # v of a network that predicts noise, of any size where that is nothing like the noise in z
+            error = error / problem.v[each].abs().flatten(1).amax(1).clamp(min=1)[:, None, None, None]
         per_level = error.flatten(1).amax(1).nan_to_num(torch.inf, posinf=torch.inf)
         if float(per_level.max()) > worst["v_max_error"]:
             worst["v_max_error"], worst_level = float(per_level.max()), int(per_level.argmax()) * (each.step or 1)
@@ -257,9 +265,10 @@ def matching(a: Condition, b: Condition) -> Iterator[tuple[Tensor, ...]]:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Of the worst image of two batches in [-1, 1], in dB; 200 for equal ones."""
+    """Of the worst image of two batches, in dB; b in [-1, 1], or latents, of any range; 200 for equal ones."""
+    peak = 4 * max(1.0, float(b.abs().max())) ** 2
     mse = (a - b).double().square().flatten(1).mean(1).max().item()
-    return round(min(200.0, 10 * np.log10(4 / max(mse, 1e-30))), 2) if np.isfinite(mse) else 0.0
+    return round(min(200.0, 10 * np.log10(peak / max(mse, 1e-30))), 2) if np.isfinite(mse) else 0.0
 
 
 def failures(row: dict[str, Any], bounds: Bounds) -> list[str]:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from semantica.kernels.group_norm.op import group_norm_ref, statistics_like
 from semantica.model.conditioner import encode, encoders_of
 
 MAX_BATCH = 4096
+# diffusers copies larger batches before it resizes them; the graph is the same, and runs any
+FOREIGN_BATCH = 63
 
 
 class Denoise(nn.Module):
@@ -33,6 +35,20 @@ class Denoise(nn.Module):
     def forward(self, z: Tensor, logsnr: Tensor, keys_values: list[tuple[Tensor, Tensor]], emb: Tensor) -> Tensor:
         keys, values = (tuple(pair[i].transpose(1, 2) for pair in keys_values) for i in (0, 1))
         return self.unet(z, logsnr, Condition(keys, values, emb, None, self.sizes))
+
+
+class Decode(nn.Module):
+    """`decode.onnx`: latents as they are sampled, `[B, C, S, S]`, to images `[B, 3, R, R]` around [-1, 1], both fp32.
+
+    decode: `(vae, latents) -> images`.
+    """
+
+    def __init__(self, vae: nn.Module, decode: Callable[[nn.Module, Tensor], Tensor]):
+        super().__init__()
+        self.vae, self.decode = vae, decode
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.decode(self.vae, latents)
 
 
 class Encode(nn.Module):
@@ -77,6 +93,9 @@ def in_precision(module: nn.Module, precision: str) -> nn.Module:
     module = module.eval().requires_grad_(False)
     if precision == "fp32":
         return module
+    # a denoiser over another network knows what of it stays fp32
+    if hasattr(module, "in_precision"):
+        return module.in_precision(DTYPES[precision])
     # not the mixin's own `to`, which warns of modules that are kept in fp32 where there are none
     return nn.Module.to(copy.deepcopy(module), DTYPES[precision])
 
@@ -89,7 +108,7 @@ def capture(unet: nn.Module, encoder: nn.Module, precision: str) -> Captured:
         UserError: an encoder's streams have lengths of their own in each sample.
     """
     unet, encoder = in_precision(unet, precision), in_precision(encoder, precision)
-    batch = {0: Dim("batch", min=1, max=MAX_BATCH)}
+    batch = {0: Dim("batch", min=1, max=FOREIGN_BATCH if hasattr(unet, "in_precision") else MAX_BATCH)}
     # two samples: a dimension of one would be taken for a constant
     inputs = examples(encoder, 2)
     half = Encode(unet, encoder)
@@ -100,8 +119,7 @@ def capture(unet: nn.Module, encoder: nn.Module, precision: str) -> Captured:
     with quiet(), Decomposed():
         shapes = ((batch,) * len(inputs),)
         program = torch.export.export(half, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
-        sizes, size = condition.sizes, unet.config.image_size
-        z = torch.zeros(2, unet.config.in_channels, size, size)
+        sizes, z = condition.sizes, torch.zeros(2, *unet.sample_shape)
         denoise = torch.export.export(
             Denoise(unet, sizes),
             (z, torch.zeros(2), pairs, emb),
@@ -109,6 +127,19 @@ def capture(unet: nn.Module, encoder: nn.Module, precision: str) -> Captured:
             strict=False,
         )
     return Captured(precision, unet, encoder, denoise, program, tuple(inputs), sizes)
+
+
+@torch.no_grad()
+def capture_decoder(
+    vae: nn.Module, decode: Callable[[nn.Module, Tensor], Tensor], shape: tuple[int, ...], precision: str
+) -> tuple[nn.Module, ExportedProgram]:
+    """An autoencoder in a precision, and its decoder as a program; shape: of one sample of latents."""
+    # one that was trained with larger activations than fp16 holds says so
+    narrow = in_precision(vae, "fp32" if precision == "fp16" and vae.config.force_upcast else precision)
+    batch = {0: Dim("batch", min=1, max=FOREIGN_BATCH)}
+    with quiet(), Decomposed():
+        half = Decode(narrow, decode)
+        return narrow, torch.export.export(half, (torch.zeros(2, *shape),), dynamic_shapes=(batch,), strict=False)
 
 
 def examples(encoder: nn.Module, count: int) -> dict[str, Tensor]:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from semantica import __version__
 from semantica.engines import bundle
-from semantica.engines.bundle import CONDITION, DENOISE, FOR_ONNX_RUNTIME, MANIFEST, NULL, REFERENCE, WEIGHTS
+from semantica.engines.bundle import CONDITION, DECODE, DENOISE, FOR_ONNX_RUNTIME, MANIFEST, NULL, REFERENCE, WEIGHTS
 from semantica.errors import UserError
 from semantica.export.config import ExportConfig
 from semantica.files import entries, written
+from semantica.pipelines.kinds import foreign
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -32,18 +33,27 @@ def export(config: ExportConfig) -> Path:
 
     from semantica.export.gate import gate
     from semantica.export.program import capture
-    from semantica.pipelines.variations import SemanticaPipeline
 
-    pipeline = SemanticaPipeline.from_pretrained(config.model)
+    pipeline = load(config)
     began = time.perf_counter()
     with new_folder(config.out) as folder:
         captured = capture(pipeline.unet, pipeline.encoder, config.precision)
-        manifest = describe(config, pipeline, captured)
-        manifest |= write_graphs(captured, folder)
-        manifest["files"] = entries(folder, sorted(path.name for path in folder.iterdir()))
+        autoencoder = None
+        if foreign(config.model):
+            from semantica.export.foreign import copy_tokenizers, decoder
+            from semantica.export.foreign import describe as describe_foreign
+
+            manifest, autoencoder = describe_foreign(config, pipeline, captured), decoder(pipeline, config.precision)
+            copy_tokenizers(config, manifest, folder)
+        else:
+            manifest = describe(config, pipeline, captured)
+        manifest |= write_graphs(captured, folder, autoencoder)
+        manifest["files"] = entries(folder, contents(folder))
         (folder / MANIFEST).write_text(json.dumps(manifest | {"parity": {}}, indent=1))
-        schedule = pipeline.scheduler.schedule
-        manifest |= gate(pipeline.unet, pipeline.encoder, schedule, captured, folder, config.levels, config.steps)
+        schedule = pipeline.scheduler if autoencoder else pipeline.scheduler.schedule
+        extent = config.levels, config.steps
+        decode = pipeline.decode if autoencoder else None
+        manifest |= gate(pipeline.unet, pipeline.encoder, schedule, captured, folder, *extent, decode)
         manifest["files"] |= entries(folder, [REFERENCE])
         manifest["seconds"] = round(time.perf_counter() - began, 1)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -51,6 +61,24 @@ def export(config: ExportConfig) -> Path:
         print(f"{name}: v max error {row['v_max_error']:.2g}, images {row['psnr_db']:.1f} dB, in {row['arithmetic']}")
     print(f"{config.precision} bundle in {config.out}, {manifest['seconds']} s")
     return config.out
+
+
+def load(config: ExportConfig):
+    """The pipeline of a run folder, or of a folder of diffusers, in fp32."""
+    if not foreign(config.model):
+        if config.ip_adapter is not None:
+            raise UserError(f"--ip-adapter goes with the folder of a diffusers pipeline, {config.model} is none")
+        from semantica.pipelines.variations import SemanticaPipeline
+
+        return SemanticaPipeline.from_pretrained(config.model)
+    from semantica.pipelines.unets import UNetPipeline
+
+    return UNetPipeline.load(config.model, config.ip_adapter, config.ip_scale)
+
+
+def contents(folder: Path) -> list[str]:
+    """Every file of a folder, by its name from there."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 @contextmanager
@@ -98,27 +126,32 @@ def describe(config: ExportConfig, pipeline, captured) -> dict:
     }
 
 
-def write_graphs(captured, folder: Path) -> dict:
-    """The two graphs, in ONNX Runtime's form too where that is another, the weights and the null condition."""
+def write_graphs(captured, folder: Path, autoencoder=None) -> dict:
+    """The graphs, in ONNX Runtime's form too where that is another, the weights and the null condition.
+
+    autoencoder: where the network samples latents, the module and the program that decodes them.
+    """
     from safetensors.torch import save_file
 
     from semantica.export import onnx as graph
     from semantica.export.onnx_runtime import with_layer_norms
 
-    weights = graph.write_weights({"unet": captured.unet, "encoder": captured.encoder}, folder / WEIGHTS)
-    names = [f"{kind}.{i}" for i in range(len(captured.unet.transformer_blocks)) for kind in "kv"]
-    names = names if captured.sizes else []
-    made = {}
-    for name, program, inputs, outputs in (
+    modules, null = {"unet": captured.unet, "encoder": captured.encoder}, captured.unet.null(1)
+    names = [f"{kind}.{i}" for i in range(len(null.keys)) for kind in "kv"]
+    programs = [
         (CONDITION, captured.encode, captured.inputs, [*names, "emb"]),
         (DENOISE, captured.denoise, ["z", "logsnr", *names, "emb"], ["v"]),
-    ):
+    ]
+    if autoencoder is not None:
+        modules["vae"], program = autoencoder
+        programs.append((DECODE, program, ["latents"], ["images"]))
+    weights, made = graph.write_weights(modules, folder / WEIGHTS), {}
+    for name, program, inputs, outputs in programs:
         model = graph.to_onnx(program, inputs, outputs, set(weights))
         graph.save(model, folder / name, weights, folder / WEIGHTS)
         made[name] = {"nodes": graph.node_counts(model), "types": graph.types(model)}
         if with_layer_norms(model):
             graph.save(model, folder / FOR_ONNX_RUNTIME[name], weights, folder / WEIGHTS)
-    null = captured.unet.null(1)
     arrays = {"emb": null.emb}
     for i, (key, value) in enumerate(zip(null.keys, null.values)):
         arrays |= {f"k.{i}": key.transpose(1, 2), f"v.{i}": value.transpose(1, 2)}

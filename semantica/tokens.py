@@ -27,8 +27,7 @@ class ClipTokenizer:
     """Prompts to rows of numbers, all of one length: start, the prompt cut to fit, end, then padding.
 
     Args:
-        folder: with `vocab.json` and `merges.txt`, or `tokenizer.json`; and `tokenizer_config.json` where its settings
-            differ from CLIP's.
+        folder: with `tokenizer_config.json`, and `vocab.json` and `merges.txt` or `tokenizer.json`.
 
     Raises:
         UserError: a file is missing or something else.
@@ -36,7 +35,7 @@ class ClipTokenizer:
 
     def __init__(self, folder: Path):
         self.vocabulary, pairs = read_model(folder)
-        config = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+        config = read_json(folder / SETTINGS)
         numbers = self.vocabulary.values()
         if {START, END} - set(self.vocabulary) or not all(type(n) is int for n in numbers) or {*map(len, pairs)} - {2}:
             raise UserError(f"{folder} is no tokenizer of CLIP: it has other words or merges")

@@ -29,7 +29,6 @@ XL = {
 }  # fmt: skip
 VAE = {
     "block_out_channels": (16, 16, 16, 16), "norm_num_groups": 8, "latent_channels": 4, "sample_size": 8 * SIZE,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
 ALL = {"attention_dropout": 0.0, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 CLASSES = {
@@ -63,11 +62,14 @@ def texts(kind: type, vocabulary: int) -> torch.nn.Module:
     return kind(config)
 
 
-def write(folder: Path, kind: str, seed: int = 0, **unet) -> Path:
+def write(folder: Path, kind: str, vae: dict | None = None, **unet) -> Path:
     """A pipeline's folder; `kind`: of `CLASSES`. With an IP-Adapter beside it for "sd"."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
+    vae = VAE | (vae or {})
+    levels = len(vae["block_out_channels"])
+    vae |= {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
     name, own = CLASSES[kind]
-    made = {"unet": UNet2DConditionModel(**UNET | (XL if kind == "xl" else {}) | unet), "vae": AutoencoderKL(**VAE),
+    made = {"unet": UNet2DConditionModel(**UNET | (XL if kind == "xl" else {}) | unet), "vae": AutoencoderKL(**vae),
             "scheduler": DDIMScheduler(**SCHEDULE)}  # fmt: skip
     for module in made["unet"].modules():
         # fresh weights hardly look at the condition

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from semantica.condition import Condition
+from semantica.condition import Condition, concatenate
 from semantica.engines.bundle import Bundle
 from semantica.errors import UserError
 from semantica.inputs import by_name, samples_in
@@ -84,8 +84,9 @@ class Engine(ABC):
             raise UserError(
                 f"condition has stream sizes {condition.sizes}: this bundle's streams are fixed at {self.bundle.sizes}"
             )
-        for keys in (*condition.keys, *condition.values):
-            self.check("k.0", keys.swapaxes(1, 2), batch)
+        for arrays in (condition.keys, condition.values):
+            for i, array in enumerate(arrays):
+                self.check(f"k.{i}", array.swapaxes(1, 2), batch)
         inputs = self.inputs(condition)
 
         def predict(z: Array, logsnr: Array) -> Array:
@@ -128,18 +129,32 @@ class GraphEngine(Engine):
     """An engine over the bundle's two graphs.
 
     encoder, denoiser: `{input: array} -> {output: array}`, each. null_arrays: what null.safetensors holds.
+    decoder: the same of latents, where the network samples these.
     """
 
     encoder: Callable[[Mapping[str, Array]], dict[str, Array]]
     denoiser: Callable[[Mapping[str, Array]], dict[str, Array]]
     null_arrays: dict[str, Array]
+    decoder: Callable[[Mapping[str, Array]], dict[str, Array]] | None = None
 
     def null(self, batch: int) -> Condition:
         sizes = self.bundle.sizes
-        return self.as_condition(self.null_arrays, (1,) * len(sizes)).fill(sizes).repeat(batch)
+        # one token that stands for a stream, or all those of the empty prompt
+        whole = bool(sizes) and self.null_arrays["k.0"].shape[2] == sum(sizes)
+        null = self.as_condition(self.null_arrays, sizes if whole else (1,) * len(sizes))
+        return null.fill(sizes).repeat(batch)
 
     def encode(self, inputs: Mapping[str, Array]) -> Condition:
         return self.as_condition(self.encoder(inputs), self.bundle.sizes)
+
+    def decode(self, latents: Array) -> Array:
+        """Images `[B, 3, R, R]` around [-1, 1] of latents `[B, C, S, S]`, both float32, one at a time.
+
+        Raises:
+            UserError: latents of another shape.
+        """
+        self.check("latents", latents, len(latents))
+        return concatenate([self.decoder({"latents": latents[i : i + 1]})["images"] for i in range(len(latents))])
 
     def as_condition(self, outputs: dict[str, Array], sizes: tuple[int, ...]) -> Condition:
         """Named arrays k.i, v.i `[B, H, M, D]` and emb as a `Condition`, without a copy."""

@@ -11,13 +11,16 @@ from typing import Any
 
 from semantica.errors import UserError
 from semantica.files import sha256
+from semantica.tokens import SETTINGS
 
 FORMAT, VERSION = "semantica-bundle", 1
 MANIFEST = "manifest.json"
 CONDITION, DENOISE, WEIGHTS, NULL = "condition.onnx", "denoise.onnx", "weights.safetensors", "null.safetensors"
 FILES = (CONDITION, DENOISE, WEIGHTS, NULL)
+# from latents to images, where the network samples latents
+DECODE = "decode.onnx"
 # the same graphs in the operators that ONNX Runtime has kernels for; where one needs no other form there is none
-FOR_ONNX_RUNTIME = {CONDITION: "condition.ort.onnx", DENOISE: "denoise.ort.onnx"}
+FOR_ONNX_RUNTIME = {name: name.replace(".onnx", ".ort.onnx") for name in (CONDITION, DENOISE, DECODE)}
 # what the fp32 network answered to the inputs that engines are compared on; sampling does not read it
 REFERENCE = "reference.safetensors"
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -84,8 +87,21 @@ class Bundle:
             return (batch, s["channels"], s["latent"], s["latent"])
         if name in self.inputs:
             return (batch, *self.inputs[name])
+        if name in ("latents", "images"):
+            side = self.manifest["decode"]
+            return self.shape_of("z", batch) if name == "latents" else (batch, 3, side, side)
         fixed = {"logsnr": (batch,), "emb": (batch, s["emb"])}
-        return fixed.get(name) or (batch, s["heads"], sum(self.sizes), s["head_dim"])
+        # heads and their width may differ from block to block
+        heads = self.manifest.get("attention") or [(s["heads"], s["head_dim"])]
+        if name in fixed:
+            return fixed[name]
+        count, width = heads[min(int(name.partition(".")[2]), len(heads) - 1)]
+        return batch, count, sum(self.sizes), width
+
+    @property
+    def tokenizers(self) -> dict[str, list[str]]:
+        """Folders of the tokenizers of each input that takes text."""
+        return self.manifest.get("tokenizers", {})
 
 
 def is_bundle(folder: Path) -> bool:
@@ -124,11 +140,28 @@ def open_bundle(folder: str | Path) -> Bundle:
         for shape in inputs.values()
     ):
         raise UserError(f"{folder / MANIFEST} has impossible inputs: export the bundle again")
+    check_parts(folder / MANIFEST, manifest)
     missing = [name for name in FILES if name not in manifest["files"]]
     if missing:
         raise UserError(f"{folder / MANIFEST} does not name {', '.join(missing)}: export the bundle again")
     check_files(folder, manifest["files"])
     return Bundle(folder, manifest)
+
+
+def check_parts(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise `UserError` for impossible heads, tokenizers or decoders, of which a manifest need not have any."""
+    heads, blocks = manifest.get("attention", []), manifest["shapes"]["blocks"]
+    pairs = isinstance(heads, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in heads)
+    if not pairs or not all(type(n) is int and n > 0 for pair in heads for n in pair) or len(heads) not in (0, blocks):
+        raise UserError(f"{path} has impossible heads: export the bundle again")
+    texts = manifest.get("tokenizers", {})
+    if not isinstance(texts, dict) or not all(
+        isinstance(names, list) and names and all(f"{name}/{SETTINGS}" in manifest["files"] for name in names)
+        for names in texts.values()
+    ):
+        raise UserError(f"{path} has tokenizers that are not there: export the bundle again")
+    if DECODE in manifest["files"] and not (type(manifest.get("decode")) is int and manifest["decode"] > 0):
+        raise UserError(f"{path} has a decoder of no size: export the bundle again")
 
 
 def read_manifest(path: Path, kind: str, version: int) -> dict[str, Any]:

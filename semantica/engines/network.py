@@ -35,7 +35,10 @@ def build(bundle: Bundle, device: torch.device) -> tuple[UViT, torch.nn.Module]:
     model = bundle.manifest["model"]
     weights = load_file(bundle.folder / WEIGHTS)
     settings = dict(model.get("unet") or {})
-    if settings.pop("class", None) != UViT.__name__:
+    kind = settings.pop("class", None)
+    if kind == "UNet2DConditionModel":
+        raise UserError(f"{bundle.folder} holds a UNet of diffusers: in torch, sample the folder that it came from")
+    if kind != UViT.__name__:
         raise UserError(f"{bundle.folder} asks for other code as its unet: it is never loaded")
     made = UViT.from_config(settings), from_plain(model.get("encoder"), bundle.folder)
     for name, module in zip(("unet", "encoder"), made):

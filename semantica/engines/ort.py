@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from semantica.condition import Condition
 from semantica.engines.base import Engine, GraphEngine
-from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
+from semantica.engines.bundle import CONDITION, DECODE, DENOISE, NULL, Bundle
 from semantica.engines.ort_session import session
 from semantica.errors import UserError
 
@@ -45,6 +45,8 @@ class OnnxRuntimeEngine(GraphEngine):
         self.arithmetic = bundle.computed(ARITHMETIC[bundle.precision])
         self.denoiser, self.encoder = (runner(session(bundle, name)) for name in (DENOISE, CONDITION))
         self.null_arrays = load_file(bundle.folder / NULL)
+        if DECODE in bundle.manifest["files"]:
+            self.decoder = runner(session(bundle, DECODE))
 
     def encode(self, inputs: Mapping[str, np.ndarray]) -> Condition:
         whole = {n: a.astype(np.float32, copy=False) if a.dtype.kind == "f" else a for n, a in inputs.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from semantica.device import current, numbered
 from semantica.engines.base import GraphEngine
-from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
+from semantica.engines.bundle import CONDITION, DECODE, DENOISE, NULL, Bundle
 from semantica.engines.ort_session import CPU, CUDA, INSTALL, session
 from semantica.errors import UserError
 from semantica.sampling.graphs import RECORDING
@@ -64,6 +64,8 @@ class BoundEngine(GraphEngine):
         self.device, self.arithmetic = str(device), bundle.computed(f"{bundle.precision}, as typed in the graph")
         self.denoiser, self.encoder = (BoundSession(bundle, name, device) for name in (DENOISE, CONDITION))
         self.null_arrays = {name: array.to(device) for name, array in load_file(bundle.folder / NULL).items()}
+        if DECODE in bundle.manifest["files"]:
+            self.decoder = BoundSession(bundle, DECODE, device)
 
     def predict(self, z: Tensor, logsnr: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return self.denoiser({"z": z, "logsnr": logsnr}, inputs)["v"]

@@ -92,7 +92,7 @@ class UNetDenoiser(nn.Module):
             UserError: a stream is missing, unknown, of another width or with lengths, or has no pooled vector.
         """
         tokens, *pictures = self.checked(streams)
-        batch, config = len(tokens.tokens), self.unet.config
+        batch, config = tokens.tokens.shape[0], self.unet.config
         if config.addition_embed_type == "text_time":
             if tokens.pooled is None:
                 raise UserError(f"stream {self.stream_names[0]!r} has no pooled vector: this UNet needs one")

@@ -237,6 +237,11 @@ class UViT(ModelMixin, ConfigMixin):
         return F.pixel_shuffle(self.conv_out(self.norm_out(x)), self.config.patch_size), states
 
     @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Of what is sampled, `(channels, S, S)`."""
+        return self.config.in_channels, self.config.image_size, self.config.image_size
+
+    @property
     def blocks(self) -> tuple[list[ResBlock], list[TransformerBlock], list[ResBlock]]:
         """All repeated blocks in the order of computation: on the way down, in the transformer, on the way up."""
         down, up = (

@@ -8,11 +8,13 @@ import numpy as np
 from PIL import Image
 
 from semantica.condition import Condition, Stream
+from semantica.discrete import CLASS
 from semantica.engines.base import Engine
 from semantica.errors import UserError
 from semantica.images import fit, to_planes
 from semantica.inputs import Prepared, Several, prepare_inputs
 from semantica.pipelines.base import VariationPipeline
+from semantica.tokens import ClipTokenizer
 
 
 class BundlePipeline(VariationPipeline):
@@ -25,8 +27,11 @@ class BundlePipeline(VariationPipeline):
     seed, max_samples = 0, 64
 
     def __init__(self, engine: Engine):
-        self.engine = engine
-        if self.scheduler_config.get("class") != "SemanticaScheduler":
+        self.engine, folder = engine, engine.bundle.folder
+        self.tokenizers = {
+            name: [ClipTokenizer(folder / part) for part in parts] for name, parts in engine.bundle.tokenizers.items()
+        }
+        if self.scheduler_config.get("class") not in ("SemanticaScheduler", CLASS):
             raise UserError(f"{engine.bundle.folder} has another kind of scheduler: export the bundle again")
 
     @property
@@ -44,14 +49,20 @@ class BundlePipeline(VariationPipeline):
     @property
     def image_size(self) -> int:
         """Side in pixels of what is made."""
-        return self.sample_shape[-1]
+        return self.engine.manifest.get("decode", self.sample_shape[-1])
 
     def prepare(self, inputs: Any) -> dict[str, Prepared]:
-        return prepare_inputs({name: partial(self.planes, name) for name in self.engine.bundle.inputs}, inputs)
+        names = self.engine.bundle.inputs
+        if set(names) == set(self.tokenizers) and len(names) == 1 and not isinstance(inputs, Mapping):
+            # prompts alone, where there is nothing but text
+            inputs = dict.fromkeys(names, inputs)
+        return prepare_inputs({name: partial(self.planes, name) for name in names}, inputs)
 
     def planes(self, name: str, values: list) -> np.ndarray:
-        """Pictures as an array; what other encoders take comes as an array that was prepared before."""
+        """Pictures or prompts as an array; what other encoders take comes as an array that was prepared before."""
         shape = self.engine.bundle.shape_of(name, len(values))
+        if name in self.tokenizers:
+            return np.stack([tokenizer(values) for tokenizer in self.tokenizers[name]], 1)
         if len(shape) != 4:
             raise UserError(f"{name} must be an array {list(shape)}: a bundle prepares nothing but pictures")
         if not all(isinstance(picture, Image.Image) for picture in values):
@@ -62,6 +73,9 @@ class BundlePipeline(VariationPipeline):
         if any(isinstance(value, Several | Stream) for value in prepared.values()):
             raise UserError("a bundle's streams are fixed: give one value for each sample, not encoded before")
         return self.engine.condition({name: self.array(value) for name, value in prepared.items()})
+
+    def decode(self, z: Any) -> Any:
+        return z if "decode" not in self.engine.manifest else self.engine.decode(z)
 
     def array(self, values: Any) -> Any:
         """Values as the engine takes them, on its device: float32, or whole numbers as they are."""

@@ -19,10 +19,11 @@ from semantica.discrete import schedule_of
 from semantica.engines import BACKENDS, load_engine
 from semantica.engines.bundle import is_bundle
 from semantica.errors import UserError, first_line
-from semantica.files import read_json, write_text, written
+from semantica.files import write_text, written
 from semantica.images import fit, grid, load_image, save_png, to_uint8
 from semantica.pipelines.base import VariationPipeline
 from semantica.pipelines.bundle import BundlePipeline
+from semantica.pipelines.kinds import foreign
 from semantica.ranges import marked, nvtx
 from semantica.sampling.loop import sample as denoise
 from semantica.sampling.settings import Sampling
@@ -102,8 +103,8 @@ def load_pipeline(
 
     if engine == "torch-compile":
         cache.keep_compiled()
-    foreign = is_foreign(model)
-    if ip_adapter is not None and not foreign:
+    other = foreign(model)
+    if ip_adapter is not None and not other:
         raise UserError(f"--ip-adapter goes with the folder of a diffusers pipeline, {model} is none")
     if is_bundle(model):
         keep_freed_memory()
@@ -119,7 +120,7 @@ def load_pipeline(
     place = pick_device(device)
     if place.type == "cpu":
         keep_freed_memory()
-    if foreign:
+    if other:
         from semantica.pipelines.unets import UNetPipeline
 
         pipeline: NetworkPipeline = UNetPipeline.load(model, ip_adapter, ip_scale).to(place)
@@ -171,12 +172,6 @@ def names(config: SampleConfig) -> list[str]:
     if not config.prompt:
         return [path.stem for path in config.image]
     return ["-".join(re.findall(r"\w+", prompt)[:6])[:60] or "empty" for prompt in config.prompt]
-
-
-def is_foreign(folder: Path) -> bool:
-    """Whether a folder holds a pipeline of diffusers that is none of this package's own."""
-    index = folder / "model_index.json"
-    return index.is_file() and str(read_json(index).get("_class_name", "")).startswith("StableDiffusion")
 
 
 @contextmanager

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from diffusers.utils import logging
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from semantica.condition import Stream
 from semantica.discrete import DiscreteSchedule
-from semantica.errors import UserError
+from semantica.errors import UserError, first_line
 from semantica.files import read_json
 from semantica.fused.accelerate import accelerate
 from semantica.fused.denoiser import UNetDenoiser
@@ -18,6 +19,7 @@ from semantica.fused.towers import CLIP_MEAN, CLIP_STD, ClipPictures, ClipTexts
 from semantica.inputs import Prepared
 from semantica.model.conditioner import Conditioner
 from semantica.model.encoders import refuse_code
+from semantica.pipelines.kinds import INDEX
 from semantica.pipelines.networks import NetworkPipeline
 from semantica.pipelines.runfolder import readable
 from semantica.tokens import ClipTokenizer
@@ -37,7 +39,7 @@ CLASSES = {
     "text_encoder_2": ("CLIPTextModelWithProjection",),
     "image_encoder": ("CLIPVisionModelWithProjection",),
 }
-INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 class UNetPipeline(NetworkPipeline):
@@ -175,11 +177,16 @@ def adapt(unet: nn.Module, path: Path, scale: float, folder: Path) -> ClipPictur
         if part not in state:
             raise UserError(f"{path} holds {name!r}: that is no IP-Adapter")
         state[part][key] = value
+    level = logging.get_verbosity()
+    # it casts to the type that is there already, and warns of that
+    logging.set_verbosity_error()
     try:
         # what `load_ip_adapter` of diffusers' pipelines calls
         unet._load_ip_adapter_weights([state])
-    except KeyError as error:
-        raise UserError(f"{path} lacks {error}: an IP-Adapter of another model?") from error
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not fit this UNet ({first_line(error)}): an adapter of another model?") from error
+    finally:
+        logging.set_verbosity(level)
     for module in unet.modules():
         if hasattr(module, "to_k_ip"):
             module.scale = [scale]
