@@ -205,6 +205,14 @@ def test_addends_have_gradients_and_absent_ones_are_empty(card):
     torch.testing.assert_close(made[5], made[0].sum((2, 3)))
 
 
+def test_shapes_that_never_repeat_do_not_fill_the_memory():
+    pytest.importorskip("triton")
+    from semantica.kernels.group_norm import tiles
+
+    cached = (calls.layout_of, calls.problem_of, calls.planned, calls.call, tiles.split, tiles.resident)
+    assert [function.cache_info().maxsize for function in cached] == [4096] * len(cached)
+
+
 @pytest.mark.parametrize(
     ("what", "x", "groups"),
     [
