@@ -27,6 +27,7 @@ from semantica.kernels.cross_attention.tiles import (
     PROCESSORS,
     contiguous,
     dense,
+    far,
     query_tile,
     settings,
     split_dim,
@@ -103,7 +104,7 @@ def plan_backward(
     arguments |= {"normal_ptr": normal, "row_ptr": rows, "dgates_ptr": dgates_part, "dweight_ptr": dweight_part}
     arguments |= {"queries": queries, **strides(do=do, q=q, k=k, v=v)}
     constants = {"TILES": tiled, "STREAMS": streams, "EPS": RMS_EPS, "BLOCK_N": block_n, "BLOCK_M": row["block_m"]}
-    constants |= blocks
+    constants |= {"FAR": far(do, q, k, v), **blocks}
     plan = [Launch(dq_kernel, (tiles, heads, batch), arguments, constants, warps, row["stages"])]
 
     row, q = settings("dkv", q), q if normal is None else normal
@@ -115,7 +116,7 @@ def plan_backward(
     arguments = {**shared, "q_ptr": q, "row_ptr": rows, "dk_ptr": parts[0], "dv_ptr": parts[1]}
     arguments |= {"queries": queries, "span": span, **strides(do=do, q=q, k=k, v=v)}
     constants = {"GROUPS": groups, "RUNS": runs, "COUNT": len(groups), "SPLITS": splits, "KEYS": keys}
-    constants |= {"STREAMS": streams, "BLOCK_N": block_n, **blocks}
+    constants |= {"STREAMS": streams, "FAR": far(do, q, k, v), "BLOCK_N": block_n, **blocks}
     grid = (groups[-1][2] * splits, heads, batch)
     plan.append(Launch(dkv_kernel, grid, arguments, constants, row["warps"], row["stages"]))
 

@@ -26,6 +26,8 @@ from semantica.kernels.cross_attention.tiles import (
     dense,
     dot_rows,
     exp_minus,
+    far,
+    head_index,
     load_rows,
     normalise,
     query_tile,
@@ -112,11 +114,11 @@ def attend_stream(
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lengths_ptr, gates_ptr, weight_ptr, queries,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    TILES: tl.constexpr, STREAMS: tl.constexpr, EPS: tl.constexpr,
+    TILES: tl.constexpr, STREAMS: tl.constexpr, EPS: tl.constexpr, FAR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
 ):  # fmt: skip
-    """TILES: see `stream_tiles`."""
-    h, b, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
+    """TILES: see `stream_tiles`; FAR: see `far`."""
+    h, b, heads = head_index(FAR), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     count = queries - tl.program_id(0) * BLOCK_N
     n = tl.program_id(0).to(tl.int64) * BLOCK_N
     q0, q1 = load_rows(q_ptr + b * stride_qb + h * stride_qh + n * stride_qn, stride_qn, count, BLOCK_N, D0, D1, True)
@@ -163,7 +165,7 @@ def plan_forward(q, k, v, sizes, lengths, gates, q_weight) -> tuple[list[Launch]
     arguments = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "o_ptr": o, "lse_ptr": lse, "lengths_ptr": lengths}
     arguments |= {"gates_ptr": gates, "weight_ptr": q_weight, "queries": queries, **strides(q=q, k=k, v=v)}
     constants = {"TILES": stream_tiles(list(sizes), row["block_m"]), "STREAMS": len(sizes), "EPS": RMS_EPS}
-    constants |= {"BLOCK_N": block_n, "BLOCK_M": row["block_m"], **split_dim(dim)}
+    constants |= {"BLOCK_N": block_n, "BLOCK_M": row["block_m"], "FAR": far(q, k, v), **split_dim(dim)}
     grid = (triton.cdiv(queries, block_n), heads, batch)
     return [Launch(forward_kernel, grid, arguments, constants, warps, row["stages"])], (o, lse)
 
