@@ -266,6 +266,9 @@ def test_rows_say_which_kernels_serve_them_and_what_these_move(card, tmp_path, m
     small, cache = problem(2, 64, 16, 16), 1000
     assert [who_serves(small, way) for way in ("forward", "backward", "both")] == ["CUDA", "Triton", "CUDA, Triton"]
     assert who_serves(problem(2, 64, 16, 16, last=False), "forward") == "Triton"
+    with monkeypatch.context() as old:
+        old.setattr(calls.launch, "modern", lambda device: False)
+        assert who_serves(small, "forward") == "plain torch" and bytes_moved(small, "fused", "forward", cache) is None
     # held in shared memory, x is read once and y written
     assert {bytes_moved(small, name, "forward", cache) for name in ("cuda", "fused")} == {2 * (2 * 64 * 256 * 2)}
     both = [bytes_moved(small, "fused", way, cache) for way in ("forward", "backward")]
