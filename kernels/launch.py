@@ -70,13 +70,15 @@ def table(operator: str) -> dict[str, dict[str, list[dict]]]:
     return json.loads(LADDERS[operator].read_text())
 
 
+# plans that a function keeps: programs whose shapes never repeat must not fill the memory
+LIMIT = 4096
 # functions that remember what they planned with the tables
 _planned: list = []
 
 
 def planned(function: Callable) -> Callable:
-    """`functools.cache` for a function that reads launch settings."""
-    cached = functools.cache(function)
+    """`functools.lru_cache` for a function that reads launch settings."""
+    cached = functools.lru_cache(maxsize=LIMIT)(function)
     forgettable(cached)
     return cached
 

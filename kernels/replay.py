@@ -13,10 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from semantica.kernels import launch
-from semantica.kernels.launch import Launch
-
-# plans that are kept: programs whose shapes never repeat must not fill the memory
-LIMIT = 4096
+from semantica.kernels.launch import LIMIT, Launch
 
 
 class Kept(dict):

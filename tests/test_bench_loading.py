@@ -58,7 +58,9 @@ def test_figures_are_stored_with_the_code_they_are_of(drawn, tmp_path, capsys):
     out = tmp_path / "loading.json"
     options = ["--data", drawn, "--size", "64", "--pictures", "4", "--samples", "16", "--rounds", "1", "--json", out]
     assert main(["bench", "loading", *map(str, options)]) == 0
-    rows = json.loads(out.read_text())["loading"]
+    content = json.loads(out.read_text())
+    rows = content["loading"]
+    assert content["environment"]["device"].endswith(", 1 threads")
     assert [row["loader"] for row in rows if "loader" in row] == ["plain", "trainer's", "trainer's, --resize"]
     assert all(row.get("rate", row.get("ms")) > 0 and not sources.stale(row) for row in rows)
     assert "samples/s, one worker" in capsys.readouterr().out

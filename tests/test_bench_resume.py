@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 from semantica.benchmarks.harness import store
+from semantica.benchmarks.harness.sources import kernel_hash, stale
 from semantica.benchmarks.harness.table import Column, Kind
 from semantica.benchmarks.harness.verb import Outputs, measure
+from semantica.benchmarks.kernels.suite import KernelBench
 from semantica.cli import main
 from semantica.errors import UserError
 
 SUITE = """
 from dataclasses import dataclass
 from semantica.benchmarks.harness import store
+from semantica.benchmarks.harness.sources import kernel_hash, stale
 from semantica.benchmarks.harness.suite import Bench, bench, pytest_generate_tests, test_row
 
 @dataclass(eq=False)
@@ -86,6 +89,37 @@ def test_stale_rows_and_races_that_lack_some_are_run_again(toy, tmp_path):
     bench = toy()
     measure(Outputs(json=path, resume=True), bench, KIND)
     assert bench.ran == ["b", "c"] and [shape for shape, _ in shapes(path)] == ["a", "b", "c"]
+
+
+def test_what_was_wrong_is_run_again_once_its_code_changed(toy, tmp_path):
+    path = tmp_path / "rows.json"
+    measure(Outputs(json=path), toy(), KIND)
+    content = json.loads(path.read_text())
+    code = {"op": "group_norm", "arch": "x86_64"}
+    content["semantica"]["wrong"][1] |= {**code, "kernel_hash": "of another version"}
+    content["semantica"]["wrong"][2] |= {**code, "kernel_hash": kernel_hash("group_norm", "x86_64")}
+    path.write_text(json.dumps(content))
+    bench = toy()
+    measure(Outputs(json=path, resume=True), bench, KIND)
+    assert bench.ran == ["b"]
+
+
+def test_rows_of_a_quick_look_are_not_taken_for_others(toy, tmp_path):
+    path = tmp_path / "rows.json"
+    measure(Outputs(json=path), toy(), KIND)
+    content = json.loads(path.read_text())
+    content["benchmarks"][0]["extra_info"]["quick"] = True
+    path.write_text(json.dumps(content))
+    bench = toy()
+    measure(Outputs(json=path, resume=True), bench, KIND)
+    assert bench.ran == ["a"]
+
+
+def test_a_wrong_row_says_which_code_it_is_of():
+    bench = KernelBench(device="cpu", quick=True)
+    race = next(iter(bench.races))
+    assert not stale({"impl": "fused", **bench.code(race, "fused")}) and bench.code(race, "eager") == {}
+    assert stale({"impl": "fused", **bench.code(race, "fused"), "kernel_hash": "of another version"})
 
 
 def test_it_does_not_mix_machines(toy, tmp_path, capsys):

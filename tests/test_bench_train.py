@@ -81,6 +81,7 @@ def test_another_loss_is_wrong(losses, arithmetic, reason):
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", "attention"),
         ("resident_backward_kernel", "group_norm"),
         ("dkv_kernel", "attention"),
+        ("void semantica::forward_kernel<__nv_bfloat16, 8, true>(semantica::Problem, semantica::Plan)", "group_norm"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>",
          "optimizer and averages"),
         ("Memcpy DtoD (Device -> Device)", "the rest"),

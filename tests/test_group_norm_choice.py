@@ -205,6 +205,14 @@ def test_addends_have_gradients_and_absent_ones_are_empty(card):
     torch.testing.assert_close(made[5], made[0].sum((2, 3)))
 
 
+def test_shapes_that_never_repeat_do_not_fill_the_memory():
+    pytest.importorskip("triton")
+    from semantica.kernels.group_norm import tiles
+
+    cached = (calls.layout_of, calls.problem_of, calls.planned, calls.call, tiles.split, tiles.resident)
+    assert [function.cache_info().maxsize for function in cached] == [4096] * len(cached)
+
+
 @pytest.mark.parametrize(
     ("what", "x", "groups"),
     [
@@ -258,6 +266,9 @@ def test_rows_say_which_kernels_serve_them_and_what_these_move(card, tmp_path, m
     small, cache = problem(2, 64, 16, 16), 1000
     assert [who_serves(small, way) for way in ("forward", "backward", "both")] == ["CUDA", "Triton", "CUDA, Triton"]
     assert who_serves(problem(2, 64, 16, 16, last=False), "forward") == "Triton"
+    with monkeypatch.context() as old:
+        old.setattr(calls.launch, "modern", lambda device: False)
+        assert who_serves(small, "forward") == "plain torch" and bytes_moved(small, "fused", "forward", cache) is None
     # held in shared memory, x is read once and y written
     assert {bytes_moved(small, name, "forward", cache) for name in ("cuda", "fused")} == {2 * (2 * 64 * 256 * 2)}
     both = [bytes_moved(small, "fused", way, cache) for way in ("forward", "backward")]

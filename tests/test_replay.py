@@ -1,6 +1,8 @@
 """Plans that are kept and filled in, calls past torch's dispatcher: the same results; what must see an op sees it."""
 
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,3 +271,23 @@ def test_host_cost_times_the_triton_path_and_leaves_no_trace(monkeypatch):
     ]
     assert all(0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] for row in rows)
     assert (dispatch.KERNELS, launch.DEVICE) == before and not replay.KEPT
+
+
+def test_what_memory_and_race_checkers_watch_is_every_triton_kernel(monkeypatch):
+    pytest.importorskip("triton")
+    from semantica.benchmarks.kernels import exercise
+    from semantica.benchmarks.kernels.host_cost import planned_on
+
+    started = set()
+
+    class Start(replay.Start):
+        def __init__(self, planned, slots):
+            started.add(planned.kernel.__name__)
+            super().__init__(planned, slots)
+
+    monkeypatch.setattr(replay, "Start", Start)
+    monkeypatch.setattr(exercise, "noise", lambda *arguments: started.add("noise_kernel"))
+    with planned_on("cpu"):
+        exercise.exercise("cpu")
+    kernel, sources = r"@triton.jit\ndef (\w+_kernel)\(", Path(launch.__file__).parent.rglob("*.py")
+    assert started == {name for path in sources for name in re.findall(kernel, path.read_text())}

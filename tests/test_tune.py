@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from semantica.benchmarks.kernels import tune
+from semantica.benchmarks.kernels.problems import problems
 from semantica.cli import main
 from semantica.errors import UserError
 from semantica.kernels import launch
@@ -135,9 +136,11 @@ def test_tuning_goes_on_from_its_own_file_and_refuses_others_first(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_ladder_is_tuned_on_the_gpu_and_written_aside(tmp_path):
+def test_a_ladder_is_tuned_on_the_gpu_and_written_aside(tmp_path, monkeypatch):
+    # drawing and checking the large ones takes longer than all other tests
+    monkeypatch.setattr(tune, "problems", lambda device, quick: problems(device, True))
     out = tmp_path / "group_norm.json"
-    options = ["--op", "group_norm", "--kernel", "resident", "--seconds", "30", "--out", str(out)]
+    options = ["--op", "group_norm", "--kernel", "resident", "--seconds", "10", "--out", str(out)]
     assert main(["bench", "tune", *options]) == 0
     table, arch = json.loads(out.read_text()), launch.architecture(torch.device("cuda"))
     shipped = launch.table("group_norm")

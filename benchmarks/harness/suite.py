@@ -58,6 +58,10 @@ class Bench:
         """Outcomes by name. what: the race, for the progress bar."""
         raise NotImplementedError
 
+    def code(self, race: tuple[str, ...], name: str) -> dict:
+        """`op`, `arch` and `kernel_hash` of an implementation of this package: what was wrong may be mended later."""
+        return {}
+
     def more(self) -> dict:
         """What the file holds beside the rows."""
         return {}
@@ -120,7 +124,8 @@ def bench(request) -> Iterator[Bench]:
 def test_row(race, impl, bench, benchmark):
     outcome = bench.outcome(race, impl)
     if isinstance(outcome, str):
-        bench.wrong.append({**dict(zip(("problem", "direction"), race)), "impl": impl, "reason": outcome})
+        named = dict(zip(("problem", "direction"), race))
+        bench.wrong.append({**named, "impl": impl, "reason": outcome, **bench.code(race, impl)})
         bench.keep(bench.content())
         pytest.fail(f"{impl}: {outcome}", pytrace=False)
     seconds, row = outcome

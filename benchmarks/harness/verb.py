@@ -76,10 +76,14 @@ def measured(path: Path, bench: "Bench") -> dict:
         row = benchmark["extra_info"]
         if row["device"] != device:
             raise UserError(f"--resume: {path} holds rows of {row['device']}, this is {device}: give another file")
-        if not stale(row):
+        # a few rounds of --quick stand for no others
+        if not stale(row) and row.get("quick", False) == getattr(bench, "quick", False):
             fresh.setdefault(benchmark["group"], {})[row["impl"]] = benchmark
     wrong: dict[str, dict[str, dict]] = {}
     for row in content["semantica"]["wrong"]:
+        # what was wrong is not for ever: our code may have been mended since
+        if stale(row):
+            continue
         wrong.setdefault(" ".join(filter(None, (row["problem"], row.get("direction")))), {})[row["impl"]] = row
     kept, refused = [], []
     for race, names in list(bench.races.items()):

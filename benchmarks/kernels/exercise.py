@@ -7,6 +7,7 @@ from semantica.benchmarks.kernels.problems import Problem
 from semantica.benchmarks.kernels.verify import evaluate
 from semantica.kernels import OPERATORS
 from semantica.kernels.group_norm.cases import GroupNormCase
+from semantica.train.data.noise import noise
 
 # beyond one tile: statistics in chunks, merged by the pass that applies them, and by a launch of their own
 SPLIT = [
@@ -17,7 +18,8 @@ SPLIT = [
 
 
 def exercise(device: str) -> int:
-    """Forward and backward of every implementation of ours on every case of the tables; returns how many ran."""
+    """Forward and backward of every implementation of ours on every case of the tables, and noise; returns how many
+    ran."""
     ran = 0
     for name, operator in OPERATORS.items():
         for case in [*operator.cases.values(), *(SPLIT if name == "group_norm" else [])]:
@@ -27,6 +29,10 @@ def exercise(device: str) -> int:
                 if implementation.serves(problem):
                     evaluate(implementation.load(), problem.inputs(0), cotangent)
                     ran += 1
+    # one program, and several of which the last is cut
+    for shape in ((3, 5, 7), (3, 67, 129)):
+        noise(0, torch.tensor([1, 2**40], device=device), shape)
+        ran += 1
     if device == "cuda":
         torch.cuda.synchronize()
     return ran

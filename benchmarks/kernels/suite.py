@@ -189,6 +189,10 @@ class KernelBench(Bench):
     def clock(self) -> timing.CpuClock | timing.CudaClock:
         return timing.clock(self.device)
 
+    def code(self, race: tuple[str, str], name: str) -> dict:
+        op, arch = self.problems[race[0]][0].op, store.environment(self.device)["arch"]
+        return {"op": op, "arch": arch, "kernel_hash": sources.kernel_hash(op, arch, name)} if name in OURS else {}
+
     def run(self, race: tuple[str, str], what: str) -> dict[str, Outcome]:
         name, direction = race
         if self.current is None or self.current.problem.name != name:
@@ -203,7 +207,8 @@ class KernelBench(Bench):
         def outcome(name: str) -> Outcome:
             if (name, direction) in found.wrong:
                 return found.wrong[name, direction]
-            return times[name].device, found.row(name, direction, times[name], ceilings, self.clock.cache)
+            row = found.row(name, direction, times[name], ceilings, self.clock.cache)
+            return times[name].device, row | ({"quick": True} if self.quick else {})
 
         return {name: outcome(name) for name in self.races[race]}
 

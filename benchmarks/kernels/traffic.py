@@ -19,6 +19,8 @@ def parts(direction: str) -> tuple[str, ...]:
 def who_serves(problem: Problem, direction: str) -> str:
     """What the public operator runs on the problem's device; of both directions both, where they differ."""
     registered = problem.operator.implementations[problem.device][0]
+    if problem.device == "cuda" and not launch.modern(torch.device("cuda", 0)):
+        return PLAIN[0]
     return ", ".join(dict.fromkeys(CUDA if by_cuda(problem, part) else registered for part in parts(direction)))
 
 

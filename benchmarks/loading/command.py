@@ -71,6 +71,7 @@ def loading(config: LoadingConfig) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     decoded, loaded = [], []
+    where = environment("cpu")
     try:
         with tempfile.TemporaryDirectory() as place:
             folders = {}
@@ -86,7 +87,6 @@ def loading(config: LoadingConfig) -> int:
     print()
     show(heads(LOADED), cells(LOADED, loaded))
     if config.json is not None:
-        where = environment("cpu")
         code = {"op": "loading", "arch": where["arch"], "kernel_hash": source_hash("loading", where["arch"])}
         rows = [row | code for row in (*decoded, *loaded)]
         write_json(config.json, {"environment": where, "loading": rows})

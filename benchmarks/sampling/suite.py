@@ -109,8 +109,14 @@ class SamplingBench(Bench):
         # the mean: in the long run, slow calls count
         row |= {"images_per_s": batch * len(times.device) / sum(times.device), "psnr_db": entrant.psnr}
         row |= {"build_s": entrant.built["seconds"], **entrant.facts}
-        ours = self.op == "sample_ladder" or (name in CONTENDERS and CONTENDERS[name].ours)
-        return row | {"kernel_hash": source_hash(self.op, row["arch"]) if ours else None}
+        row |= {"quick": True} if self.quick else {}
+        return row | {"kernel_hash": None, **self.code(race, name)}
+
+    def code(self, race: tuple[str], name: str) -> dict:
+        ours, arch = name in CONTENDERS and CONTENDERS[name].ours, store.environment(self.device)["arch"]
+        if not ours and self.op != "sample_ladder":
+            return {}
+        return {"op": self.op, "arch": arch, "kernel_hash": source_hash(self.op, arch)}
 
     def export(self, where: Path) -> tuple[dict[str, Path], dict[str, str]]:
         """Bundles of the model for those that run one, engines built; and why some have none, by name."""

@@ -132,7 +132,11 @@ class TrainingBench(Bench):
         row["data_wait"] = sum(entrant.all("waits")) / total
         row |= {"loss": entrant.first["losses"][-1], **entrant.facts}
         row |= {"parked": self.parks, "parked_bytes": entrant.built.get("parked_bytes", 0)}
-        return row | {"kernel_hash": source_hash("train", row["arch"])}
+        return row | self.code(race, rung)
+
+    def code(self, race: tuple[str], name: str) -> dict:
+        arch = store.environment(self.device)["arch"]
+        return {"op": "train", "arch": arch, "kernel_hash": source_hash("train", arch)}
 
     def more(self) -> dict:
         return {"shares": self.shares, "scaling": self.scaling}

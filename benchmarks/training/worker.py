@@ -79,7 +79,9 @@ def group_of(name: str) -> str:
         "optimizer and averages": ("adam", "foreach", "lerp", "multi_tensor_apply"),
         "compiled, fused": ("fused", "triton", "compiledfx", "graph_"),
     }
-    low = own_kernels().get(name, name).lower()
+    # those of csrc/cuda are in this package's namespace, and share names with Triton's
+    own = "group_norm" if name.startswith("void semantica::") else own_kernels().get(name, name)
+    low = own.lower()
     # attention and norms are named more exactly than the products inside them
     for kind in ("attention", "group_norm", "convolution", "optimizer and averages", "compiled, fused"):
         if any(word in low for word in kinds[kind]):

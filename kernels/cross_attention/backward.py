@@ -28,6 +28,7 @@ from semantica.kernels.cross_attention.tiles import (
     alignment,
     contiguous,
     dense,
+    far,
     query_tile,
     settings,
     split_dim,
@@ -104,7 +105,7 @@ def plan_backward(
     arguments |= {"normal_ptr": normal, "row_ptr": rows, "dgates_ptr": dgates_part, "dweight_ptr": dweight_part}
     arguments |= {"queries": queries, **strides(do=do, q=q, k=k, v=v)}
     constants = {"TILES": tiled, "STREAMS": streams, "EPS": RMS_EPS, "BLOCK_N": block_n, "BLOCK_M": row["block_m"]}
-    constants |= blocks | {"ALIGN": alignment(do, q, k, v)}
+    constants |= blocks | {"FAR": far(do, q, k, v), "ALIGN": alignment(do, q, k, v)}
     plan = [Launch(dq_kernel, (tiles, heads, batch), arguments, constants, warps, row["stages"])]
 
     row, q = settings("dkv", q), q if normal is None else normal
@@ -117,7 +118,7 @@ def plan_backward(
     arguments |= {"queries": queries, "span": span, **strides(do=do, q=q, k=k, v=v)}
     constants = {"GROUPS": groups, "RUNS": runs, "COUNT": len(groups), "SPLITS": splits, "KEYS": keys}
     constants |= {"STREAMS": streams, "BLOCK_N": block_n, **blocks}
-    constants["ALIGN"] = alignment(do, q, k, v)
+    constants |= {"FAR": far(do, q, k, v), "ALIGN": alignment(do, q, k, v)}
     grid = (groups[-1][2] * splits, heads, batch)
     plan.append(Launch(dkv_kernel, grid, arguments, constants, row["warps"], row["stages"]))
 

@@ -8,6 +8,7 @@ from semantica.kernels.cross_attention.tiles import (
     aligned,
     dot_rows,
     exp_minus,
+    head_index,
     load_rows,
     scaled,
     store_rows,
@@ -84,13 +85,14 @@ def dkv_kernel(
     stride_dob, stride_don, stride_doh, stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     GROUPS: tl.constexpr, RUNS: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr, KEYS: tl.constexpr,
-    STREAMS: tl.constexpr, BLOCK_N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    STREAMS: tl.constexpr, BLOCK_N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, FAR: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """GROUPS, RUNS: see `key_groups`. dk, dv: `[SPLITS, B, KEYS, H, D]`. q is normalised already."""
     stride_don, stride_qn = aligned(stride_don, ALIGN), aligned(stride_qn, ALIGN)
     stride_kn, stride_vn = aligned(stride_kn, ALIGN), aligned(stride_vn, ALIGN)
     tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, b = head_index(FAR), tl.program_id(2).to(tl.int64)
     do_ptr += aligned(b * stride_dob + h * stride_doh, ALIGN)
     q_ptr += aligned(b * stride_qb + h * stride_qh, ALIGN)
     k_ptr += aligned(b * stride_kb + h * stride_kh, ALIGN)

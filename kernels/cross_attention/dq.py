@@ -8,6 +8,7 @@ from semantica.kernels.cross_attention.tiles import (
     aligned,
     dot_rows,
     exp_minus,
+    head_index,
     load_rows,
     load_weight,
     normalise,
@@ -85,14 +86,14 @@ def dq_kernel(
     dq_ptr, normal_ptr, row_ptr, dgates_ptr, dweight_ptr, queries,
     stride_dob, stride_don, stride_doh, stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    TILES: tl.constexpr, STREAMS: tl.constexpr, EPS: tl.constexpr,
+    TILES: tl.constexpr, STREAMS: tl.constexpr, EPS: tl.constexpr, FAR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """o_ptr: contiguous, given where delta is the row sum of do * o. Partial sums: one row per program."""
     stride_don, stride_qn = aligned(stride_don, ALIGN), aligned(stride_qn, ALIGN)
     stride_kn, stride_vn = aligned(stride_kn, ALIGN), aligned(stride_vn, ALIGN)
     dim: tl.constexpr = D0 + D1
-    tile, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, h, b = tl.program_id(0), head_index(FAR), tl.program_id(2).to(tl.int64)
     heads, head = tl.num_programs(1), b * tl.num_programs(1) + h
     n, count = tile.to(tl.int64) * BLOCK_N, queries - tile * BLOCK_N
     rows = tl.arange(0, BLOCK_N)

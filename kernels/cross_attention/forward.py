@@ -29,6 +29,8 @@ from semantica.kernels.cross_attention.tiles import (
     dense,
     dot_rows,
     exp_minus,
+    far,
+    head_index,
     load_rows,
     normalise,
     query_tile,
@@ -115,13 +117,13 @@ def attend_stream(
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lengths_ptr, gates_ptr, weight_ptr, queries,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    TILES: tl.constexpr, STREAMS: tl.constexpr, EPS: tl.constexpr,
+    TILES: tl.constexpr, STREAMS: tl.constexpr, EPS: tl.constexpr, FAR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """TILES: see `stream_tiles`. ALIGN: see `alignment`."""
+    """TILES: see `stream_tiles`; FAR: see `far`; ALIGN: see `alignment`."""
     stride_qn, stride_kn = aligned(stride_qn, ALIGN), aligned(stride_kn, ALIGN)
     stride_vn = aligned(stride_vn, ALIGN)
-    h, b, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
+    h, b, heads = head_index(FAR), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     count = queries - tl.program_id(0) * BLOCK_N
     n = tl.program_id(0).to(tl.int64) * BLOCK_N
     q_ptr += aligned(b * stride_qb + h * stride_qh, ALIGN)
@@ -170,7 +172,7 @@ def plan_forward(q, k, v, sizes, lengths, gates, q_weight) -> tuple[list[Launch]
     arguments |= {"gates_ptr": gates, "weight_ptr": q_weight, "queries": queries, **strides(q=q, k=k, v=v)}
     constants = {"TILES": stream_tiles(list(sizes), row["block_m"]), "STREAMS": len(sizes), "EPS": RMS_EPS}
     constants |= {"BLOCK_N": block_n, "BLOCK_M": row["block_m"], **split_dim(dim)}
-    constants["ALIGN"] = alignment(q, k, v)
+    constants |= {"FAR": far(q, k, v), "ALIGN": alignment(q, k, v)}
     grid = (triton.cdiv(queries, block_n), heads, batch)
     return [Launch(forward_kernel, grid, arguments, constants, warps, row["stages"])], (o, lse)
 

@@ -10,6 +10,8 @@ from semantica.kernels import launch
 LOG2E = tl.constexpr(1.4426950408889634)
 # below this many programs a data-centre GPU has idle processors: smaller query tiles, or split loops, are faster
 PROCESSORS = 132
+# rows of the largest tile that a launch table may ask for
+MOST_ROWS = 256
 # of CUDA, along the second and third axis of a grid
 GRID_LIMIT = 65535
 
@@ -27,6 +29,15 @@ def aligned(offset, ALIGN: tl.constexpr):
         # a hint by tl.multiple_of would stay behind in this function
         offset = offset // 8 * 8
     return offset
+
+
+@triton.jit
+def head_index(FAR: tl.constexpr):
+    """Of the program; FAR: see `far`."""
+    h = tl.program_id(1)
+    if FAR:
+        h = h.to(tl.int64)
+    return h
 
 
 @triton.jit
@@ -215,9 +226,16 @@ def alignment(*tensors: Tensor) -> int:
     return 16 if found == {0} else 8 if found <= {0, 8} else 1
 
 
-def dense(a: Tensor | None) -> Tensor | None:
-    """Itself if its last dimension is dense, else a copy."""
-    return a if a is None or a.stride(-1) == 1 else a.contiguous()
+def far(*tensors: Tensor) -> bool:
+    """Whether 32 bits are too few for the offset of some head of `[B, length, H, D]`: more would cost registers."""
+    return any(a.shape[2] * a.stride(2) >= 2**31 for a in tensors)
+
+
+def dense(a: Tensor) -> Tensor:
+    """`[B, length, H, D]` itself if its last dimension is dense and 32 bits hold offsets in a tile, else a copy."""
+    # wider offsets would cost every kernel registers, for tensors of which one row is megabytes from the next
+    near = a.shape[1] * a.stride(1) < 2**31 or a.stride(1) < 2**31 // MOST_ROWS
+    return a if a.stride(-1) == 1 and near else a.clone(memory_format=torch.contiguous_format)
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -18,7 +18,7 @@ CHOICE = Path(__file__).with_name("choice.json")
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=launch.LIMIT)
 def layout_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> str | None:
     """ "contiguous" or "channels_last", spatial dimensions in any order; None where memory is neither, or has gaps."""
     spatial = sorted(range(2, len(shape)), key=strides.__getitem__, reverse=True)
@@ -33,7 +33,7 @@ def layout_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> str | None:
     return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=launch.LIMIT)
 def problem_of(shape: tuple[int, ...], strides: tuple[int, ...], groups: int, itemsize: int, aligned: bool) -> Problem:
     samples, channels, *spatial = shape
     last = layout_of(shape, strides) == "channels_last"
@@ -70,7 +70,7 @@ def clusters(found: Card, device: torch.device) -> tuple[int, ...]:
     return tuple(found.multiprocessors if size == 1 else ask(blocks=size) for size in sizes)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=launch.LIMIT)
 def planned(of: Problem, operands: int, device: torch.device) -> Plan | None:
     return plan(of, operands, card(device))
 
@@ -96,7 +96,7 @@ def serves_backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: i
     return chosen("backward", x) and can(x, groups, 2)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=launch.LIMIT)
 def call(
     of: Problem,
     operands: int,

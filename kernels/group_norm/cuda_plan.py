@@ -191,7 +191,8 @@ def seconds(plan: Plan, problem: Problem, operands: int, card: Card) -> float:
 
 def candidates(problem: Problem, operands: int, card: Card) -> Iterator[Plan]:
     """Every plan worth a look, of all paths."""
-    if problem.pixels >= 2**31 or problem.bytes == 0:
+    # a channel or a run of pixels to a block at the least; the kernels count blocks, as CUDA does, in 31 bits
+    if problem.pixels >= 2**31 or problem.samples * problem.channels >= 2**31 or problem.bytes == 0:
         return
     for vector, width, repeat, parts in cuts(problem, card):
         teams = problem.samples * (problem.channels // (width * parts))

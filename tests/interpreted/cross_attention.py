@@ -102,3 +102,26 @@ def test_any_streams(data):
     inputs = case.inputs(torch.float32)
     for a, b in zip(gradients(inputs), gradients(widen(inputs))):
         assert (a.double() - b).abs().max() <= 2e-6 * max(1, b.abs().max().item())
+
+
+def far_apart(tensor, axis, step, path):
+    """The same values with `step` elements between neighbours along an axis, in a file with holes for the others."""
+    shape, strides = tensor.shape, [step if i == axis else n for i, n in enumerate(tensor.contiguous().stride())]
+    count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+    with path.open("wb") as file:
+        file.truncate(count * tensor.element_size())
+    whole = torch.from_file(str(path), shared=True, size=count, dtype=tensor.dtype)
+    return whole.as_strided(shape, strides).copy_(tensor)
+
+
+@pytest.mark.parametrize("axis, step", [(2, 1 << 30), (1, 36_000_000)], ids=["heads", "tokens"])
+def test_offsets_beyond_32_bits_are_right(axis, step, tmp_path):
+    """Every stride fits 32 bits, and no product of it with a head or a row of a tile does."""
+    case = CrossAttentionCase(1, 61, 3, 32, (64,))
+    inputs = case.inputs(torch.float16)
+    expected = gradients(inputs)
+    names = ("q", "k", "v") if axis == 1 else ("k", "v")
+    far = {name: far_apart(inputs[name], axis, step, tmp_path / name) for name in names}
+    assert all((a.shape[axis] - 1) * step >= 2**31 for name, a in far.items() if name != "q")
+    for a, b in zip(gradients({**inputs, **far}), expected, strict=True):
+        assert torch.equal(a, b)
