@@ -15,7 +15,9 @@ from semantica import SemanticaPipeline, UserError
 from semantica.train.build import build
 from semantica.train.config import TrainConfig, ema_decay
 from semantica.train.loop import train
+from semantica.train.processes import World
 from semantica.train.run import checkpoint
+from semantica.train.run.folder import Run
 
 
 def config(photos, out, **changes) -> TrainConfig:
@@ -119,7 +121,6 @@ def test_several_averages_are_kept_continued_and_published(photos, tmp_path):
         train(dataclasses.replace(straight, steps=3, ema_also=()))
 
 
-@pytest.mark.parametrize("also", [(0.9999,), (0.5, 0.5), (1.5,)])
 class StandIn:
     """What wandb and trackio both have."""
 
@@ -161,6 +162,7 @@ def test_a_tracker_gets_the_log_and_continues_its_run(photos, tmp_path, monkeypa
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("also", [(0.9999,), (0.5, 0.5), (1.5,)])
 def test_impossible_averages_are_one_line(photos, tmp_path, also):
     with pytest.raises(UserError, match="--ema-also is .*: give other decays than --ema, 0 to 1"):
         config(photos, tmp_path, ema_also=also).check()
@@ -177,3 +179,15 @@ def test_one_of_the_processes_holds_values_and_the_others_shapes(photos, tmp_pat
         assert {k: v.shape for k, v in own.state_dict().items()} == {k: v.shape for k, v in other.state_dict().items()}
         buffers = dict(own.named_buffers())
         assert buffers and all(torch.equal(buffers[name], value) for name, value in other.named_buffers())
+
+
+def test_a_tracker_that_fails_costs_the_tracking_and_not_the_run(tmp_path, capsys):
+    run = Run(config(tmp_path, tmp_path / "run"), "", World())
+    run.tracked = StandIn()
+    run.tracked.log = lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route\nto host"))
+    for step in (1, 2):
+        run.log({"step": step})
+    run.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--track" in line]
+    assert lines == ["--track none fails (no route): no more is sent there, metrics.jsonl goes on"]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2

@@ -141,6 +141,7 @@ def test_unknown_verbs_and_mistakes_are_one_line(capsys, tmp_path, data, model):
         (["sample", "--model", model, "--image", tmp_path / "no.png"], "no.png"),
         (["sample", "--model", model, "--image", text], "text.jpg"),
         (["sample", "--model", model, "--image", picture, "-n", "0"], "--n is 0"),
+        (["sample", "--model", model, "--image", picture, "--ip-scale", "2"], "--ip-scale is nothing without"),
         (["sample", "--model", model, "--image", picture, "--out", taken], "exists: choose another folder"),
         (["sample", "--model", model, "--image", picture, "--device", "abacus"], "device 'abacus'"),
         (["evaluate", "--data", data], "give either --model or --images"),

@@ -76,6 +76,8 @@ class SampleConfig:
             raise UserError(
                 f"--image has {len(self.image)} pictures for {len(self.prompt)} prompts: give one, or as many"
             )
+        if self.ip_adapter is None and self.ip_scale != 1:
+            raise UserError("--ip-scale is nothing without --ip-adapter: give that too")
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}: give 0 or more")
         if self.out.suffix != ".png" and self.out.exists():

@@ -8,13 +8,14 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import semantica
-from semantica.errors import UserError
+from semantica.errors import UserError, first_line
 from semantica.files import remove, write_json, write_text, written
 from semantica.images import grid, save_png, to_uint8
 from semantica.model.uvit import UViT
@@ -168,13 +169,22 @@ class Run:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
                     self.board.add_scalar(name, value, row["step"])
-        if self.tracked is not None:
-            self.tracked.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        self._tell("log", {name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
     def close(self) -> None:
         """Let a tracker end its run: what it has not sent yet it sends now."""
-        if self.tracked is not None:
-            self.tracked.finish()
+        self._tell("finish")
+
+    def _tell(self, what: str, *arguments: Any, **named: Any) -> None:
+        """Call a tracker, if there is one. What goes wrong there ends the tracking and not the run."""
+        try:
+            if self.tracked is not None:
+                getattr(self.tracked, what)(*arguments, **named)
+        # each has errors of its own
+        except Exception as error:
+            self.tracked = None
+            said = f"--track {self.config.track} fails ({first_line(error)})"
+            self.say(f"{said}: no more is sent there, metrics.jsonl goes on")
 
     def sample(self, pipeline: NetworkPipeline, batch: dict, step: int) -> None:
         """A grid: each condition (or several), its target, its variations. All processes make it: a sharded network
