@@ -3,7 +3,6 @@
 `csrc/backend.py` says what pip can be told about it; everything else is in pyproject.toml.
 """
 
-import hashlib
 import importlib.util
 import os
 import sys
@@ -133,7 +132,7 @@ class OptionalBuild(build_ext):
             return
         target, names = Path(self.get_ext_fullpath(ext.name)), " ".join(self.architectures)
         version = ".".join(map(str, compiler.version))
-        built = f"{digest(ext.depends)} {version} {target.name} {names}"
+        built = f"{nvcc.digest(ext.depends)} {version} {target.name} {names}"
         target.parent.mkdir(parents=True, exist_ok=True)
         older = self.older(ext)
         # minutes of compiling, for what is there already
@@ -143,7 +142,7 @@ class OptionalBuild(build_ext):
         folder, began, jobs = Path(self.build_temp), time.monotonic(), len(os.sched_getaffinity(0))
         folder.mkdir(parents=True, exist_ok=True)
         flags = [*nvcc.FLAGS, f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-        macros = {"SOURCES": digest(ext.depends), "ARCHITECTURES": names, "COMPILER": version, "BUILT": built}
+        macros = {"SOURCES": nvcc.digest(ext.depends), "ARCHITECTURES": names, "COMPILER": version, "BUILT": built}
         flags += [f'-DSEMANTICA_{name}="{value}"' for name, value in macros.items()]
         flags += [*nvcc.gencode(self.architectures), f"--threads={max(1, jobs // len(ext.sources))}"]
 
@@ -164,27 +163,18 @@ class OptionalBuild(build_ext):
         self.warn(f"semantica._cuda: {len(objects)} files for {names} by {compiler} in {took:.0f} s on {jobs} cores")
 
 
-def digest(paths):
-    """Of names and contents: what was built says what it was built from."""
-    found = hashlib.sha256()
-    for path in sorted(paths):
-        with open(path, "rb") as file:
-            found.update(os.path.basename(path).encode() + file.read())
-    return found.hexdigest()[:16]
-
-
 extensions = [
     Pybind11Extension(
         C,
         sorted(glob("csrc/*.cpp")),
         depends=glob("csrc/*.h"),
-        define_macros=[("SEMANTICA_SOURCES", "h" + digest(glob("csrc/*.cpp") + glob("csrc/*.h")))],
+        define_macros=[("SEMANTICA_SOURCES", "h" + nvcc.digest(glob("csrc/*.cpp") + glob("csrc/*.h")))],
         cxx_std=17,
     ),
     Extension(
         CUDA,
         [*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/module.cpp"],
-        depends=[path for kind in ("cu", "cuh", "h", "cpp") for path in glob(f"csrc/cuda/*.{kind}")],
+        depends=[str(path) for path in nvcc.sources(Path("csrc/cuda"))],
     ),
 ]
 setup(ext_modules=extensions, cmdclass={"build_ext": OptionalBuild})

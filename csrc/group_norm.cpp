@@ -5,11 +5,8 @@
 #include <limits>
 #include <vector>
 
+#include "group_norm_cut.h"
 #include "group_norm_loops.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #ifdef SEMANTICA_LANES
 namespace semantica {
@@ -20,12 +17,12 @@ template <class T>
 struct Loops {
     void (*moments_of_run)(const T*, int64_t, Moments*);
     void (*apply_to_run)(const T*, T*, int64_t, float, float, float, bool);
-    void (*sums_of_run)(const T*, const T*, int64_t, float, float, float, float, bool, double*, double*);
-    void (*gradient_of_run)(const T*, const T*, T*, int64_t, float, float, float, float, float, bool);
+    void (*sums_of_run)(const T*, const T*, int64_t, float, float, float, float, bool, double*, double*, float*);
+    void (*gradient_of_run)(const T*, const T*, T*, int64_t, float, float, float, float, float, bool, const float*);
     void (*moments_of_rows)(const T*, int64_t, int64_t, double*, double*, double*);
     void (*apply_to_rows)(const T*, T*, int64_t, int64_t, const Coefficients&, bool);
-    void (*sums_of_rows)(const T*, const T*, int64_t, int64_t, const Coefficients&, bool, double*, double*);
-    void (*gradient_of_rows)(const T*, const T*, T*, int64_t, int64_t, const Coefficients&, bool);
+    void (*sums_of_rows)(const T*, const T*, int64_t, int64_t, const Coefficients&, bool, double*, double*, float*);
+    void (*gradient_of_rows)(const T*, const T*, T*, int64_t, int64_t, const Coefficients&, bool, const float*);
 };
 
 // a function template cannot carry an attribute that differs between its instances, so a macro makes the variants
@@ -37,14 +34,16 @@ struct Loops {
             silu ? apply_to_run<T, true>(x, y, n, m, s, o) : apply_to_run<T, false>(x, y, n, m, s, o);               \
         }                                                                                                            \
         TARGET static void sums_run(const T* dy, const T* x, int64_t n, float m, float r, float s, float o,          \
-                                    bool silu, double* p, double* q) {                                               \
-            silu ? sums_of_run<T, true>(dy, x, n, m, r, s, o, p, q)                                                  \
-                 : sums_of_run<T, false>(dy, x, n, m, r, s, o, p, q);                                                \
+                                    bool silu, double* p, double* q, float* k) {                                     \
+            k      ? sums_of_run<T, true, true>(dy, x, n, m, r, s, o, p, q, k)                                       \
+            : silu ? sums_of_run<T, true, false>(dy, x, n, m, r, s, o, p, q, k)                                      \
+                   : sums_of_run<T, false, false>(dy, x, n, m, r, s, o, p, q, k);                                    \
         }                                                                                                            \
         TARGET static void gradient_run(const T* dy, const T* x, T* dx, int64_t n, float m, float s, float o,        \
-                                        float t, float l, bool silu) {                                               \
-            silu ? gradient_of_run<T, true>(dy, x, dx, n, m, s, o, t, l)                                             \
-                 : gradient_of_run<T, false>(dy, x, dx, n, m, s, o, t, l);                                           \
+                                        float t, float l, bool silu, const float* k) {                               \
+            k      ? gradient_of_run<T, true, true>(dy, x, dx, n, m, s, o, t, l, k)                                  \
+            : silu ? gradient_of_run<T, true, false>(dy, x, dx, n, m, s, o, t, l, k)                                 \
+                   : gradient_of_run<T, false, false>(dy, x, dx, n, m, s, o, t, l, k);                               \
         }                                                                                                            \
         TARGET static void moments_rows(const T* x, int64_t n, int64_t c, double* k, double* s, double* q) {         \
             moments_of_rows<T>(x, n, c, k, s, q);                                                                    \
@@ -53,12 +52,16 @@ struct Loops {
             silu ? apply_to_rows<T, true>(x, y, n, c, k) : apply_to_rows<T, false>(x, y, n, c, k);                   \
         }                                                                                                            \
         TARGET static void sums_rows(const T* dy, const T* x, int64_t n, int64_t c, const Coefficients& k,           \
-                                     bool silu, double* p, double* q) {                                              \
-            silu ? sums_of_rows<T, true>(dy, x, n, c, k, p, q) : sums_of_rows<T, false>(dy, x, n, c, k, p, q);       \
+                                     bool silu, double* p, double* q, float* d) {                                    \
+            d      ? sums_of_rows<T, true, true>(dy, x, n, c, k, p, q, d)                                            \
+            : silu ? sums_of_rows<T, true, false>(dy, x, n, c, k, p, q, d)                                           \
+                   : sums_of_rows<T, false, false>(dy, x, n, c, k, p, q, d);                                         \
         }                                                                                                            \
         TARGET static void gradient_rows(const T* dy, const T* x, T* dx, int64_t n, int64_t c,                       \
-                                         const Coefficients& k, bool silu) {                                         \
-            silu ? gradient_of_rows<T, true>(dy, x, dx, n, c, k) : gradient_of_rows<T, false>(dy, x, dx, n, c, k);   \
+                                         const Coefficients& k, bool silu, const float* d) {                         \
+            d      ? gradient_of_rows<T, true, true>(dy, x, dx, n, c, k, d)                                          \
+            : silu ? gradient_of_rows<T, true, false>(dy, x, dx, n, c, k, d)                                         \
+                   : gradient_of_rows<T, false, false>(dy, x, dx, n, c, k, d);                                       \
         }                                                                                                            \
         static constexpr Loops<T> loops = {moments_run,  apply_run,  sums_run,  gradient_run,                        \
                                            moments_rows, apply_rows, sums_rows, gradient_rows};                      \
@@ -80,97 +83,6 @@ const Loops<T>& loops(Target target) {
     (void)target;
     return Baseline<T>::loops;
 }
-
-// How a tensor is cut. A unit is what shares statistics in memory: a group of a sample (contiguous) or a whole sample
-// (channels-last). Each unit is cut into chunks the same way whatever the number of threads, and chunks are merged in
-// order: the result does not depend on the threads.
-struct Cut {
-    int64_t units, chunks, bytes;
-    // contiguous: whole channels per chunk, or spans of one channel
-    int64_t channels_per_chunk = 0, spans = 1;
-    // spatial positions per chunk
-    int64_t positions;
-
-    Cut(const GroupNormShape& s, int64_t item) {
-        constexpr int64_t values = 32768, most = 64;
-        if (s.channels_last) {
-            units = s.batch;
-            positions = std::max({values / s.channels, ceil(s.spatial, most), int64_t(1)});
-            spans = chunks = ceil(s.spatial, positions);
-            bytes = s.channels * s.spatial * item;
-        } else {
-            const int64_t width = s.channels / s.groups;
-            units = s.batch * s.groups;
-            channels_per_chunk = std::min(width, std::max(int64_t(1), values / s.spatial));
-            positions = s.spatial > values ? std::max(values, ceil(s.spatial, most)) : s.spatial;
-            spans = ceil(s.spatial, positions);
-            chunks = ceil(width, channels_per_chunk) * spans;
-            bytes = width * s.spatial * item;
-        }
-    }
-
-    static int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
-};
-
-// the range of `count` that a thread of a team has
-struct Share {
-    int64_t begin, end;
-
-    explicit Share(int64_t count) {
-#ifdef _OPENMP
-        const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-#else
-        const int64_t team = 1, me = 0;
-#endif
-        begin = count * me / team, end = count * (me + 1) / team;
-    }
-};
-
-// reduce every chunk, finish each unit, apply to every chunk
-template <class Reduce, class Finish, class Apply>
-void sweep(const Cut& cut, int threads, Reduce reduce, Finish finish, Apply apply) {
-    // a unit that stays in one core's cache is read from memory once
-    constexpr int64_t cache = 1 << 20, small = 1 << 16;
-    if (cut.units * cut.bytes <= small) threads = 1;
-    if (threads == 1 || (cut.units >= threads && cut.bytes <= cache)) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (int64_t u = 0; u < cut.units; ++u) {
-            for (int64_t c = 0; c < cut.chunks; ++c) reduce(u, c);
-            finish(u);
-            for (int64_t c = cut.chunks; c-- > 0;) apply(u, c);
-        }
-        return;
-    }
-#pragma omp parallel num_threads(threads)
-    {
-        const Share mine(cut.units * cut.chunks);
-        for (int64_t i = mine.begin; i < mine.end; ++i) reduce(i / cut.chunks, i % cut.chunks);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t u = 0; u < cut.units; ++u) finish(u);
-        // what this core read last is still in its cache
-        for (int64_t i = mine.end; i-- > mine.begin;) apply(i / cut.chunks, i % cut.chunks);
-    }
-}
-
-// where a chunk of the contiguous layout lies: channels of its sample, and spatial positions
-struct Place {
-    int64_t sample, group, begin_channel, end_channel, begin, count;
-
-    Place(const GroupNormShape& s, const Cut& cut, int64_t unit, int64_t chunk) {
-        const int64_t width = s.channels / s.groups;
-        sample = unit / s.groups, group = unit % s.groups;
-        const int64_t first = chunk / cut.spans * cut.channels_per_chunk;
-        begin_channel = group * width + first;
-        end_channel = group * width + std::min(first + cut.channels_per_chunk, width);
-        begin = chunk % cut.spans * cut.positions;
-        count = std::min(cut.positions, s.spatial - begin);
-    }
-
-    int64_t offset(const GroupNormShape& s, int64_t channel) const {
-        return (sample * s.channels + channel) * s.spatial + begin;
-    }
-};
 
 // Chan, Golub & LeVeque 1979: counts, means and sums of squared deviations, merged in the order given
 template <class Each>
@@ -198,7 +110,7 @@ struct Channels {
 
     explicit Channels(const GroupNormShape& s)
         : steps(s.channels_last),
-          stride(steps ? Cut::ceil(s.channels, Step<T>::WIDTH) * Step<T>::WIDTH : s.channels) {}
+          stride(steps ? whole_steps<T>(s.channels) : s.channels) {}
 
     int64_t at(int64_t sample, int64_t channel) const {
         return sample * stride + (steps ? position<T>(channel) : channel);
@@ -207,7 +119,7 @@ struct Channels {
 
 template <class T>
 void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd, const float* weight,
-             const float* bias, const float* scale, const float* shift, double eps) {
+             const float* bias, const float* scale, const float* shift, const float* addend, double eps) {
     const Loops<T>& loop = loops<T>(s.target);
     const Cut cut(s, sizeof(T));
     const Channels<T> order(s);
@@ -216,34 +128,47 @@ void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd
 
     auto finish = [&](int64_t sample, int64_t group, double average, double variance) {
         const double inverse = 1 / std::sqrt(variance + eps);
-        const float nearest = (float)average;
-        mean[sample * s.groups + group] = nearest;
+        mean[sample * s.groups + group] = (float)average;
         rstd[sample * s.groups + group] = (float)inverse;
         for (int64_t c = group * width; c < (group + 1) * width; ++c) {
             const int64_t i = sample * s.channels + c, to = order.at(sample, c);
             const double film = scale ? 1 + (double)scale[i] : 1;
             const double slope = inverse * weight[c] * film;
-            center[to] = nearest;
+            // of x itself: the addend moves the mean of its channel, and costs no pass
+            const double middle = average - (addend ? addend[i] : 0);
+            center[to] = (float)middle;
             factor[to] = canonical(slope);
             // what rounding took from the mean is given back
-            offset[to] = canonical(bias[c] * film + (shift ? shift[i] : 0) + (nearest - average) * slope);
+            offset[to] = canonical(bias[c] * film + (shift ? shift[i] : 0) + (center[to] - middle) * slope);
         }
     };
 
     if (!s.channels_last) {
-        std::vector<Moments> parts(cut.units * cut.chunks);
+        // an addend differs from channel to channel: then each has moments of its own
+        const int64_t runs = addend ? cut.channels_per_chunk : 1;
+        std::vector<Moments> parts(cut.units * cut.chunks * runs);
         sweep(
             cut, s.threads,
             [&](int64_t u, int64_t c) {
                 const Place p(s, cut, u, c);
-                const int64_t count = (p.end_channel - p.begin_channel - 1) * s.spatial + p.count;
-                loop.moments_of_run(x + p.offset(s, p.begin_channel), count, &parts[u * cut.chunks + c]);
+                Moments* part = &parts[(u * cut.chunks + c) * runs];
+                if (!addend) {
+                    const int64_t count = (p.end_channel - p.begin_channel - 1) * s.spatial + p.count;
+                    loop.moments_of_run(x + p.offset(s, p.begin_channel), count, part);
+                    return;
+                }
+                for (int64_t k = p.begin_channel; k < p.end_channel; ++k, ++part) {
+                    loop.moments_of_run(x + p.offset(s, k), p.count, part);
+                    part->shift += addend[p.sample * s.channels + k];
+                }
             },
             [&](int64_t u) {
                 double average, variance;
                 merge(
                     [&](auto add) {
-                        for (int64_t c = 0; c < cut.chunks; ++c) add(parts[u * cut.chunks + c]);
+                        for (int64_t i = u * cut.chunks * runs; i < (u + 1) * cut.chunks * runs; ++i)
+                            // a group's last chunk may have fewer channels
+                            if (parts[i].count > 0) add(parts[i]);
                     },
                     &average, &variance);
                 finish(u / s.groups, u % s.groups, average, variance);
@@ -276,7 +201,8 @@ void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd
                             const double* part = &parts[(u * cut.chunks + c) * 3 * order.stride];
                             for (int64_t k = g * width; k < (g + 1) * width; ++k) {
                                 const double* p = part + order.at(0, k);
-                                add({*p, p[order.stride], p[2 * order.stride], (double)rows(c)});
+                                const double more = addend ? addend[u * s.channels + k] : 0;
+                                add({*p + more, p[order.stride], p[2 * order.stride], (double)rows(c)});
                             }
                         }
                     },
@@ -293,8 +219,8 @@ void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd
 
 template <class T>
 void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mean, const float* rstd,
-              const float* weight, const float* bias, const float* scale, const float* shift, T* dx, float* dweight,
-              float* dbias, float* dscale, float* dshift) {
+              const float* weight, const float* bias, const float* scale, const float* shift, const float* addend,
+              T* dx, float* dweight, float* dbias, float* dscale, float* dshift) {
     const Loops<T>& loop = loops<T>(s.target);
     const Cut cut(s, 2 * sizeof(T));
     const Channels<T> order(s);
@@ -305,7 +231,7 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
             const int64_t i = sample * s.channels + c, unit = sample * s.groups + c / width;
             const int64_t to = order.at(sample, c);
             const float film = scale ? 1 + scale[i] : 1;
-            center[to] = mean[unit];
+            center[to] = mean[unit] - (addend ? addend[i] : 0);
             inverse[to] = rstd[unit];
             factor[to] = canonical(rstd[unit] * weight[c] * film);
             offset[to] = canonical(bias[c] * film + (shift ? shift[i] : 0));
@@ -336,6 +262,11 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
     };
 
     if (!s.channels_last) {
+        const int64_t run = whole_steps<T>(cut.positions), chunk = cut.channels_per_chunk * run;
+        const Kept kept(cut, s.threads, s.silu, cut.chunks * chunk);
+        auto place = [&](const Place& p, int64_t c, int64_t k) {
+            return kept.at(c * chunk + (k - p.begin_channel) * run);
+        };
         sweep(
             cut, s.threads,
             [&](int64_t u, int64_t c) {
@@ -344,7 +275,7 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
                     const int64_t i = p.sample * s.channels + k, at = p.offset(s, k);
                     const int64_t part = (p.sample * cut.spans + c % cut.spans) * s.channels + k;
                     loop.sums_of_run(dy + at, x + at, p.count, center[i], inverse[i], factor[i], offset[i], s.silu,
-                                     &sums[part], &products[part]);
+                                     &sums[part], &products[part], place(p, c, k));
                 }
             },
             [&](int64_t u) { finish(u / s.groups, u % s.groups); },
@@ -353,12 +284,14 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
                 for (int64_t k = p.begin_channel; k < p.end_channel; ++k) {
                     const int64_t i = p.sample * s.channels + k, at = p.offset(s, k);
                     loop.gradient_of_run(dy + at, x + at, dx + at, p.count, center[i], factor[i], offset[i], term[i],
-                                         slope[i], s.silu);
+                                         slope[i], s.silu, place(p, c, k));
                 }
             });
     } else {
         auto rows = [&](int64_t c) { return std::min(cut.positions, s.spatial - c * cut.positions); };
         auto at = [&](int64_t u, int64_t c) { return (u * s.spatial + c * cut.positions) * s.channels; };
+        const Kept kept(cut, s.threads, s.silu, s.spatial * order.stride);
+        auto place = [&](int64_t c) { return kept.at(c * cut.positions * order.stride); };
         auto coefficients = [&](int64_t u) {
             const int64_t i = u * order.stride;
             return Coefficients{&center[i], &factor[i], &offset[i], &inverse[i], &term[i], &slope[i]};
@@ -368,14 +301,14 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
             [&](int64_t u, int64_t c) {
                 const int64_t part = (u * cut.chunks + c) * order.stride;
                 loop.sums_of_rows(dy + at(u, c), x + at(u, c), rows(c), s.channels, coefficients(u), s.silu,
-                                  &sums[part], &products[part]);
+                                  &sums[part], &products[part], place(c));
             },
             [&](int64_t u) {
                 for (int64_t g = 0; g < s.groups; ++g) finish(u, g);
             },
             [&](int64_t u, int64_t c) {
                 loop.gradient_of_rows(dy + at(u, c), x + at(u, c), dx + at(u, c), rows(c), s.channels,
-                                      coefficients(u), s.silu);
+                                      coefficients(u), s.silu, place(c));
             });
     }
     for (int64_t c = 0; c < s.channels; ++c) {
@@ -391,22 +324,24 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
 }  // namespace
 
 void group_norm_forward(const GroupNormShape& s, const void* x, void* y, float* mean, float* rstd,
-                        const float* weight, const float* bias, const float* scale, const float* shift, double eps) {
+                        const float* weight, const float* bias, const float* scale, const float* shift,
+                        const float* addend, double eps) {
     if (s.bfloat16)
-        forward(s, (const bf16*)x, (bf16*)y, mean, rstd, weight, bias, scale, shift, eps);
+        forward(s, (const bf16*)x, (bf16*)y, mean, rstd, weight, bias, scale, shift, addend, eps);
     else
-        forward(s, (const float*)x, (float*)y, mean, rstd, weight, bias, scale, shift, eps);
+        forward(s, (const float*)x, (float*)y, mean, rstd, weight, bias, scale, shift, addend, eps);
 }
 
 void group_norm_backward(const GroupNormShape& s, const void* dy, const void* x, const float* mean,
                          const float* rstd, const float* weight, const float* bias, const float* scale,
-                         const float* shift, void* dx, float* dweight, float* dbias, float* dscale, float* dshift) {
+                         const float* shift, const float* addend, void* dx, float* dweight, float* dbias,
+                         float* dscale, float* dshift) {
     if (s.bfloat16)
-        backward(s, (const bf16*)dy, (const bf16*)x, mean, rstd, weight, bias, scale, shift, (bf16*)dx, dweight,
-                 dbias, dscale, dshift);
+        backward(s, (const bf16*)dy, (const bf16*)x, mean, rstd, weight, bias, scale, shift, addend, (bf16*)dx,
+                 dweight, dbias, dscale, dshift);
     else
-        backward(s, (const float*)dy, (const float*)x, mean, rstd, weight, bias, scale, shift, (float*)dx, dweight,
-                 dbias, dscale, dshift);
+        backward(s, (const float*)dy, (const float*)x, mean, rstd, weight, bias, scale, shift, addend, (float*)dx,
+                 dweight, dbias, dscale, dshift);
 }
 
 bool group_norm_runs(Target target) {

@@ -94,10 +94,10 @@ INLINE void apply_to_run(const T* x, T* y, int64_t count, float mean, float scal
     });
 }
 
-// sums over a run of du and du * x_hat, du = dy * act'(u)
-template <class T, bool silu>
+// sums over a run of du and du * x_hat, du = dy * act'(u), which is kept in whole steps if asked for
+template <class T, bool silu, bool keep>
 INLINE void sums_of_run(const T* dy, const T* x, int64_t count, float mean, float rstd, float scale, float offset,
-                        double* sum_du, double* sum_dux) {
+                        double* sum_du, double* sum_dux, float* kept) {
     *sum_du = *sum_dux = 0;
     for (int64_t begin = 0; begin < count; begin += FLUSH_VALUES) {
         const int64_t end = begin + FLUSH_VALUES < count ? begin + FLUSH_VALUES : count;
@@ -110,6 +110,7 @@ INLINE void sums_of_run(const T* dy, const T* x, int64_t count, float mean, floa
                 const Step<T> a = load(x + i, part), g = load(dy + i, part);
                 for (int64_t j = 0; j < Step<T>::VECTORS; ++j) {
                     const Lanes d = a.v[j] - mean, du = g.v[j] * derivative<silu>(d * scale + offset);
+                    if (keep) keep_lanes(kept + i, j, du);
                     t += du;
                     w += du * (d * rstd);
                 }
@@ -121,15 +122,16 @@ INLINE void sums_of_run(const T* dy, const T* x, int64_t count, float mean, floa
     }
 }
 
-// dx = du * scale - term - d * slope, d = x - mean
-template <class T, bool silu>
+// dx = du * scale - term - d * slope, d = x - mean; du is made anew from dy, or was kept
+template <class T, bool silu, bool keep>
 INLINE void gradient_of_run(const T* dy, const T* x, T* dx, int64_t count, float mean, float scale, float offset,
-                            float term, float slope) {
+                            float term, float slope, const float* kept) {
     over<T>(0, count, [&](int64_t i, int64_t part) BODY {
-        const Step<T> a = load(x + i, part), g = load(dy + i, part);
+        const Step<T> a = load(x + i, part), g = keep ? Step<T>{} : load(dy + i, part);
         Step<T> result;
         for (int64_t j = 0; j < Step<T>::VECTORS; ++j) {
-            const Lanes d = a.v[j] - mean, du = g.v[j] * derivative<silu>(d * scale + offset);
+            const Lanes d = a.v[j] - mean;
+            const Lanes du = keep ? lanes(kept + i, j) : g.v[j] * derivative<silu>(d * scale + offset);
             result.v[j] = du * scale - term - d * slope;
         }
         store(dx + i, result, part);
@@ -198,11 +200,12 @@ INLINE void apply_to_rows(const T* x, T* y, int64_t rows, int64_t channels, cons
         });
 }
 
-// in the order of the steps
-template <class T, bool silu>
+// in the order of the steps; du of each row is kept in whole steps if asked for
+template <class T, bool silu, bool keep>
 INLINE void sums_of_rows(const T* dy, const T* x, int64_t rows, int64_t channels, const Coefficients& k,
-                         double* sum_du, double* sum_dux) {
+                         double* sum_du, double* sum_dux, float* kept) {
     constexpr int64_t vectors = Step<T>::VECTORS;
+    const int64_t stride = whole_steps<T>(channels);
     Lanes p[PANEL], q[PANEL];
     for (int64_t left = 0; left < channels; left += PANEL * LANES) {
         const int64_t right = left + PANEL * LANES < channels ? left + PANEL * LANES : channels;
@@ -220,6 +223,7 @@ INLINE void sums_of_rows(const T* dy, const T* x, int64_t rows, int64_t channels
                             const Lanes d = a.v[j] - lanes(k.mean + c, j);
                             const Lanes u = d * lanes(k.scale + c, j) + lanes(k.offset + c, j);
                             const Lanes du = g.v[j] * derivative<silu>(u);
+                            if (keep) keep_lanes(kept + r * stride + c, j, du);
                             t[j] += du;
                             w[j] += du * (d * lanes(k.rstd + c, j));
                         }
@@ -237,15 +241,18 @@ INLINE void sums_of_rows(const T* dy, const T* x, int64_t rows, int64_t channels
     }
 }
 
-template <class T, bool silu>
-INLINE void gradient_of_rows(const T* dy, const T* x, T* dx, int64_t rows, int64_t channels, const Coefficients& k) {
+template <class T, bool silu, bool keep>
+INLINE void gradient_of_rows(const T* dy, const T* x, T* dx, int64_t rows, int64_t channels, const Coefficients& k,
+                             const float* kept) {
+    const int64_t stride = whole_steps<T>(channels);
     for (int64_t r = 0; r < rows; ++r, x += channels, dy += channels, dx += channels)
         over<T>(0, channels, [&](int64_t c, int64_t part) BODY {
-            const Step<T> a = load(x + c, part), g = load(dy + c, part);
+            const Step<T> a = load(x + c, part), g = keep ? Step<T>{} : load(dy + c, part);
             Step<T> result;
             for (int64_t j = 0; j < Step<T>::VECTORS; ++j) {
                 const Lanes d = a.v[j] - lanes(k.mean + c, j), scale = lanes(k.scale + c, j);
-                const Lanes du = g.v[j] * derivative<silu>(d * scale + lanes(k.offset + c, j));
+                const Lanes du = keep ? lanes(kept + r * stride + c, j)
+                                      : g.v[j] * derivative<silu>(d * scale + lanes(k.offset + c, j));
                 result.v[j] = du * scale - lanes(k.term + c, j) - d * lanes(k.slope + c, j);
             }
             store(dx + c, result, part);

@@ -103,6 +103,15 @@ INLINE Lanes lanes(const float* p, int64_t j) {
     return v;
 }
 
+INLINE void keep_lanes(float* p, int64_t j, Lanes v) { std::memcpy(p + j * LANES, &v, sizeof v); }
+
+// a number of values, up to a whole number of steps
+template <class T>
+inline int64_t whole_steps(int64_t count) {
+    constexpr int64_t width = Step<T>::WIDTH;
+    return (count + width - 1) / width * width;
+}
+
 // body(first value, values) for each step: whole ones in a loop of their own, then what is left
 template <class T, class Body>
 INLINE void over(int64_t begin, int64_t end, Body body) {

@@ -121,25 +121,25 @@ void define_group_norm(py::module_& m) {
     m.def(
         "group_norm_forward",
         [](const GroupNormShape& shape, uintptr_t x, uintptr_t y, uintptr_t mean, uintptr_t rstd, uintptr_t weight,
-           uintptr_t bias, uintptr_t scale, uintptr_t shift, double eps) {
+           uintptr_t bias, uintptr_t scale, uintptr_t shift, uintptr_t addend, double eps) {
             semantica::group_norm_forward(shape, at<void>(x), at<void>(y), at<float>(mean), at<float>(rstd),
                                           at<float>(weight), at<float>(bias), at<float>(scale), at<float>(shift),
-                                          eps);
+                                          at<float>(addend), eps);
         },
         py::call_guard<py::gil_scoped_release>(),
-        "Addresses of x, y, mean, rstd, weight, bias, scale, shift (0 for none), then eps; see csrc/group_norm.h.");
+        "Addresses of x, y, mean, rstd, weight, bias, scale, shift, addend (0 for none), eps; see csrc/group_norm.h.");
     m.def(
         "group_norm_backward",
         [](const GroupNormShape& shape, uintptr_t dy, uintptr_t x, uintptr_t mean, uintptr_t rstd, uintptr_t weight,
-           uintptr_t bias, uintptr_t scale, uintptr_t shift, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
-           uintptr_t dscale, uintptr_t dshift) {
+           uintptr_t bias, uintptr_t scale, uintptr_t shift, uintptr_t addend, uintptr_t dx, uintptr_t dweight,
+           uintptr_t dbias, uintptr_t dscale, uintptr_t dshift) {
             semantica::group_norm_backward(shape, at<void>(dy), at<void>(x), at<float>(mean), at<float>(rstd),
                                            at<float>(weight), at<float>(bias), at<float>(scale), at<float>(shift),
-                                           at<void>(dx), at<float>(dweight), at<float>(dbias), at<float>(dscale),
-                                           at<float>(dshift));
+                                           at<float>(addend), at<void>(dx), at<float>(dweight), at<float>(dbias),
+                                           at<float>(dscale), at<float>(dshift));
         },
         py::call_guard<py::gil_scoped_release>(),
-        "Addresses of dy, x, mean, rstd, weight, bias, scale, shift, dx, dweight, dbias, dscale, dshift.");
+        "Addresses of dy, x, mean, rstd, weight, bias, scale, shift, addend, dx, dweight, dbias, dscale, dshift.");
     m.def("group_norm_targets", &targets, "Instruction sets for which the loops can run on this processor, best first.");
 }
 #endif

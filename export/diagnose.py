@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
-from semantica.engines.bundle import CONDITION, DENOISE
+from semantica.engines.bundle import CONDITION, DENOISE, Bundle
 from semantica.export.onnx import MODULE, enclosing
 from semantica.export.parity import Network, Problem
 from semantica.export.program import DTYPES, Captured, Denoise, Encode
@@ -20,13 +20,13 @@ from semantica.export.reduced import Reduced
 from semantica.inputs import part_of
 
 
-def blame(network: Network, problem: Problem, captured: Captured, logsnr: float | None, folder: Path | None) -> str:
+def blame(network: Network, problem: Problem, captured: Captured, logsnr: float | None, files: Bundle | None) -> str:
     """The layer at which the error of an artifact grows most, on the first picture.
 
     Args:
         network, problem: the fp32 network, and what artifacts are compared on.
         logsnr: the noise level to look at; None for the half that encodes pictures.
-        folder: of the ONNX files that are to blame; None for the captured program itself.
+        files: whose ONNX files are to blame, in ONNX Runtime's form; None for the captured program itself.
     """
     if logsnr is None:
         twin, program, file = Encode(network.unet, network.encoder), captured.encode, CONDITION
@@ -42,13 +42,13 @@ def blame(network: Network, problem: Problem, captured: Captured, logsnr: float 
         feeds |= {f"{kind}.{i}": array for i, pair in enumerate(pairs) for kind, array in zip("kv", pair)}
     reference = reference_outputs(twin, lambda module: module(*arguments))
     narrow = DTYPES[captured.precision]
-    if folder is None:
+    if files is None:
         actual = program_outputs(program, captured.precision, arguments, len(wide))
     else:
         # a bf16 graph was widened, and takes fp32 throughout
         dtype = torch.float32 if narrow == torch.bfloat16 else narrow
         arrays = {key: (a if key in wide else a.to(dtype)).contiguous().numpy() for key, a in feeds.items()}
-        actual = onnx_outputs(folder / file, arrays)
+        actual = onnx_outputs(files.for_onnx_runtime(file), arrays)
     return worst_layer(reference, actual, torch.finfo(narrow).eps)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from semantica import __version__
 from semantica.engines import bundle
-from semantica.engines.bundle import CONDITION, DENOISE, FILES, MANIFEST, NULL, REFERENCE, WEIGHTS
+from semantica.engines.bundle import CONDITION, DENOISE, FOR_ONNX_RUNTIME, MANIFEST, NULL, REFERENCE, WEIGHTS
 from semantica.errors import UserError
 from semantica.export.config import ExportConfig
 from semantica.files import entries, written
@@ -40,7 +40,7 @@ def export(config: ExportConfig) -> Path:
         captured = capture(pipeline.unet, pipeline.encoder, config.precision)
         manifest = describe(config, pipeline, captured)
         manifest |= write_graphs(captured, folder)
-        manifest["files"] = entries(folder, FILES)
+        manifest["files"] = entries(folder, sorted(path.name for path in folder.iterdir()))
         (folder / MANIFEST).write_text(json.dumps(manifest | {"parity": {}}, indent=1))
         schedule = pipeline.scheduler.schedule
         manifest |= gate(pipeline.unet, pipeline.encoder, schedule, captured, folder, config.levels, config.steps)
@@ -99,10 +99,11 @@ def describe(config: ExportConfig, pipeline, captured) -> dict:
 
 
 def write_graphs(captured, folder: Path) -> dict:
-    """The two graphs, the weights and the null condition."""
+    """The two graphs, in ONNX Runtime's form too where that is another, the weights and the null condition."""
     from safetensors.torch import save_file
 
     from semantica.export import onnx as graph
+    from semantica.export.onnx_runtime import with_layer_norms
 
     weights = graph.write_weights({"unet": captured.unet, "encoder": captured.encoder}, folder / WEIGHTS)
     names = [f"{kind}.{i}" for i in range(len(captured.unet.transformer_blocks)) for kind in "kv"]
@@ -115,6 +116,8 @@ def write_graphs(captured, folder: Path) -> dict:
         model = graph.to_onnx(program, inputs, outputs, set(weights))
         graph.save(model, folder / name, weights, folder / WEIGHTS)
         made[name] = {"nodes": graph.node_counts(model), "types": graph.types(model)}
+        if with_layer_norms(model):
+            graph.save(model, folder / FOR_ONNX_RUNTIME[name], weights, folder / WEIGHTS)
     null = captured.unet.null(1)
     arrays = {"emb": null.emb}
     for i, (key, value) in enumerate(zip(null.keys, null.values)):

@@ -24,4 +24,5 @@ def check_tensors(name: str, first: Tensor, others: dict[str, tuple[Tensor | Non
         if tensor.device != first.device:
             raise ValueError(f"{other} is on {tensor.device}: expected {first.device}, where {name} is")
         if tensor.dtype not in dtypes:
-            raise ValueError(f"{other} has dtype {tensor.dtype}: expected {' or '.join(map(str, dtypes))}")
+            known = " or ".join(dict.fromkeys(map(str, dtypes)))
+            raise ValueError(f"{other} has dtype {tensor.dtype}: expected {known}")

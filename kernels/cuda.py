@@ -10,9 +10,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor
-
-from semantica.kernels import launch
 
 try:
     from semantica import _cuda
@@ -43,10 +40,10 @@ def choice(path: Path) -> dict[str, dict[str, list[dict]]]:
     return json.loads(path.read_text())
 
 
-def chosen(path: Path, direction: str, x: Tensor, layout: str) -> bool:
-    """Whether the table says that CUDA serves a call, on the device of `x`."""
-    rows = choice(path)[direction].get(launch.architecture(x.device), ())
-    fits = (row for row in rows if row["layout"] == layout and row["bytes"][0] <= x.nbytes <= row["bytes"][1])
+def chosen(path: Path, direction: str, arch: str, layout: str | None, size: int) -> bool:
+    """Whether the table says that CUDA serves a call: on an architecture, of a layout, of so many bytes."""
+    rows = choice(path)[direction].get(arch, ())
+    fits = (row for row in rows if row["layout"] == layout and row["bytes"][0] <= size <= row["bytes"][1])
     return next((row["use"] == "cuda" for row in fits), False)
 
 

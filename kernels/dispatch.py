@@ -17,6 +17,8 @@ PLAIN = ("plain torch", "no fused kernel is registered for this device")
 REGISTERED: dict[str, dict[str, tuple[str, str]]] = {}
 # (torch.library op, device) -> its fast kernel
 KERNELS: dict[tuple[Any, str], Callable] = {}
+# (operator, device) -> whether its fast kernels compute with this first argument
+SUPPORTED: dict[tuple[str, str], Callable[[Tensor], bool]] = {}
 # tensors that are nothing but their values
 ORDINARY = (Tensor, torch.nn.Parameter)
 
@@ -52,7 +54,14 @@ def register_kernels(
     for target, (op, plain) in kernels.items():
         KERNELS[op, device] = kernel = lazy_kernel(target, supports, plain, (rivals or {}).get(target))
         op.register_kernel(device, kernel)
+    SUPPORTED[name, device] = supports
     REGISTERED.setdefault(name, {})[device] = status
+
+
+def serves(name: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether an operator's fast kernels compute in a type on a kind of device."""
+    supports = SUPPORTED.get((name, device))
+    return supports is not None and supports(torch.empty(1, dtype=dtype, device="meta"))
 
 
 def register_triton(
@@ -101,6 +110,17 @@ def direct(op: Any, arguments: tuple) -> Callable | None:
         if isinstance(a, Tensor) and (type(a) not in ORDINARY or a.is_neg() or a._is_zerotensor()):
             return None
     return KERNELS.get((op, arguments[0].device.type))
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is under way.
+
+    A `torch.library.custom_op` has no rule for either: torch would refuse reverse mode, and give derivatives of zero in
+    forward mode without a word.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def differentiable(arguments: tuple) -> bool:

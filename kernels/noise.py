@@ -14,6 +14,8 @@ from semantica.kernels.launch import Launch
 
 # counters of a program: 16 KiB of normals
 BLOCK = 1024
+# of a launch: what CUDA takes along the second axis of a grid
+SAMPLES = 65535
 
 
 @triton.jit
@@ -31,8 +33,7 @@ def noise_kernel(
     out_ptr, index_ptr, key_ptr, ends_ptr, falls_ptr, size,
     WITHIN: tl.constexpr, FRACTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # samples along the first axis, which is the long one
-    row, start = tl.program_id(0), tl.program_id(1) * BLOCK
+    row, start = tl.program_id(1), tl.program_id(0) * BLOCK
     sample = tl.load(index_ptr + row)
     counter = (start + tl.arange(0, BLOCK)).to(tl.uint32)
     zero = tl.zeros([BLOCK], tl.uint32)
@@ -51,16 +52,22 @@ def noise_kernel(
 def plan_noise(
     out: Tensor, index: Tensor, key: Tensor, ends: Tensor, falls: Tensor, within: int, fraction: int
 ) -> Launch:
-    """Noise of samples `index` int64 `[B]` into `out` fp32 `[B, n]`, contiguous, n < 2^31.
+    """Noise of samples `index` int64 `[B]` into `out` fp32 `[B, n]`, contiguous.
 
     Args:
         key: int64 `[1]`, both words of Philox' key, the first in the lower half.
         ends, falls, within, fraction: see `semantica.train.data.noise.quantiles`.
+
+    Raises:
+        ValueError: n is 2^31 or more, or there are more samples than `SAMPLES`.
     """
-    size = out.shape[1]
+    batch, size = out.shape
+    if batch > SAMPLES or size >= 2**31:
+        raise ValueError(f"noise {(batch, size)}: {SAMPLES} samples of fewer than 2^31 numbers fit one launch")
     return Launch(
         kernel=noise_kernel,
-        grid=(len(index), triton.cdiv(size, 4 * BLOCK)),
+        # the first axis takes 2^31 - 1 programs
+        grid=(triton.cdiv(size, 4 * BLOCK), batch),
         arguments=dict(out_ptr=out, index_ptr=index, key_ptr=key, ends_ptr=ends, falls_ptr=falls, size=size),
         constants=dict(WITHIN=within, FRACTION=fraction, BLOCK=BLOCK),
         warps=4,
@@ -71,4 +78,5 @@ def fill(out: Tensor, index: Tensor, key: Tensor, ends: Tensor, falls: Tensor, w
     """As `plan_noise` says, on the current stream of the tensors' device."""
     if out.numel():
         with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
-            plan_noise(out, index, key, ends, falls, within, fraction).run()
+            for part, numbers in zip(out.split(SAMPLES), index.split(SAMPLES)):
+                plan_noise(part, numbers, key, ends, falls, within, fraction).run()

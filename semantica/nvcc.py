@@ -4,6 +4,7 @@ Used by `setup.py`, which loads this file by its path before there is a package:
 """
 
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -166,6 +167,19 @@ def wanted(asked: str, capabilities: Iterable[tuple[int, int]]) -> tuple[str, ..
         choices = ", ".join(("auto", "no", "all", *ARCHITECTURES, "compute_80"))
         raise ValueError(f"cuda={asked}: choose from {choices}")
     return tuple(dict.fromkeys(names))
+
+
+def digest(paths: Iterable[str | Path]) -> str:
+    """Of names and contents: what was compiled says what it was compiled from."""
+    found = hashlib.sha256()
+    for path in sorted(map(Path, paths)):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def sources(folder: Path) -> list[Path]:
+    """What `semantica._cuda` is compiled from, in `csrc/cuda` of a checkout; none where there is no such folder."""
+    return sorted(path for path in folder.glob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
 
 
 def gencode(architectures: Iterable[str]) -> list[str]:

@@ -119,6 +119,15 @@ def pretend():
     return module
 
 
+@pytest.fixture(scope="session")
+def foreign():
+    """The module `foreign.py` of this folder, which writes folders of diffusers' pipelines."""
+    spec = importlib.util.spec_from_file_location("foreign", Path(__file__).parent / "foreign.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def cuda(pretend, monkeypatch):
     """Two CUDA devices that are not there, in place of torch's: see `pretend.py`."""

@@ -150,25 +150,31 @@ class Graph:
     """A list of operators and what they were given."""
 
     def __init__(self, cuda: "PretendedCuda"):
-        self.cuda, self.log, self.pool = cuda, [], None
+        self.cuda, self.log, self.ended = cuda, [], False
         cuda.recorded.append(weakref.ref(self))
 
     def capture_begin(self, pool=None, capture_error_mode="global", **_) -> None:
         pool = pool or object()
         if self.cuda.pools.get(pool) == 0:
             raise RuntimeError("INTERNAL ASSERT FAILED: it->second->use_count > 0")
-        self.pool, self.cuda.pools[pool] = pool, self.cuda.pools.get(pool, 0) + 1
-        self.stream, self.mode = self.cuda.current_stream(), capture_error_mode
+        if pool in self.cuda.recording:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.cuda.pools[pool] = self.cuda.pools.get(pool, 0) + 1
+        self.cuda.recording.append(pool)
+        self.pool, self.stream, self.mode = pool, self.cuda.current_stream(), capture_error_mode
         self.stream.graph = self
 
     def capture_end(self) -> None:
         self.stream.graph = None
+        # the allocator goes on then, and the pool is not given back
         if getattr(self, "broken", False):
             raise RuntimeError("operation failed due to a previous error during capture")
+        self.cuda.end(self.pool)
+        self.ended = True
 
     def __del__(self):
-        if self.pool is not None:
-            self.cuda.pools[self.pool] -= 1
+        if self.ended:
+            self.cuda.release(self.pool)
 
     def replay(self) -> None:
         self.cuda.replays += 1
@@ -210,6 +216,8 @@ class PretendedCuda:
         self.astray: list[str] = []
         # how many graphs use a pool of memory
         self.pools: dict[object, int] = {}
+        # those that torch's allocator takes memory from for a capture that goes on
+        self.recording: list[object] = []
         self.accesses: dict[int, list] = {}
         self.pinned: dict[int, Tensor] = {}
         self.yields, self.full = False, False
@@ -236,7 +244,18 @@ class PretendedCuda:
         monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: self.pin(tensor))
         monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
         monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.end(pool))
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.release(pool))
         return self
+
+    def end(self, pool: object) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+    def release(self, pool: object) -> None:
+        self.pools[pool] -= 1
+        assert self.pools[pool] >= 0, "a pool is given back more often than it was taken"
 
     def pin(self, tensor: Tensor) -> Tensor:
         assert tensor.device.type == "cpu", "only memory of the host can be pinned"

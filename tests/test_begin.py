@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,47 @@ def test_several_averages_are_kept_continued_and_published(photos, tmp_path):
 
 
 @pytest.mark.parametrize("also", [(0.9999,), (0.5, 0.5), (1.5,)])
+class StandIn:
+    """What wandb and trackio both have."""
+
+    def __init__(self):
+        self.calls = []
+
+    def init(self, **given):
+        self.calls.append(("init", given))
+        return self
+
+    def log(self, row, step):
+        self.calls.append(("log", step, row))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+def test_a_tracker_gets_the_log_and_continues_its_run(photos, tmp_path, monkeypatch):
+    tracker = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    settings = config(photos, tmp_path / "run", track="wandb", steps=1)
+    train(settings)
+    # in between without it
+    train(dataclasses.replace(settings, steps=2, track="none"))
+    train(dataclasses.replace(settings, steps=3))
+    kinds = [call[0] for call in tracker.calls]
+    assert kinds == ["init", "log", "finish"] * 2
+    first, second = (call[1] for call in tracker.calls if call[0] == "init")
+    assert first["id"] == second["id"] and len(first["id"]) == 8 and first["resume"] == "allow"
+    assert (first["project"], first["name"], first["config"]["batch"]) == ("semantica", "run", 4)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [call[1:] for call in tracker.calls if call[0] == "log"] == [(row.pop("step"), row) for row in rows[::2]]
+    with pytest.raises(UserError, match=r"--track trackio needs .*: pip install trackio"):
+        train(dataclasses.replace(settings, steps=4, track="trackio"))
+    tracker.init = lambda **given: (_ for _ in ()).throw(RuntimeError("no API key\nlong help"))
+    with pytest.raises(UserError, match="^--track wandb cannot begin: no API key$"):
+        train(config(photos, tmp_path / "other", track="wandb"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_impossible_averages_are_one_line(photos, tmp_path, also):
     with pytest.raises(UserError, match="--ema-also is .*: give other decays than --ema, 0 to 1"):
         config(photos, tmp_path, ema_also=also).check()

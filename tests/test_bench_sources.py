@@ -4,9 +4,11 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from semantica import nvcc
 from semantica.benchmarks.harness import sources
 from semantica.benchmarks.harness.sources import (
     SOURCES,
@@ -17,7 +19,8 @@ from semantica.benchmarks.harness.sources import (
     source_hash,
     stale,
 )
-from semantica.kernels import OPERATORS, Operator, launch
+from semantica.benchmarks.kernels.implementations import OURS
+from semantica.kernels import OPERATORS, Operator, cuda, launch
 
 CODE = '''"""A module."""
 import os
@@ -130,7 +133,8 @@ def test_a_row_is_stale_once_its_code_or_its_launch_settings_changed(room, monke
         (room / "ladder.json").write_text(content)
 
     settings(sm_90={"warps": 4}, default={"warps": 8})
-    old = {"op": "group_norm", "arch": "sm_90", "kernel_hash": kernel_hash("group_norm", "sm_90")}
+    place = {"op": "group_norm", "impl": "fused"}
+    old = {**place, "arch": "sm_90", "kernel_hash": kernel_hash("group_norm", "sm_90")}
     assert not stale(old)
     settings(sm_90={"warps": 4}, default={"warps": 16}, sm_80={"warps": 2})
     assert not stale(old)
@@ -143,7 +147,7 @@ def test_a_row_is_stale_once_its_code_or_its_launch_settings_changed(room, monke
     (room / "more.py").write_text("new = True")
     assert stale(old)
     assert not stale({**old, "kernel_hash": None}) and not stale({"op": "scaling"})
-    on_cpu = {"op": "group_norm", "arch": "x86_64", "kernel_hash": kernel_hash("group_norm", "x86_64")}
+    on_cpu = {**place, "arch": "x86_64", "kernel_hash": kernel_hash("group_norm", "x86_64")}
     (room / "more.py").write_text("newer = True")
     assert not stale(on_cpu)
     (room / "cpu.py").write_text("new = True")
@@ -151,3 +155,36 @@ def test_a_row_is_stale_once_its_code_or_its_launch_settings_changed(room, monke
     on_cpu["kernel_hash"] = kernel_hash("group_norm", "x86_64")
     monkeypatch.setattr(sources, "built_from", lambda: "other sources")
     assert stale(on_cpu)
+
+
+def test_rows_of_cuda_kernels_are_stale_once_their_sources_changed_and_no_others(room, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda, "_cuda", None)
+    monkeypatch.setattr(sources, "CUDA", tmp_path / "cuda")
+    (tmp_path / "cuda").mkdir()
+    kernel = tmp_path / "cuda" / "forward.cuh"
+
+    def rows() -> dict[str, dict]:
+        place = {"op": "group_norm", "arch": "sm_90"}
+        return {n: {**place, "impl": n, "kernel_hash": kernel_hash(*place.values(), n)} for n in OURS}
+
+    def changed(old: dict[str, dict]) -> set[str]:
+        return {name for name, row in old.items() if stale(row)}
+
+    def whole() -> str:
+        return source_hash.__wrapped__("sample", "sm_90")
+
+    kernel.write_text("a")
+    old, run, on_cpu = rows(), whole(), source_hash.__wrapped__("sample", "x86_64")
+    kernel.write_text("b")
+    # while the table leaves every call to Triton
+    assert changed(old) == {"cuda"} and whole() == run
+    served = [{"layout": "contiguous", "bytes": [0, 10], "use": "cuda"}]
+    (room / "choice.json").write_text(json.dumps({"forward": {"sm_90": served}, "backward": {}}))
+    assert changed(old) == {"cuda", "fused"} and whole() != run
+    old, run = rows(), whole()
+    (tmp_path / "cuda" / "more.cu").write_text("c")
+    assert changed(old) == {"cuda", "fused"} and whole() != run
+    # the module knows what it was built from, whatever lies in the checkout by now
+    built = SimpleNamespace(build_info=lambda: {"sources": nvcc.digest([kernel])})
+    monkeypatch.setattr(cuda, "_cuda", built)
+    assert not changed(old) and source_hash.__wrapped__("sample", "x86_64") == on_cpu

@@ -19,6 +19,7 @@ from semantica.benchmarks.harness.suite import run
 from semantica.benchmarks.harness.table import cells, page
 from semantica.benchmarks.quality.web import draw_web
 from semantica.benchmarks.training import scaling, suite, tables
+from semantica.benchmarks.training.command import chosen
 from semantica.benchmarks.training.suite import TrainingBench, compare_losses
 from semantica.benchmarks.training.worker import Switches, Trainer, group_of, rungs, seconds_by_name
 from semantica.cli import main
@@ -32,6 +33,14 @@ def test_rungs_are_cumulative_and_the_last_has_everything():
     switches = [[on for name, on in vars(s).items() if name != "kept_memory"] for s in ladder.values()]
     assert not any(switches[0]) and all(switches[-1])
     assert all(sum(b) == sum(a) + 1 for a, b in zip(switches, switches[1:]))
+
+
+def test_only_some_rungs_are_raced_with_the_plain_loop():
+    ladder = tuple(rungs("cuda"))
+    assert chosen("", ladder) == ladder
+    assert chosen(" + recorded, strong,", ladder) == ("plain", "strong", "+ recorded") == chosen(
+        "plain,strong,+ recorded", ladder
+    )
 
 
 @pytest.mark.parametrize(
@@ -295,6 +304,8 @@ def test_a_race_of_two_rungs(tmp_path):
         (("--workers", "-1"), "--workers is -1"),
         (("--preset", "huge"), "huge"),
         (("--processes", "1", "0"), "--processes is 1 0"),
+        (("--device", "cpu", "--only", "strong,faster"), "--only faster: choose some of plain, strong, + channels"),
+        (("--sustained", "2", "--only", "strong"), "leave out --processes, --only"),
     ],
 )
 def test_mistakes_are_one_line(options, reason, capsys):

@@ -94,12 +94,12 @@ def test_a_bad_bundle_is_one_line_and_exit_code_2(bundle, picture, tmp_path, cap
 def test_a_graph_that_reads_outside_its_folder_is_refused(bundle, picture, tmp_path, capsys):
     # hashes agree here: whoever wrote the graph wrote the manifest
     (bundle.parent / "secret").write_bytes((bundle / "weights.safetensors").read_bytes())
-    model = onnx.load(bundle / "denoise.onnx", load_external_data=False)
+    model = onnx.load(bundle / "denoise.ort.onnx", load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = "../secret"
-    onnx.save(model, bundle / "denoise.onnx")
+    onnx.save(model, bundle / "denoise.ort.onnx")
     edit(bundle, files=lambda files: entries(bundle, files))
     assert main(["sample", "--model", str(bundle), "--image", str(picture), "--out", str(tmp_path / "o.png")]) == 2
     assert "ONNX Runtime cannot load" in capsys.readouterr().err and not (tmp_path / "o.png").exists()

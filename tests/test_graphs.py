@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -218,6 +219,52 @@ def test_a_full_gpu_costs_the_graph_and_not_the_run(cuda, caplog):
         assert torch.cuda.current_stream() is torch.cuda.default_stream(), "nothing stays on the stream of the capture"
     (said,) = caplog.messages
     assert said.startswith("no CUDA graph of this run (") and "\n" not in said
+
+
+def test_a_graph_that_failed_leaves_room_for_the_next_and_the_kept_one(cuda, caplog):
+    """Torch's allocator takes a failed capture for one that goes on."""
+    times = iter((2.0, 1.0) * 2)
+    with cuda.mode(), torch.no_grad():
+        found = GraphCache(Replays(torch.device("cuda:1")).record, lambda call: next(times))
+        x = torch.ones(2, device="cuda:1")
+        for name, full in (("a", False), ("b", True), ("c", False)):
+            cuda.full = full
+            assert found((name,), lambda t: t * 2, x).inner.tolist() == [2, 2]
+        cuda.full = False
+        replays = cuda.replays
+        for name in "abc":
+            assert found((name,), lambda t: t * 2, x).inner.tolist() == [2, 2]
+    (said,) = caplog.messages
+    assert "out of memory" in said and cuda.replays == replays + 2 and cuda.recording == [] and cuda.races == []
+    # the first graph holds its pool, the last one and its holder another
+    assert sorted(filter(None, cuda.pools.values())) == [1, 2]
+
+
+def test_a_graph_that_may_still_run_is_waited_for_before_it_goes(cuda):
+    """Also where nothing was recorded, which waits, in its place; and what failed before its capture has ended too."""
+    times, seen = iter((2.0, 1.0)), []
+    with cuda.mode(), torch.no_grad():
+        replays = Replays(torch.device("cuda:1"))
+
+        def record(function, inputs):
+            made = replays.record(function, inputs)
+            weakref.finalize(made, lambda: seen.append(len(cuda.waits)))
+            return made
+
+        def fails(t):
+            if t.cuda_of.current_stream().cuda_stream:
+                began.append(len(cuda.waits))
+                raise RuntimeError("CUDA out of memory")
+            return t * 3
+
+        began, x = [], torch.ones(2, device="cuda:1")
+        found = GraphCache(record, lambda call: next(times), limit=1)
+        for _ in range(2):
+            found(("a",), lambda t: t * 2, x)
+        assert found(("b",), fails, x).inner.tolist() == [3, 3]
+    (waits,) = seen
+    assert list(found.kept.values()) == [None]
+    assert cuda.waits[began[0] : waits] == ["stream.synchronize", "synchronize"]
 
 
 def elsewhere(unet, *values):

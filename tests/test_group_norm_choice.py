@@ -5,6 +5,7 @@ lie in a card's memory; the real ones are proved in test_group_norm_cuda.
 """
 
 import ctypes
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -13,13 +14,15 @@ import torch
 
 from semantica.benchmarks.kernels.implementations import OWN_LEEWAY, by_kernels, cuda_kernels, in_cuda, ours
 from semantica.benchmarks.kernels.problems import Problem
+from semantica.benchmarks.kernels.traffic import bytes_moved, who_serves
 from semantica.benchmarks.kernels.verify import Answers, evaluate, verify
 from semantica.kernels import cuda, dispatch
 from semantica.kernels.group_norm import cuda as calls
 from semantica.kernels.group_norm.cases import CASES, GroupNormCase
-from semantica.kernels.group_norm.cuda_plan import CARDS, RESIDENT
+from semantica.kernels.group_norm.cuda_plan import CARDS, RESIDENT, plan, seconds
 from semantica.kernels.group_norm.op import group_norm, group_norm_ref
 
+CARD = calls.card
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -163,6 +166,35 @@ def test_views_of_one_tensor_and_odd_addresses_are_served_as_they_are(card):
     assert (made.given.strides, made.given.vector) == ((0, 0, 16, 8, 0), 1)
 
 
+@pytest.mark.parametrize(("answers", "team"), [((33, 16, 8), 16), ((33, 16, 0), 8), ((33, 0, 0), 4)])
+def test_clusters_are_as_large_as_the_card_says(card, monkeypatch, answers, team):
+    """Multiprocessors are grouped otherwise on each card, and on each part of one: no size above 1 may be taken for
+    granted, and 16 is refused unless it is there."""
+    asked = []
+
+    def clusters(*, device, blocks, threads, shared):
+        asked.append((device, threads, shared))
+        return {2: 66, **dict(zip((4, 8, 16), answers))}[blocks]
+
+    card.clusters = clusters
+    limits = dict(multi_processor_count=132, shared_memory_per_block_optin=227 << 10, L2_cache_size=50 << 20)
+    limits = SimpleNamespace(**limits, shared_memory_per_multiprocessor=228 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: limits)
+    found = CARD.__wrapped__(torch.device("cuda", 0))
+    assert found.clusters == (132, 66, *answers) and found.cluster == team
+    # of blocks that fill a multiprocessor
+    assert set(asked) == {(0, 512, 227 << 10)}
+    problem = calls.Problem(1, 320, 32, 4096, 2, True)
+    made = plan(problem, 1, found)
+    assert (made.path, made.team, made.blocks) == (RESIDENT, team, 8 * team)
+    # fewer at once than multiprocessors would permit: in turns
+    few = dataclasses.replace(found, clusters=tuple(min(count, 1) for count in found.clusters))
+    assert seconds(made, problem, 1, few) > seconds(made, problem, 1, found)
+    monkeypatch.setattr(card, "code", lambda device: 80)
+    cuda.code.cache_clear()
+    assert CARD.__wrapped__(torch.device("cuda", 0)).clusters == (132,)
+
+
 def test_addends_have_gradients_and_absent_ones_are_empty(card):
     x, weight = torch.randn(2, 5, 3, 8).movedim(-1, 1), torch.ones(8)
     addend = torch.randn(2, 8)
@@ -189,12 +221,12 @@ def test_the_table_chooses_by_architecture_layout_and_size(card, tmp_path, monke
     rows = [{"layout": "channels_last", "bytes": [1000, 40000], "use": "cuda"}]
     path.write_text(json.dumps({"forward": {"sm_90": rows}, "backward": {}}))
     monkeypatch.setattr(calls, "CHOICE", path)
-    monkeypatch.setattr(cuda.launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(calls.launch, "architecture", lambda device: "sm_90")
     small, fits, large = (torch.zeros(1, n, n, 16).movedim(-1, 1) for n in (2, 16, 64))
     assert [calls.serves_forward(x, 4) for x in (small, fits, large)] == [False, True, False]
     assert not calls.serves_forward(fits.contiguous(), 4) and not calls.serves_backward(fits, fits, None, None, 4)
     assert cuda.has_rows(path) and cuda.status(path) == "CUDA kernels serve sizes measured on sm_90"
-    monkeypatch.setattr(cuda.launch, "architecture", lambda device: "sm_80")
+    monkeypatch.setattr(calls.launch, "architecture", lambda device: "sm_80")
     assert not calls.serves_forward(fits, 4)
     # the same under the operator: the rival is asked first, and what it leaves goes on
     asked = []
@@ -210,6 +242,32 @@ def test_the_table_chooses_by_architecture_layout_and_size(card, tmp_path, monke
         device = None
 
     assert [served(Number(n)) for n in (0, 1, 2)] == ["plain", "triton", "cuda"]
+
+
+def test_rows_say_which_kernels_serve_them_and_what_these_move(card, tmp_path, monkeypatch):
+    path = tmp_path / "choice.json"
+    served = {"sm_90": [{"layout": "channels_last", "bytes": [1000, 400000], "use": "cuda"}]}
+    path.write_text(json.dumps({"forward": served, "backward": {}}))
+    monkeypatch.setattr(calls, "CHOICE", path)
+    monkeypatch.setattr(calls.launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setitem(dispatch.REGISTERED["group_norm"], "cuda", ("Triton", ""))
+
+    def problem(*shape: int, last: bool = True) -> Problem:
+        return Problem("group_norm", GroupNormCase(shape, 32, channels_last=last), torch.bfloat16, "cuda")
+
+    small, cache = problem(2, 64, 16, 16), 1000
+    assert [who_serves(small, way) for way in ("forward", "backward", "both")] == ["CUDA", "Triton", "CUDA, Triton"]
+    assert who_serves(problem(2, 64, 16, 16, last=False), "forward") == "Triton"
+    # held in shared memory, x is read once and y written
+    assert {bytes_moved(small, name, "forward", cache) for name in ("cuda", "fused")} == {2 * (2 * 64 * 256 * 2)}
+    both = [bytes_moved(small, "fused", way, cache) for way in ("forward", "backward")]
+    assert bytes_moved(small, "fused", "both", cache) == sum(both)
+    pytest.importorskip("triton")
+    # in registers too: however small the cache, no second walk
+    assert bytes_moved(small, "triton", "backward", cache) == small.effective_bytes("backward")
+    wide = problem(1, 128, 256, 256)
+    assert bytes_moved(wide, "triton", "forward", cache) == wide.effective_bytes("forward") + 128 * 65536 * 2
+    assert bytes_moved(wide, "triton", "forward", 50 << 20) == wide.effective_bytes("forward")
 
 
 def test_where_cuda_has_no_code_triton_serves_and_it_is_said(card, monkeypatch, capsys):

@@ -21,17 +21,21 @@ CASES = {
     "rows in several chunks": GroupNormCase((2, 48, 50, 31), 16, channels_last=True),
     "samples beyond the cache": GroupNormCase((2, 37, 97, 89), 37, channels_last=True),
     "few wide rows": GroupNormCase((1, 40000, 3, 1), 4, channels_last=True),
+    "addend": GroupNormCase((3, 40, 9, 7), 8, addend=True),
+    # five channels in chunks of four and one
+    "addend in several chunks": GroupNormCase((1, 15, 95, 85), 3, addend=True),
+    "addend of rows": GroupNormCase((2, 48, 50, 31), 16, channels_last=True, addend=True),
     "mean 1000": GroupNormCase((2, 48, 50, 31), 16, channels_last=True, mean=1000.0),
 }
 
 
 def both(inputs, dy, eps=1e-5, target=None):
     """Forward and backward through the loops, or through plain torch."""
-    x, groups, weight, bias, scale, shift, activation = inputs.values()
+    x, groups, weight, bias, scale, shift, activation, *addend = inputs.values()
     keywords = {} if target is None else {"target": target}
     f, b = (forward_plain, backward_plain) if target is None else (forward, backward)
-    y, mean, rstd = f(x, groups, weight, bias, scale, shift, activation, eps, **keywords)
-    return y, mean, rstd, *b(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, **keywords)
+    y, mean, rstd = f(x, groups, weight, bias, scale, shift, activation, eps, *addend, **keywords)
+    return y, mean, rstd, *b(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, *addend, **keywords)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -77,24 +81,25 @@ def test_the_number_of_threads_changes_no_bit(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_nothing_is_touched_beside_the_output_and_all_of_it_is_written(channels_last, dtype, target):
-    case = GroupNormCase((2, 21, 5, 7), 3, channels_last=channels_last)
+    case = GroupNormCase((2, 21, 5, 7), 3, channels_last=channels_last, addend=True)
     inputs = case.inputs(dtype)
-    x, groups, weight, bias, scale, shift, activation = inputs.values()
+    x, groups, weight, bias, scale, shift, activation, addend = inputs.values()
     guard, n = 64, x.numel()
     # one value off, so that nothing is aligned
     memory = torch.full((3, n + 2 * guard + 1), torch.nan, dtype=dtype)
     source, result, gradient = (row[guard + 1 : guard + 1 + n].as_strided(x.shape, x.stride()) for row in memory)
     source.copy_(x)
-    parameters = [a.float().contiguous() for a in (weight, bias, scale, shift)]
+    parameters = [a.float().contiguous() for a in (weight, bias, scale, shift, addend)]
     mean, rstd = torch.empty(2, 2, groups)
     s = shape(source, groups, dense(source)[1], activation, target)
     _C.group_norm_forward(s, *map(address, (source, result, mean, rstd, *parameters)), 1e-5)
-    gradients = [torch.full_like(a, torch.nan) for a in parameters]
+    gradients = [torch.full_like(a, torch.nan) for a in parameters[:4]]
     _C.group_norm_backward(s, *map(address, (source, source, mean, rstd, *parameters, gradient, *gradients)))
     assert memory[:, : guard + 1].isnan().all() and memory[:, guard + 1 + n :].isnan().all()
     assert torch.equal(source, x)
-    y, m, r = forward(*inputs.values(), 1e-5, target=target)
-    expected = backward(x, x, m, r, *list(inputs.values())[1:], target=target)
+    given = groups, weight, bias, scale, shift, activation
+    y, m, r = forward(x, *given, 1e-5, addend, target=target)
+    expected = backward(x, x, m, r, *given, addend, target=target)
     assert torch.equal(result, y) and torch.equal(gradient, expected[0])
     assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(gradients, expected[1:5], strict=True))
 

@@ -92,18 +92,40 @@ def test_the_triton_kernel_draws_the_same_bits(interpreted):
     interpreted("interpreted/noise.py")
 
 
+def on_meta(samples: int, size: int):
+    """The launch for so many samples, planned without memory."""
+    from semantica.kernels.noise import plan_noise
+
+    shapes = dict(out=((samples, size), torch.float32), index=((samples,), torch.int64), key=((1,), torch.int64))
+    shapes |= dict.fromkeys(("ends", "falls"), ((16385,), torch.int32))
+    tensors = {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in shapes.items()}
+    return plan_noise(**tensors, within=module.WITHIN, fraction=module.FRACTION)
+
+
+def test_large_samples_fit_a_grid():
+    pytest.importorskip("triton")
+    for samples, size in ((2, 2**31 - 1), (65535, 3 * 256 * 256)):
+        # CUDA takes 2^31 - 1 programs along the first axis, 65535 along the second
+        runs, rows = on_meta(samples, size).grid
+        assert runs * 4096 >= size and rows == samples and runs < 2**31 and rows <= 65535
+    for samples, size in ((1, 2**31), (65536, 1)):
+        with pytest.raises(ValueError, match=rf"noise \({samples}, {size}\): 65535 samples of fewer than 2\^31"):
+            on_meta(samples, size)
+
+
+def test_cards_that_triton_does_not_serve_draw_by_torch(monkeypatch):
+    monkeypatch.setattr(module.launch, "DEVICE", "cpu")
+    monkeypatch.setattr(module.launch, "modern", lambda device: False)
+    assert torch.equal(noise(5, torch.tensor([7]), (3, 4)), module.plain_noise(5, torch.tensor([7]), 12).view(1, 3, 4))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 def test_the_triton_kernel_writes_whole_lines_and_spills_nothing(arch):
     pytest.importorskip("triton")
     from semantica.benchmarks.kernels.compile_only import inspect
-    from semantica.kernels.noise import plan_noise
 
-    shapes = dict(out=((64, 3 * 256 * 256), torch.float32), index=((64,), torch.int64), key=((1,), torch.int64))
-    shapes |= dict.fromkeys(("ends", "falls"), ((16385,), torch.int32))
-    tensors = {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in shapes.items()}
-    launch = plan_noise(**tensors, within=module.WITHIN, fraction=module.FRACTION)
-    row = inspect("noise", launch, arch)
+    row = inspect("noise", on_meta(64, 3 * 256 * 256), arch)
     assert row["spill_loads_bytes"] == row["spill_stores_bytes"] == 0 and set(row["stores"]) == {"128"}, row
     assert row["registers"] <= 64, row
 

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -226,6 +227,30 @@ def test_what_must_see_an_operator_sees_it(operator):
     assert lazy.is_neg()
     torch.testing.assert_close(of(lazy), of(inputs[first]))
     assert calls == ["forward_plain"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_transforms_and_forward_mode_give_the_derivatives_of_reverse_mode(name):
+    """torch would give custom operators forward derivatives of zero, and refuse them the transforms of torch.func."""
+    inputs, function = OPERATORS[name].cases["tiny"].inputs(torch.float64), OPERATORS[name].function
+    first = next(iter(inputs))
+    x, along = inputs[first], torch.randn_like(inputs[first])
+
+    def of(x):
+        return function(**{**inputs, first: x})
+
+    leaf = x.clone().requires_grad_()
+    out = of(leaf)
+    (gradient,) = torch.autograd.grad(out.square().sum(), leaf)
+    _, tangent = torch.func.jvp(of, (x,), (along,))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(of(forward_ad.make_dual(x, along))).tangent
+    assert tangent.abs().max() > 1e-3
+    torch.testing.assert_close(tangent, dual)
+    torch.testing.assert_close((2 * out * tangent).sum(), (gradient * along).sum())
+    torch.testing.assert_close(torch.func.grad(lambda x: of(x).square().sum())(x), gradient)
+    many = torch.stack([x, along])
+    torch.testing.assert_close(torch.func.vmap(of)(many), torch.stack([of(x), of(along)]))
 
 
 def test_public_functions_are_those_of_the_ops():

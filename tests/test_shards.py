@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import shutil
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 
 from semantica.cli import main
 from semantica.errors import UserError
+from semantica.images import BadImage
 from semantica.train.data.loading import batches
 from semantica.train.data.open import open_data
 from semantica.train.data.pairs import Pairs
@@ -218,6 +220,48 @@ def test_remote_pictures_of_a_batch_are_asked_for_together(shards, monkeypatch):
     take(Pairs(data, seed=0, image_size=16, global_batch=4), 3)
     # fetched ahead by one batch at most, 4 targets and 4 conditions each, fewer where a picture is both
     assert len(asked) >= 3 and all(4 < count <= 8 for count in asked)
+
+
+@pytest.fixture
+def cloud(shards, monkeypatch):
+    """Shards at az://shards, served as clouds are: by threads of the process that connected. Yields what is raised."""
+    from fsspec.asyn import AsyncFileSystem
+
+    raised = []
+
+    class Cloud(AsyncFileSystem):
+        protocol = "az"
+
+        async def _cat_file(self, path, start=None, end=None, **_):
+            if raised:
+                raise raised[0]
+            return (shards.parent / path).read_bytes()[start:end]
+
+        async def _info(self, path, **_):
+            return {"name": path, "size": (shards.parent / path).stat().st_size, "type": "file"}
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "az", Cloud)
+    yield f"az://{shards.name}", raised
+
+
+def test_workers_read_from_a_cloud(shards, cloud):
+    """They are forked from a process whose connections they cannot use."""
+    address, raised = cloud
+    options = dict(seed=2, image_size=16, global_batch=4)
+    here, far = (Pairs(open_data(root), **options) for root in (shards, address))
+    assert far.data.remote and far[0]["bad"] == []
+    assert all(map(same, take(here, 3, batch=4), take(far, 3, batch=4, workers=1)))
+
+
+def test_a_library_s_own_error_is_said_in_one_line(cloud):
+    address, raised = cloud
+    data = open_shards(address)
+    raised.append(Exception("no credentials\nat all"))
+    data.prefetch({0, 1})
+    with pytest.raises(BadImage, match="cannot be read: Exception: no credentials;"):
+        data.load(0, 16)
+    with pytest.raises(UserError, match=r"no index.json that can be read \(Exception: no credentials\)"):
+        open_shards(address)
 
 
 def test_pages_are_held_out_whole(shards):

@@ -48,9 +48,10 @@ class StandIn(ModuleType):
     """As much of TensorRT as the engine calls. The arithmetic is that of the bundle's network, on the host.
 
     mixed: uses of a context by two threads at once. contexts: how many were made, and with which current device.
+    most: that there is memory for.
     """
 
-    __version__ = "11.0"
+    __version__, most = "11.0", math.inf
 
     def __init__(self, bundle, cuda=None):
         super().__init__(MODULE)
@@ -112,6 +113,8 @@ class StandInEngine:
         return f"{self.graph} {self.folder}".encode()
 
     def create_execution_context(self, *config):
+        if len(self.trt.contexts) >= self.trt.most:
+            return None
         self.trt.contexts.append(self.trt.cuda and torch.cuda.current_device())
         return StandInContext(self)
 
@@ -308,6 +311,19 @@ def test_a_run_is_one_graph_on_its_own_contexts(build, cuda):
     assert len(cuda.graphs) == 1 and cuda.races == [] and len(trt.contexts) == 3
     for actual, expected in zip(made, plain):
         torch.testing.assert_close(actual, expected.inner, rtol=0, atol=1e-6)
+
+
+def test_a_gpu_without_room_for_another_context_samples_without_a_graph(build, cuda, caplog):
+    with cuda.mode():
+        engine, trt = build("cuda:1", cuda)
+        z, image = (torch.zeros(1, 3, 32, 32, device="cuda:1") for _ in "ab")
+        plain = sample(engine, z, engine.condition(image), None, *settings(), on_step=lambda i, z: z)
+        # the two of those steps are there, a recorded run's own are one too many
+        trt.most = len(trt.contexts)
+        made = [sample(engine, z, engine.condition(image), None, *settings()) for _ in range(2)]
+    (said,) = caplog.messages
+    assert said.startswith("no CUDA graph of this run (") and "no memory for an execution context" in said
+    assert all(torch.equal(m.inner, plain.inner) for m in made) and cuda.races == [] and cuda.recording == []
 
 
 def test_a_pool_makes_no_more_than_its_limit_and_gives_back_after_a_fault():

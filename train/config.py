@@ -31,6 +31,7 @@ FREE = {
     "checkpointing_keeps",
     "graph",
     "timeout",
+    "track",
 }
 
 
@@ -149,6 +150,9 @@ class TrainConfig:
     """Processes that load data; by default as many as the step can use, by a measurement at the start, as far as there
     are processors and shared memory."""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """Send the log to Weights & Biases or to trackio as well, set up as each of them has it; TensorBoard's and
+    OUT/metrics.jsonl are always written."""
     log_every: int = 20
     save_every: int = 1000
     eval_every: int = 500

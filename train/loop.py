@@ -47,8 +47,9 @@ def train(config: TrainConfig, stop: Stop = NEVER) -> Path:
     """
     with repeatable(config.deterministic, config.compile), joined(config) as world, device_faults(world):
         training = prepare(config, world)
-        run_steps(training, stop)
-        finish(training)
+        with closing(training.run):
+            run_steps(training, stop)
+            finish(training)
     return config.out
 
 

@@ -10,6 +10,8 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+from semantica import nvcc
+
 # modules and packages, these with all below them, that every whole run is made of
 NETWORK = ("semantica.model", "semantica.condition", "semantica.inputs", "semantica.kernels")
 SAMPLING = (
@@ -24,23 +26,30 @@ SOURCES = {
     "sustained": TRAINING,
     "loading": ("semantica.images", "semantica.train.data"),
 }
+# of the CUDA kernels, in a checkout
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 # files and folders in them that no measured run goes through: what is proved, timed or compiled, and mining
 LEFT_OUT = {"cases", "specimens", "pages"}
 # fields of syntax trees that say nothing, or that not every version of Python has
 SILENT = {"ctx", "kind", "type_comment"}
 
 
-def kernel_hash(op: str, arch: str) -> str:
-    """Of the sources that an operator's fused implementation on an architecture is made of, and its launch settings.
+def kernel_hash(op: str, arch: str, impl: str = "fused") -> str:
+    """Of the sources that an operator's own implementation on an architecture is made of, and its launch settings.
 
-    arch: such as "sm_90"; anything else is a processor, where the compiled loops say themselves what they are made of.
+    Args:
+        arch: such as "sm_90"; anything else is a processor, where the compiled loops say themselves what they are made
+            of.
+        impl: "fused", or of some on GPUs the kernels of one kind, "triton" or "cuda".
     """
     from semantica.kernels import OPERATORS
 
     gpu = arch.startswith("sm_")
     files = OPERATORS[op].sources(gpu)
-    native = not gpu and any(path.stem == "cpu" for path in files)
-    return combined(files, ladders(op, arch) if gpu else built_from() if native else "")
+    if not gpu:
+        return combined(files, built_from() if any(path.stem == "cpu" for path in files) else "")
+    served = {"triton": (), "cuda": (cuda_built_from(),)}.get(impl, chosen(op, arch))
+    return combined(files, ladders(op, arch), *served)
 
 
 @functools.cache
@@ -49,7 +58,8 @@ def source_hash(op: str, arch: str) -> str:
     from semantica.kernels import OPERATORS
 
     files = [path for name in SOURCES[op] for path in files_of(name)]
-    return combined(files, built_from(), *(ladders(name, arch) for name in sorted(OPERATORS)))
+    choices = [part for name in sorted(OPERATORS) for part in chosen(name, arch)] if arch.startswith("sm_") else []
+    return combined(files, built_from(), *(ladders(name, arch) for name in sorted(OPERATORS)), *choices)
 
 
 def stale(row: dict) -> bool:
@@ -57,8 +67,9 @@ def stale(row: dict) -> bool:
     # rows of what others wrote have no hash, nor have those of processes that were stored before there was one
     if row.get("kernel_hash") is None:
         return False
-    now = source_hash if row["op"] in SOURCES else kernel_hash
-    return row["kernel_hash"] != now(row["op"], row["arch"])
+    if row["op"] in SOURCES:
+        return row["kernel_hash"] != source_hash(row["op"], row["arch"])
+    return row["kernel_hash"] != kernel_hash(row["op"], row["arch"], row["impl"])
 
 
 def combined(files: list[Path], *more: str) -> str:
@@ -93,6 +104,26 @@ def ladders(op: str, arch: str) -> str:
     table = json.loads(LADDERS[op].read_text()) if op in LADDERS else {}
     own = {kernel: found.get(arch, found["default"]) for kernel, found in table.items()}
     return json.dumps(own, sort_keys=True)
+
+
+def chosen(op: str, arch: str) -> tuple[str, ...]:
+    """Which calls of an operator CUDA kernels serve on an architecture, and what these are made of; () where none."""
+    from semantica.kernels import OPERATORS
+
+    path = OPERATORS[op].file.with_name("choice.json")
+    table = json.loads(path.read_text()) if path.exists() else {}
+    rows = {direction: table[direction].get(arch, []) for direction in ("forward", "backward") if direction in table}
+    return (json.dumps(rows, sort_keys=True), cuda_built_from()) if any(rows.values()) else ()
+
+
+def cuda_built_from() -> str:
+    """What identifies the sources of `semantica._cuda`: its own word, else that of the checkout; empty without both."""
+    from semantica.kernels import cuda
+
+    if (built := cuda.module()) is not None:
+        return built.build_info()["sources"]
+    files = nvcc.sources(CUDA)
+    return nvcc.digest(files) if files else ""
 
 
 def built_from() -> str:

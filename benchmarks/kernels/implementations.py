@@ -19,6 +19,7 @@ from semantica.benchmarks.harness.process import resolve
 from semantica.benchmarks.kernels.problems import Problem
 from semantica.kernels import OPERATORS, cuda
 from semantica.kernels.cross_attention.op import RMS_EPS
+from semantica.kernels.group_norm.cuda_plan import Problem as CudaProblem
 from semantica.kernels.group_norm.op import per_channel
 
 HALF = (torch.float16, torch.bfloat16)
@@ -168,10 +169,15 @@ def in_cuda(problem: Problem) -> bool:
     """Whether CUDA kernels compute a problem, forward and backward; told from its sizes, before anything is drawn."""
     if problem.device != "cuda" or not cuda.code(torch.device("cuda", 0))[0]:
         return False
-    case, found = problem.case, import_module("semantica.kernels.group_norm.cuda")
-    sizes = *case.shape[:2], case.groups, math.prod(case.shape[2:]), problem.dtype.itemsize, case.channels_last
-    plans = (found.planned(found.Problem(*sizes), operands, torch.device("cuda", 0)) for operands in (1, 2))
-    return None not in plans
+    found, sizes = import_module("semantica.kernels.group_norm.cuda"), sizes_in_cuda(problem)
+    return None not in (found.planned(sizes, operands, torch.device("cuda", 0)) for operands in (1, 2))
+
+
+def sizes_in_cuda(problem: Problem) -> CudaProblem:
+    """A problem of group_norm as its CUDA kernels are planned by."""
+    case = problem.case
+    pixels = math.prod(case.shape[2:])
+    return CudaProblem(*case.shape[:2], case.groups, pixels, problem.dtype.itemsize, case.channels_last)
 
 
 def ours(op: str) -> list[Implementation]:

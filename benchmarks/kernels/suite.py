@@ -18,9 +18,9 @@ from semantica.benchmarks.harness.race import Protocol, Times
 from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_generate_tests, test_row
 from semantica.benchmarks.kernels.implementations import OURS, Implementation, available
 from semantica.benchmarks.kernels.problems import Problem, problems
+from semantica.benchmarks.kernels.traffic import bytes_moved, who_serves
 from semantica.benchmarks.kernels.verify import CONTENTS, Accuracy, Answers, Wrong, as_leaves, each, tensors, verify
 from semantica.kernels import OPERATORS
-from semantica.kernels.dispatch import PLAIN
 
 __all__ = ["bench", "pytest_generate_tests", "test_row"]
 # sets of input buffers that calls take in turn
@@ -127,15 +127,13 @@ class ProblemRace:
         return times, ceilings
 
     def moved(self, name: str, direction: str, cache: int) -> int | None:
-        """Bytes really moved: counted by operator for eager, by its passes for a fused kernel, else unknown."""
+        """Bytes really moved: counted by operator for eager, by its passes for a kernel of ours, else unknown."""
         if name == "eager":
             call = contender(self.functions[name], self.answers, direction)(0)
             with Traffic() as traffic:
                 call()
             return traffic.total
-        if name == "fused" and who_serves(self.problem) != PLAIN[0]:
-            return self.problem.two_pass_bytes(direction, cache)
-        return None
+        return bytes_moved(self.problem, name, direction, cache) if name in OURS else None
 
     def row(self, name: str, direction: str, times: Times, ceilings: dict[str, float], cache: int) -> dict:
         """The fields of an implementation's row."""
@@ -152,13 +150,8 @@ class ProblemRace:
             row[f"{kind}share_of_copy"] = None if gbps is None else gbps / ceilings["copy_gbps"]
         row |= {"max_err": accuracy.error, "max_err_eager": accuracy.eager, "max_err_tensor": accuracy.tensor}
         row |= {"wall_us": timing.quantile(times.wall, 0.5) * 1e6}
-        row |= {"uses": who_serves(problem) if fused else name}
-        return row | {"kernel_hash": sources.kernel_hash(problem.op, row["arch"]) if name in OURS else None}
-
-
-def who_serves(problem: Problem) -> str:
-    """What the public operator runs on the problem's device."""
-    return problem.operator.implementations[problem.device][0]
+        row |= {"uses": who_serves(problem, direction) if fused else name}
+        return row | {"kernel_hash": sources.kernel_hash(problem.op, row["arch"], name) if name in OURS else None}
 
 
 @dataclass(eq=False)

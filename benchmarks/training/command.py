@@ -3,7 +3,9 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from tyro.extras import literal_type_from_choices
 
 from semantica.benchmarks.harness import table
@@ -28,6 +30,8 @@ class TrainingConfig(Outputs):
     batch: int = 16
     steps: int = 20
     """Timed steps of each rung."""
+    only: Annotated[str, tyro.conf.arg(metavar="NAMES")] = ""
+    """These rungs alone, separated by commas, and the plain loop, whose losses theirs are compared with."""
     workers: int | None = None
     """Processes that load data, by default one for each rung; with --sustained as many as `semantica train` takes."""
     sustained: float | None = None
@@ -64,7 +68,8 @@ def train(config: TrainingConfig) -> int:
     from semantica.benchmarks.training.worker import rungs
 
     device, workers = config.device_kind(), 1 if config.workers is None else config.workers
-    bench = TrainingBench(config.preset, config.batch, config.steps, device, workers, tuple(rungs(device)))
+    names = chosen(config.only, tuple(rungs(device)))
+    bench = TrainingBench(config.preset, config.batch, config.steps, device, workers, names)
     if config.processes:
         with tempfile.TemporaryDirectory() as place:
             bench.scaling = scaling.measure(
@@ -74,12 +79,21 @@ def train(config: TrainingConfig) -> int:
     return 1 if bench.wrong else 0
 
 
+def chosen(only: str, ladder: tuple[str, ...]) -> tuple[str, ...]:
+    """Rungs of --only in the order of the ladder, after its first; all without it. Raises `UserError` for another."""
+    asked = {name.strip() for name in only.split(",")} - {""}
+    for name in asked.difference(ladder):
+        raise UserError(f"--only {name}: choose some of {', '.join(ladder)}")
+    return tuple(name for name in ladder if not asked or name in asked or name == ladder[0])
+
+
 def sustain(config: TrainingConfig) -> int:
     """`--sustained`; returns the exit code. Raises `UserError` for what does not go with it, and for bad data."""
     if not config.sustained >= 1:
         raise UserError(f"--sustained is {config.sustained}: give at least 1 second")
-    if config.processes or config.html or config.png:
-        raise UserError("--sustained measures one process and makes no page: leave out --processes, --html and --png")
+    if config.processes or config.only or config.html or config.png:
+        left = "leave out --processes, --only, --html and --png"
+        raise UserError(f"--sustained measures the trainer in one process and makes no page: {left}")
 
     from semantica.benchmarks.harness.store import environment
     from semantica.benchmarks.training import sustained

@@ -84,42 +84,66 @@ __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(left) : "memory");
 }
 
+// blocks of the largest cluster that every card with clusters runs; for more it must be asked
+constexpr unsigned PORTABLE_CLUSTER = 8;
+
 struct LaunchShape {
   unsigned grid, block, cluster = 1;
   size_t shared_bytes = 0;
   bool cooperative = false;
 };
 
+// a kernel's launch as CUDA takes it; `error` is CUDA's
+struct Launch {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  cudaError_t error = cudaSuccess;
+
+  Launch(const void* function, const LaunchShape& shape, cudaStream_t stream) {
+    if (shape.shared_bytes > 48 << 10) {
+      error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+    }
+    if (!error && shape.cluster > PORTABLE_CLUSTER) {
+      error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }
+    unsigned count = 0;
+    if (shape.cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count++].val.clusterDim = {shape.cluster, 1, 1};
+    }
+    if (shape.cooperative) {
+      attributes[count].id = cudaLaunchAttributeCooperative;
+      attributes[count++].val.cooperative = 1;
+    }
+    config.gridDim = dim3(shape.grid);
+    config.blockDim = dim3(shape.block);
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = count;
+  }
+  Launch(const Launch&) = delete;
+};
+
 // starts a kernel on a stream; returns CUDA's error, 0 for none
 template <typename... P, typename... A>
 int launch(void (*kernel)(P...), const LaunchShape& shape, cudaStream_t stream, A... arguments) {
+  const Launch made(reinterpret_cast<const void*>(kernel), shape, stream);
+  return made.error ? made.error : cudaLaunchKernelEx(&made.config, kernel, P(arguments)...);
+}
+
+// how many clusters of the shape's size the current device runs at once; returns CUDA's error
+template <typename... P>
+int clusters_at_once(void (*kernel)(P...), const LaunchShape& shape, int* count) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > 48 << 10) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
-  }
-  if (!error && shape.cluster > 8) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  if (error) return error;
-  cudaLaunchAttribute attributes[2];
-  unsigned count = 0;
-  if (shape.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {shape.cluster, 1, 1};
-  }
-  if (shape.cooperative) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count++].val.cooperative = 1;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(shape.grid);
-  config.blockDim = dim3(shape.block);
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+  const Launch made(function, shape, nullptr);
+  if (made.error) return made.error;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(count, function, &made.config);
+  if (error != cudaErrorInvalidClusterSize) return error;
+  // it has none so large, which is an answer
+  cudaGetLastError();
+  *count = 0;
+  return cudaSuccess;
 }
 
 #endif

@@ -68,4 +68,8 @@ struct Gradients {
 int group_norm_backward(const Problem& problem, const Plan& plan, const void* dy, Statistics statistics,
                         Gradients gradients, float* workspace, Stream stream);
 
+// How many clusters of so many blocks the current device runs at once, where each block has so many threads and bytes of
+// dynamic shared memory: 0 where it has none so large, or so much of it is not free.
+int group_norm_clusters(int blocks, int threads, int64_t shared, int* count);
+
 }  // namespace semantica

@@ -27,4 +27,13 @@ int group_norm_backward(const Problem& problem, const Plan& plan, const void* dy
   });
 }
 
+int group_norm_clusters(int blocks, int threads, int64_t shared, int* count) {
+  LaunchShape shape{};
+  shape.grid = shape.cluster = unsigned(blocks);
+  shape.block = unsigned(threads);
+  shape.shared_bytes = size_t(shared);
+  // any of the kernels will do: registers of all leave room for one block of 512 threads
+  return clusters_at_once(backward_kernel<float, 4, true>, shape, count);
+}
+
 }  // namespace semantica

@@ -99,6 +99,14 @@ int code(int device) {
     return version;
 }
 
+int clusters(int device, int blocks, int threads, int64_t shared) {
+    if (blocks < 1 || threads < 1 || threads > 1024 || shared < 0)
+        throw py::value_error("blocks and threads must be positive, threads at most 1024, shared not negative");
+    int count = 0;
+    run(device, "clusters", [&] { return semantica::group_norm_clusters(blocks, threads, shared, &count); });
+    return count;
+}
+
 // addresses and streams come as integers: no torch header, so that one build serves every torch
 template <class T = void>
 T* at(uintptr_t address) {
@@ -199,6 +207,10 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("driver", &driver, "The newest release of CUDA that this machine's driver knows, or None without a driver.");
     m.def("code", &code, py::arg("device"),
           "The architecture of the code that a device runs, such as 90; CudaError where it runs none of it.");
+    m.def("clusters", &clusters, py::kw_only(), py::arg("device"), py::arg("blocks"), py::arg("threads"),
+          py::arg("shared"),
+          "How many clusters of so many blocks a device runs at once, each block with so many threads and bytes of shared "
+          "memory; 0 where it has none so large.");
     define_group_norm(m);
     m.def("trouble", &trouble, "Why CUDA does not run here, in its own words; None where it does.");
 }

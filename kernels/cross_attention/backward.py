@@ -25,6 +25,7 @@ from semantica.kernels.cross_attention.dq import dq_kernel
 from semantica.kernels.cross_attention.op import RMS_EPS
 from semantica.kernels.cross_attention.tiles import (
     PROCESSORS,
+    alignment,
     contiguous,
     dense,
     query_tile,
@@ -103,7 +104,7 @@ def plan_backward(
     arguments |= {"normal_ptr": normal, "row_ptr": rows, "dgates_ptr": dgates_part, "dweight_ptr": dweight_part}
     arguments |= {"queries": queries, **strides(do=do, q=q, k=k, v=v)}
     constants = {"TILES": tiled, "STREAMS": streams, "EPS": RMS_EPS, "BLOCK_N": block_n, "BLOCK_M": row["block_m"]}
-    constants |= blocks
+    constants |= blocks | {"ALIGN": alignment(do, q, k, v)}
     plan = [Launch(dq_kernel, (tiles, heads, batch), arguments, constants, warps, row["stages"])]
 
     row, q = settings("dkv", q), q if normal is None else normal
@@ -116,11 +117,12 @@ def plan_backward(
     arguments |= {"queries": queries, "span": span, **strides(do=do, q=q, k=k, v=v)}
     constants = {"GROUPS": groups, "RUNS": runs, "COUNT": len(groups), "SPLITS": splits, "KEYS": keys}
     constants |= {"STREAMS": streams, "BLOCK_N": block_n, **blocks}
+    constants["ALIGN"] = alignment(do, q, k, v)
     grid = (groups[-1][2] * splits, heads, batch)
     plan.append(Launch(dkv_kernel, grid, arguments, constants, row["warps"], row["stages"]))
 
     values = triton.cdiv(k.numel(), 1024) if splits > 1 else 0
-    counts = values, 0 if gates is None else triton.cdiv(gates.numel(), 1024), 0 if q_weight is None else dim // 16
+    counts = values, 0 if gates is None else triton.cdiv(gates.numel(), 1024), 0 if q_weight is None else -(-dim // 16)
     if any(counts):
         pairs = {"dk": (parts[0], dk), "dv": (parts[1], dv)} if values else dict.fromkeys(("dk", "dv"), (None, None))
         pairs["dgates"] = dgates_part, None if gates is None else dgates

@@ -84,6 +84,9 @@ CASES = {
     "two streams": CrossAttentionCase(3, 20, 2, 96, (7, 12), gates=True),
     "absent stream": CrossAttentionCase(3, 20, 2, 64, (7, 12), ((7, 0), (3, 12), (0, 0)), gates=True),
     "views": CrossAttentionCase(2, 25, 2, 128, (31,), strided=True),
+    "narrow rest": CrossAttentionCase(2, 33, 3, 40, (77, 4), ((77, 4), (20, 0)), gates=True),
+    "wide head": CrossAttentionCase(1, 18, 2, 160, (77,), q_norm=False),
+    "heads of 8 more": CrossAttentionCase(1, 17, 3, 104, (40,), strided=True),
     "large logits": CrossAttentionCase(2, 16, 2, 64, (40,), q_norm=False, spread=100.0),
     "several tiles": CrossAttentionCase(1, 70, 1, 48, (130, 77), ((129, 20),), gates=True, strided=True),
 }

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from semantica.kernels.cross_attention.tiles import (
     add_dot,
+    aligned,
     dot_rows,
     exp_minus,
     load_rows,
@@ -83,15 +84,17 @@ def dkv_kernel(
     stride_dob, stride_don, stride_doh, stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     GROUPS: tl.constexpr, RUNS: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr, KEYS: tl.constexpr,
-    STREAMS: tl.constexpr, BLOCK_N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    STREAMS: tl.constexpr, BLOCK_N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """GROUPS, RUNS: see `key_groups`. dk, dv: `[SPLITS, B, KEYS, H, D]`. q is normalised already."""
+    stride_don, stride_qn = aligned(stride_don, ALIGN), aligned(stride_qn, ALIGN)
+    stride_kn, stride_vn = aligned(stride_kn, ALIGN), aligned(stride_vn, ALIGN)
     tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    do_ptr += b * stride_dob + h * stride_doh
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    do_ptr += aligned(b * stride_dob + h * stride_doh, ALIGN)
+    q_ptr += aligned(b * stride_qb + h * stride_qh, ALIGN)
+    k_ptr += aligned(b * stride_kb + h * stride_kh, ALIGN)
+    v_ptr += aligned(b * stride_vb + h * stride_vh, ALIGN)
     for g in tl.static_range(COUNT):
         if (tile >= GROUPS[g][1]) & (tile < GROUPS[g][2]):
             dkv_tile(

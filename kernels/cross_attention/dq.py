@@ -5,11 +5,13 @@ import triton.language as tl
 
 from semantica.kernels.cross_attention.tiles import (
     add_dot,
+    aligned,
     dot_rows,
     exp_minus,
     load_rows,
     load_weight,
     normalise,
+    padded,
     scaled,
     store_rows,
     stream_length,
@@ -84,26 +86,28 @@ def dq_kernel(
     stride_dob, stride_don, stride_doh, stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     TILES: tl.constexpr, STREAMS: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """o_ptr: contiguous, given where delta is the row sum of do * o. Partial sums: one row per program."""
+    stride_don, stride_qn = aligned(stride_don, ALIGN), aligned(stride_qn, ALIGN)
+    stride_kn, stride_vn = aligned(stride_kn, ALIGN), aligned(stride_vn, ALIGN)
     dim: tl.constexpr = D0 + D1
     tile, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads, head = tl.num_programs(1), b * tl.num_programs(1) + h
     n, count = tile.to(tl.int64) * BLOCK_N, queries - tile * BLOCK_N
     rows = tl.arange(0, BLOCK_N)
     inside = rows < count
-    q_ptr += b * stride_qb + h * stride_qh + n * stride_qn
+    q_ptr += aligned(b * stride_qb + h * stride_qh, ALIGN) + n * stride_qn
     q0, q1 = load_rows(q_ptr, stride_qn, count, BLOCK_N, D0, D1, True)
     rms = tl.zeros([BLOCK_N], tl.float32)
     if weight_ptr is not None:
         q0, q1, rms = normalise(q0, q1, weight_ptr, EPS, D0, D1)
         store_rows(normal_ptr + (head * queries + n) * dim, dim, q0, q1, count, BLOCK_N, D0, D1)
     q0, q1 = scaled(q0, q1, D0, D1)
-    do_ptr += b * stride_dob + h * stride_doh + n * stride_don
+    do_ptr += aligned(b * stride_dob + h * stride_doh, ALIGN) + n * stride_don
     do0, do1 = load_rows(do_ptr, stride_don, count, BLOCK_N, D0, D1, True)
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    k_ptr += aligned(b * stride_kb + h * stride_kh, ALIGN)
+    v_ptr += aligned(b * stride_vb + h * stride_vh, ALIGN)
     out = ((b * queries + n) * heads + h) * dim
     acc0, acc1 = zero_rows(BLOCK_N, D0, D1)
     for s in tl.static_range(STREAMS):
@@ -155,7 +159,8 @@ def dq_kernel(
         along = tl.sum(acc0 * x0, 1)
         if D1 > 0:
             x1 = x1.to(tl.float32) * rms[:, None]
-            tl.store(dweight_ptr + D0 + tl.arange(0, D1), tl.sum(acc1 * x1, 0))
+            columns = tl.arange(0, padded(D1))
+            tl.store(dweight_ptr + D0 + columns, tl.sum(acc1 * x1, 0), mask=columns < D1)
             acc1 *= w1
             along += tl.sum(acc1 * x1, 1)
         # Zhang & Sennrich, arXiv 1910.07467: what changes the length of q changes nothing

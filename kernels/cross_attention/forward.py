@@ -1,10 +1,11 @@
 """Forward of `cross_attention` in Triton: one program per (query tile, head, sample), all streams in one pass.
 
 Tiles. A head dim that is no power of two is split into two blocks (48 = 32 + 16, 80 = 64 + 16, 96 = 64 + 32) and every
-product into two: exactly the multiplications that are needed, where padding would cost 33, 60 and 33 % more. The keys
-of a stream are walked in tiles of `block_m`, the rest in at most two narrower ones: with tiles of 64, 257 keys
-are 4 x 64 + 16, not 3 x 128, and 77 are 64 + 16. Stream sizes are compile-time constants, so tiles that are always full
-carry no mask.
+product into two: exactly the multiplications that are needed, where padding would cost 33, 60 and 33 % more. Only a
+rest that is no power of two of at least 16 is padded, by masked loads: 40 = 32 + 8 of 16, 160 = 128 + 32. The keys of a
+stream are walked in tiles of `block_m`, the rest in at most two narrower ones: with tiles of 64, 257 keys are 4 x 64 +
+16, not 3 x 128, and 77 are 64 + 16. Stream sizes are compile-time constants, so tiles that are always full carry no
+mask.
 
 Softmax. In fp32 and base 2; the factor log2(e) / sqrt(D) is not folded into q, where rounding to 16 bits would cost the
 logits their last digits, but into the subtraction of the maximum: one fused multiply-add per score either way. A stream
@@ -22,6 +23,8 @@ from semantica.kernels.cross_attention.op import RMS_EPS
 from semantica.kernels.cross_attention.tiles import (
     GRID_LIMIT,
     add_dot,
+    aligned,
+    alignment,
     contiguous,
     dense,
     dot_rows,
@@ -113,18 +116,21 @@ def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lengths_ptr, gates_ptr, weight_ptr, queries,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     TILES: tl.constexpr, STREAMS: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """TILES: see `stream_tiles`."""
+    """TILES: see `stream_tiles`. ALIGN: see `alignment`."""
+    stride_qn, stride_kn = aligned(stride_qn, ALIGN), aligned(stride_kn, ALIGN)
+    stride_vn = aligned(stride_vn, ALIGN)
     h, b, heads = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     count = queries - tl.program_id(0) * BLOCK_N
     n = tl.program_id(0).to(tl.int64) * BLOCK_N
-    q0, q1 = load_rows(q_ptr + b * stride_qb + h * stride_qh + n * stride_qn, stride_qn, count, BLOCK_N, D0, D1, True)
+    q_ptr += aligned(b * stride_qb + h * stride_qh, ALIGN)
+    q0, q1 = load_rows(q_ptr + n * stride_qn, stride_qn, count, BLOCK_N, D0, D1, True)
     if weight_ptr is not None:
         q0, q1, _ = normalise(q0, q1, weight_ptr, EPS, D0, D1)
     q0, q1 = scaled(q0, q1, D0, D1)
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    k_ptr += aligned(b * stride_kb + h * stride_kh, ALIGN)
+    v_ptr += aligned(b * stride_vb + h * stride_vh, ALIGN)
     rows = tl.arange(0, BLOCK_N)
     lse_ptr += (b * heads + h) * STREAMS * queries + n
     out0, out1 = zero_rows(BLOCK_N, D0, D1)
@@ -164,6 +170,7 @@ def plan_forward(q, k, v, sizes, lengths, gates, q_weight) -> tuple[list[Launch]
     arguments |= {"gates_ptr": gates, "weight_ptr": q_weight, "queries": queries, **strides(q=q, k=k, v=v)}
     constants = {"TILES": stream_tiles(list(sizes), row["block_m"]), "STREAMS": len(sizes), "EPS": RMS_EPS}
     constants |= {"BLOCK_N": block_n, "BLOCK_M": row["block_m"], **split_dim(dim)}
+    constants["ALIGN"] = alignment(q, k, v)
     grid = (triton.cdiv(queries, block_n), heads, batch)
     return [Launch(forward_kernel, grid, arguments, constants, warps, row["stages"])], (o, lse)
 

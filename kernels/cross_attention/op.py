@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from semantica.kernels import dispatch, launch
 from semantica.kernels.checks import check_dtype, check_tensors
 
-HEAD_DIMS = (32, 48, 64, 80, 96, 128)
+# of which a row of 16-bit values is whole transactions of 16 bytes
+HEAD_DIMS = range(16, 161, 8)
 RMS_EPS = 1e-6
 
 
@@ -241,7 +243,7 @@ def cross_attention(
     """Attention from the queries to several streams of tokens, each with its own softmax, summed.
 
     Args:
-        q: `[B, N, H, D]`, any strides, D one of 32, 48, 64, 80, 96, 128.
+        q: `[B, N, H, D]`, any strides, D a multiple of 8 from 16 to 160.
         k, v: `[B, M, H, D]`: the streams one after the other along M. Keys come normalised already.
         sizes: the static size of each stream; they sum to M.
         lengths: integer `[B, S]`: valid tokens per sample and stream; 0 = stream absent, adds exactly 0. The values
@@ -253,7 +255,8 @@ def cross_attention(
             map exp(logit - lse) can be taken later without the map having been stored. Gradients flow through it.
 
     Returns:
-        `o [B, N, H, D]`, contiguous, in q's dtype; or `(o, lse)`.
+        `o [B, N, H, D]`, contiguous, in q's dtype; or `(o, lse)`. Under transforms of `torch.func` and in forward mode
+        plain torch computes it.
 
     Raises:
         ValueError: an argument has the wrong rank, shape, dtype or device, or the sizes do not sum to M.
@@ -261,6 +264,10 @@ def cross_attention(
     check(q, k, v, sizes, lengths, gates, q_weight)
     arguments = q, k, v, list(sizes), lengths, gates, q_weight, return_lse
     kernel = dispatch.direct(op, arguments)
+    if kernel is None and dispatch.transformed():
+        # the one of torch's kernels that has a derivative in every mode
+        with torch.autocast(q.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+            return cross_attention_ref(*arguments)
     if kernel is None:
         o, lse = op(*arguments)
     elif dispatch.differentiable(arguments):
@@ -275,7 +282,7 @@ def check(q, k, v, sizes, lengths, gates, q_weight):
         raise ValueError(f"q has shape {tuple(q.shape)}: expected [B, N, H, D]")
     batch, _, heads, dim = q.shape
     if dim not in HEAD_DIMS:
-        raise ValueError(f"q {tuple(q.shape)} has head dim {dim}: expected one of {', '.join(map(str, HEAD_DIMS))}")
+        raise ValueError(f"q {tuple(q.shape)} has head dim {dim}: expected a multiple of 8 from 16 to 160")
     check_dtype("q", q)
     if not isinstance(sizes, Sequence) or not all(isinstance(size, int | torch.SymInt) for size in sizes):
         raise ValueError(f"sizes={sizes!r}: expected a whole number for each stream")

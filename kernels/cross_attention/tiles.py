@@ -14,9 +14,24 @@ PROCESSORS = 132
 GRID_LIMIT = 65535
 
 
+@triton.constexpr_function
+def padded(dim):
+    """Width of the block that holds `dim` values of a head: a power of two, of at least the 16 that a product takes."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+@triton.jit
+def aligned(offset, ALIGN: tl.constexpr):
+    """An offset that the compiler knows to be a multiple of 8, so that loads stay wide; of 16 it knows by itself."""
+    if ALIGN == 8:
+        # a hint by tl.multiple_of would stay behind in this function
+        offset = offset // 8 * 8
+    return offset
+
+
 @triton.jit
 def load_rows(ptr, stride, count, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK: tl.constexpr):
-    """`[ROWS, D0]` and `[ROWS, D1]` (the first again if D1 is 0); rows from `count` on are zero if MASK."""
+    """`[ROWS, D0]` and `[ROWS, padded(D1)]` (the first again if D1 is 0); rows from `count` on are zero if MASK."""
     rows = tl.arange(0, ROWS)[:, None]
     pointers = ptr + rows * stride + tl.arange(0, D0)[None, :]
     if MASK:
@@ -25,8 +40,12 @@ def load_rows(ptr, stride, count, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.c
         a = tl.load(pointers)
     b = a
     if D1 > 0:
-        pointers = ptr + D0 + rows * stride + tl.arange(0, D1)[None, :]
-        if MASK:
+        width: tl.constexpr = padded(D1)
+        columns = tl.arange(0, width)[None, :]
+        pointers = ptr + D0 + rows * stride + columns
+        if width > D1:
+            b = tl.load(pointers, mask=((rows < count) | (not MASK)) & (columns < D1), other=0.0)
+        elif MASK:
             b = tl.load(pointers, mask=rows < count, other=0.0)
         else:
             b = tl.load(pointers)
@@ -39,8 +58,12 @@ def store_rows(ptr, stride, a, b, count, ROWS: tl.constexpr, D0: tl.constexpr, D
     rows = tl.arange(0, ROWS)[:, None]
     tl.store(ptr + rows * stride + tl.arange(0, D0)[None, :], a.to(ptr.dtype.element_ty), mask=rows < count)
     if D1 > 0:
-        pointers = ptr + D0 + rows * stride + tl.arange(0, D1)[None, :]
-        tl.store(pointers, b.to(ptr.dtype.element_ty), mask=rows < count)
+        width: tl.constexpr = padded(D1)
+        columns = tl.arange(0, width)[None, :]
+        inside = rows < count
+        if width > D1:
+            inside &= columns < D1
+        tl.store(ptr + D0 + rows * stride + columns, b.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -67,7 +90,7 @@ def zero_rows(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     a = tl.zeros([ROWS, D0], tl.float32)
     b = a
     if D1 > 0:
-        b = tl.zeros([ROWS, D1], tl.float32)
+        b = tl.zeros([ROWS, padded(D1)], tl.float32)
     return a, b
 
 
@@ -85,7 +108,8 @@ def load_weight(ptr, D0: tl.constexpr, D1: tl.constexpr):
     a = tl.load(ptr + tl.arange(0, D0)).to(tl.float32)[None, :]
     b = a
     if D1 > 0:
-        b = tl.load(ptr + D0 + tl.arange(0, D1)).to(tl.float32)[None, :]
+        columns = tl.arange(0, padded(D1))
+        b = tl.load(ptr + D0 + columns, mask=columns < D1, other=0.0).to(tl.float32)[None, :]
     return a, b
 
 
@@ -136,8 +160,11 @@ def stream_length(lengths_ptr, index, SIZE: tl.constexpr):
 
 
 def split_dim(dim: int) -> dict[str, int]:
-    """The head dim as one or two powers of two, of at most 64: wider operands of 128 spill registers."""
-    high = min(64, 1 << (dim.bit_length() - 1))
+    """The head dim as a power of two and a rest, which a block of `padded` width holds.
+
+    Up to 128 neither is above 64: wider operands of 128 spill registers.
+    """
+    high = min(64 if dim <= 128 else 128, 1 << (dim.bit_length() - 1))
     return {"D0": high, "D1": dim - high}
 
 
@@ -180,6 +207,12 @@ def query_tile(row: dict, q: Tensor) -> tuple[int, int]:
 def strides(**tensors: Tensor) -> dict[str, int]:
     """Strides of `[B, length, H, D]` tensors without the last, which is 1, as kernel arguments."""
     return {f"stride_{name}{axis}": a.stride(i) for name, a in tensors.items() for i, axis in enumerate("bnh")}
+
+
+def alignment(*tensors: Tensor) -> int:
+    """What divides every stride but the last: 16, which Triton sees by itself, 8, as of heads 40 values wide, or 1."""
+    found = {stride % 16 for a in tensors for stride in a.stride()[:-1]}
+    return 16 if found == {0} else 8 if found <= {0, 8} else 1
 
 
 def dense(a: Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from semantica import _C
-from semantica.kernels.group_norm.op import over_pixels, plus
+from semantica.kernels.group_norm.op import over_pixels
 
 TARGET = _C.group_norm_targets()[0]
 # torch's names of the layout with channels innermost
@@ -19,10 +19,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result like `x`, mean and 1/std `[B, groups]` in fp32; `x` is fp32 or bf16 and not empty."""
     y, mean, rstd = torch.empty_like(x), *(x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
-    source, channels_last = dense(plus(x, addend))
+    source, channels_last = dense(x)
     # memory that is neither contiguous nor channels-last is written on the way back
     result = y if y.stride() == source.stride() else torch.empty_like(source)
-    parameters = [None if a is None else plain(a) for a in (weight, bias, scale, shift)]
+    parameters = [None if a is None else plain(a) for a in (weight, bias, scale, shift, addend)]
     _C.group_norm_forward(
         shape(source, groups, channels_last, activation, target),
         *map(address, (source, result, mean, rstd, *parameters)),
@@ -34,11 +34,11 @@ def forward(
 def backward(dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend=None, target: str = TARGET):
     """Gradients of x, weight, bias, scale, shift, addend; absent ones are empty."""
     dx = torch.empty_like(x)
-    source, channels_last = dense(plus(x, addend))
+    source, channels_last = dense(x)
     dy = dy if dy.stride() == source.stride() else torch.empty_like(source).copy_(dy)
     result = dx if dx.stride() == source.stride() else torch.empty_like(source)
-    parameters = [None if a is None else plain(a) for a in (weight, bias, scale, shift)]
-    gradients = [None if a is None else torch.empty_like(a) for a in parameters]
+    parameters = [None if a is None else plain(a) for a in (weight, bias, scale, shift, addend)]
+    gradients = [None if a is None else torch.empty_like(a) for a in parameters[:4]]
     _C.group_norm_backward(
         shape(source, groups, channels_last, activation, target),
         *map(address, (dy, source, mean, rstd, *parameters, result, *gradients)),

@@ -3,6 +3,7 @@
 What it computes and what it returns is what the Triton kernels do; a call that it does not serve goes to them.
 """
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from semantica.kernels import cuda
-from semantica.kernels.group_norm.cuda_plan import ACCESS, Card, Plan, Problem, plan
+from semantica.kernels import cuda, launch
+from semantica.kernels.group_norm.cuda_plan import ACCESS, LARGEST, Card, Plan, Problem, plan
 
 CHOICE = Path(__file__).with_name("choice.json")
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -51,13 +52,22 @@ def problem(x: Tensor, groups: int) -> Problem:
 def card(device: torch.device) -> Card:
     """Limits of a card, with the capability of the code that it runs: clusters are in what was compiled for sm_90a."""
     limits, (version, _) = torch.cuda.get_device_properties(device), cuda.code(device)
-    return Card(
+    found = Card(
         divmod(version, 10),
         limits.multi_processor_count,
         limits.shared_memory_per_block_optin,
         limits.shared_memory_per_multiprocessor,
         limits.L2_cache_size,
     )
+    return dataclasses.replace(found, clusters=clusters(found, device)) if found.has_clusters else found
+
+
+def clusters(found: Card, device: torch.device) -> tuple[int, ...]:
+    """How many of each size run at once: how multiprocessors are grouped differs from card to card of one model, and
+    with what a card is partitioned into."""
+    ask = functools.partial(cuda.module().clusters, device=index(device), threads=found.threads, shared=found.shared)
+    sizes = (2**i for i in range(LARGEST.bit_length()))
+    return tuple(found.multiprocessors if size == 1 else ask(blocks=size) for size in sizes)
 
 
 @functools.cache
@@ -72,14 +82,18 @@ def can(x: Tensor, groups: int, operands: int) -> bool:
     return planned(problem(x, groups), operands, x.device) is not None
 
 
+def chosen(direction: str, x: Tensor) -> bool:
+    return cuda.chosen(CHOICE, direction, launch.architecture(x.device), layout(x), x.nbytes)
+
+
 def serves_forward(x: Tensor, groups: int, *rest) -> bool:
     """Whether the table prefers these kernels to Triton's for a call, and they can compute it."""
-    return cuda.chosen(CHOICE, "forward", x, layout(x)) and can(x, groups, 1)
+    return chosen("forward", x) and can(x, groups, 1)
 
 
 def serves_backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int, *rest) -> bool:
     """As `serves_forward`."""
-    return cuda.chosen(CHOICE, "backward", x, layout(x)) and can(x, groups, 2)
+    return chosen("backward", x) and can(x, groups, 2)
 
 
 @functools.cache

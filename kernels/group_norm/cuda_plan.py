@@ -9,12 +9,15 @@ Bytes that a round moves through memory: read + written + max(0, read - kept - L
 round as keep every multiprocessor busy: what a round reads is then mostly still on the chip when it is read again.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 RESIDENT, GRID, PLAIN = range(3)
 WARP = 32
+# blocks of the largest cluster that every card with clusters has, and of the largest that any has
+PORTABLE, LARGEST = 8, 16
 # bytes of one access; of adjacent elements below which memory sends more than is asked for
 ACCESS, BURST = 16, 64
 # copies that a thread has under way, by the number of operands: as in csrc/cuda/walk.cuh
@@ -38,6 +41,9 @@ class Card:
         multiprocessors: of the card.
         shared: bytes of shared memory that a block may have; `shared_all` those of a multiprocessor.
         cache: bytes of the L2 cache.
+        clusters: how many clusters of 1, 2, 4, ... blocks run at once where each block fills a multiprocessor, as the
+            card itself says; by default of the sizes that every card with clusters has, and as many as multiprocessors
+            permit.
         threads: that a block of these kernels may have.
     """
 
@@ -46,25 +52,43 @@ class Card:
     shared: int
     shared_all: int
     cache: int
+    clusters: tuple[int, ...] = ()
     threads: int = 512
+
+    def __post_init__(self):
+        if not self.clusters:
+            object.__setattr__(self, "clusters", even(self.multiprocessors, PORTABLE if self.has_clusters else 1))
+
+    @property
+    def has_clusters(self) -> bool:
+        return self.capability >= (9, 0)
 
     @property
     def cluster(self) -> int:
-        """Blocks of the largest cluster: 16 must be asked for, and only data-centre cards have them."""
-        return {9: 16, 10: 16}.get(self.capability[0], 8) if self.capability >= (9, 0) else 1
+        """Blocks of the largest cluster."""
+        return 2 ** (sum(1 for _ in itertools.takewhile(bool, self.clusters)) - 1)
 
     def residents(self, threads: int, shared: int) -> int:
         """Blocks at once on a multiprocessor, with 128 registers a thread; the system takes 1 KiB for each block."""
         return min(512 // threads, self.shared_all // (shared + 1024))
 
+    def at_once(self, team: int, threads: int, shared: int) -> int:
+        """Blocks at once on the card where those of a team are a cluster."""
+        return max(1, self.residents(threads, shared)) * self.clusters[team.bit_length() - 1] * team
 
-# by architecture, to plan without a GPU
+
+def even(multiprocessors: int, largest: int) -> tuple[int, ...]:
+    """Clusters at once, by size, where only the number of multiprocessors counts: at least one of each size."""
+    return tuple(max(1, multiprocessors >> i) for i in range(largest.bit_length()))
+
+
+# by architecture, to plan without a GPU: data-centre cards may have clusters of 16, which the card at hand is asked for
 CARDS = {
     "sm_80": Card((8, 0), 108, 163 << 10, 164 << 10, 40 << 20),
     "sm_86": Card((8, 6), 84, 99 << 10, 100 << 10, 6 << 20),
     "sm_89": Card((8, 9), 142, 99 << 10, 100 << 10, 96 << 20),
-    "sm_90": Card((9, 0), 132, 227 << 10, 228 << 10, 50 << 20),
-    "sm_100": Card((10, 0), 148, 227 << 10, 228 << 10, 126 << 20),
+    "sm_90": Card((9, 0), 132, 227 << 10, 228 << 10, 50 << 20, even(132, LARGEST)),
+    "sm_100": Card((10, 0), 148, 227 << 10, 228 << 10, 126 << 20, even(148, LARGEST)),
     "sm_120": Card((12, 0), 188, 99 << 10, 100 << 10, 128 << 20),
 }
 
@@ -148,7 +172,7 @@ def plan(problem: Problem, operands: int, card: Card, path: int | None = None) -
         made = [one for one in made if one.path == RESIDENT]
     elif path is None:
         # two launches need no promise that all blocks run at once, and no newer card than sm_80
-        wanted = GRID if card.cluster > 1 else PLAIN
+        wanted = GRID if card.has_clusters else PLAIN
         made = [one for one in made if one.path == wanted] or made
     return min(made, key=lambda one: (seconds(one, problem, operands, card), one.blocks), default=None)
 
@@ -156,7 +180,7 @@ def plan(problem: Problem, operands: int, card: Card, path: int | None = None) -
 def seconds(plan: Plan, problem: Problem, operands: int, card: Card) -> float:
     """A rough estimate, to choose among plans: it knows bytes, meetings and waves of blocks."""
     moved = plan.traffic(problem, operands, card)
-    at_once = max(1, card.residents(plan.threads, plan.shared)) * card.multiprocessors
+    at_once = card.at_once(plan.team if plan.path == RESIDENT else 1, plan.threads, plan.shared)
     waves = math.ceil(plan.blocks / at_once)
     busy = min(plan.blocks, card.multiprocessors)
     meeting = {RESIDENT: CLUSTER if plan.team > 1 else 0, GRID: MEETING, PLAIN: MEETING}[plan.path]

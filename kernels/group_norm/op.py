@@ -241,7 +241,8 @@ def group_norm(
         addend: `[B, C]` or None; what a residual block adds of its time embedding. Statistics are of the sum.
 
     Returns:
-        A tensor with the shape, dtype and strides of `x`. Statistics are taken in fp32 or better.
+        A tensor with the shape, dtype and strides of `x`. Statistics are taken in fp32 or better. Under transforms of
+        `torch.func` and in forward mode plain torch computes it, contiguous.
 
     Raises:
         ValueError: an argument has the wrong rank, shape, dtype or device.
@@ -249,6 +250,9 @@ def group_norm(
     check(x, groups, weight, bias, scale, shift, activation, addend)
     arguments = x, groups, weight, bias, scale, shift, activation, eps, addend
     kernel = dispatch.direct(op, arguments)
+    if kernel is None and dispatch.transformed():
+        with torch.autocast(x.device.type, enabled=False):
+            return group_norm_ref(*arguments)
     if kernel is None:
         return op(*arguments)[0]
     return (Fused.apply(kernel, *arguments) if dispatch.differentiable(arguments) else kernel(*arguments))[0]

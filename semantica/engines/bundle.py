@@ -16,6 +16,8 @@ FORMAT, VERSION = "semantica-bundle", 1
 MANIFEST = "manifest.json"
 CONDITION, DENOISE, WEIGHTS, NULL = "condition.onnx", "denoise.onnx", "weights.safetensors", "null.safetensors"
 FILES = (CONDITION, DENOISE, WEIGHTS, NULL)
+# the same graphs in the operators that ONNX Runtime has kernels for; where one needs no other form there is none
+FOR_ONNX_RUNTIME = {CONDITION: "condition.ort.onnx", DENOISE: "denoise.ort.onnx"}
 # what the fp32 network answered to the inputs that engines are compared on; sampling does not read it
 REFERENCE = "reference.safetensors"
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -69,6 +71,11 @@ class Bundle:
         """Shape of one value of each input of the encoders, in order: pictures alone, or what the manifest says."""
         side = self.shapes["image"]
         return {name: tuple(shape) for name, shape in self.manifest.get("inputs", {"image": (3, side, side)}).items()}
+
+    def for_onnx_runtime(self, name: str) -> Path:
+        """Where the form of a graph is that ONNX Runtime takes: its own, where the manifest names one."""
+        own = FOR_ONNX_RUNTIME[name]
+        return self.folder / (own if own in self.manifest["files"] else name)
 
     def shape_of(self, name: str, batch: int) -> tuple[int, ...]:
         """Shape of a named input or output of the two graphs."""

@@ -31,7 +31,7 @@ def session(
 
     Raises `UserError` for a graph that does not load there, and where ONNX Runtime would compute elsewhere instead.
     """
-    options, path = onnxruntime.SessionOptions(), bundle.folder / name
+    options, path = onnxruntime.SessionOptions(), bundle.for_onnx_runtime(name)
     # warnings about graphs that run are not for the user; what fails is raised
     options.log_severity_level = 3
     try:

@@ -1,5 +1,7 @@
 """Cross-attention of diffusers' models on the fused operator, through diffusers' own processor interface."""
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,22 +12,49 @@ from semantica.kernels import cross_attention
 from semantica.kernels.cross_attention.op import HEAD_DIMS, fused
 
 
-def serves(attn: Attention, hidden: Tensor, mask: Tensor | None) -> bool:
-    """Whether the fused operator computes this attention here; what it does not stays as diffusers has it."""
+def serves(attn: Attention, hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> bool:
+    """Whether the fused operator computes this attention here; what it does not stays as diffusers has it.
+
+    Masks: those of keys, which UNets and ControlNets make of `encoder_attention_mask`.
+    """
     plain = attn.spatial_norm is None and attn.group_norm is None and attn.norm_q is None and attn.norm_k is None
-    return plain and mask is None and hidden.ndim == 3 and head_dim(attn) in HEAD_DIMS and fused(hidden)
+    keys = mask is None or mask.shape == (len(tokens), 1, tokens.shape[1])
+    return plain and keys and hidden.ndim == 3 and head_dim(attn) in HEAD_DIMS and fused(hidden)
 
 
 def head_dim(attn: Attention) -> int:
     return attn.inner_dim // attn.heads
 
 
-def attend(attn: Attention, hidden: Tensor, streams: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """One pass over all streams; `streams`: keys and values `[B, M, C]` of each. Returns `[B, N, C]`."""
+def attend(
+    attn: Attention,
+    hidden: Tensor,
+    streams: Sequence[tuple[Tensor, Tensor]],
+    gates: Sequence[float] = (),
+    length: Tensor | None = None,
+) -> Tensor:
+    """One pass over all streams.
+
+    Args:
+        hidden: `[B, N, C]`.
+        streams: keys and values `[B, M, C]` of each.
+        gates: factor of each stream; none for 1.
+        length: `[B]`, the valid tokens of the first stream; all of them without.
+
+    Returns:
+        `[B, N, C]`.
+    """
     query = attn.to_q(hidden).unflatten(-1, (attn.heads, -1))
+    sizes = [key.shape[1] for key, _ in streams]
     keys, values = (torch.cat(part, 1) if len(part) > 1 else part[0] for part in zip(*streams))
     keys, values = (a.unflatten(-1, (attn.heads, -1)) for a in (keys, values))
-    out = cross_attention(query, keys, values, [key.shape[1] for key, _ in streams]).flatten(2)
+    lengths, factors = None, None
+    if length is not None:
+        lengths = torch.stack([length, *(length.new_full((len(hidden),), size) for size in sizes[1:])], 1)
+    if any(gate != 1 for gate in gates):
+        shape = len(hidden), attn.heads
+        factors = torch.stack([hidden.new_full(shape, gate, dtype=torch.float32) for gate in gates], 1)
+    out = cross_attention(query, keys, values, sizes, lengths, factors).flatten(2)
     out = attn.to_out[1](attn.to_out[0](out))
     return (out + hidden if attn.residual_connection else out) / attn.rescale_output_factor
 
@@ -34,6 +63,27 @@ def text_stream(attn: Attention, tokens: Tensor) -> tuple[Tensor, Tensor]:
     if attn.norm_cross:
         tokens = attn.norm_encoder_hidden_states(tokens)
     return attn.to_k(tokens), attn.to_v(tokens)
+
+
+def first_those_there(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens `[B, M, C]` in an order in which a mask is a length `[B]`: a softmax does not ask for the order of keys.
+
+    `mask [B, 1, M]`: 0 for tokens that are there, else far below, as diffusers adds it to the logits. Where it leaves
+    none, it has lowered all logits alike, and all tokens count.
+    """
+    if mask is None:
+        return tokens, None
+    there = mask[:, 0] == 0
+    order = there.to(torch.uint8).argsort(1, descending=True, stable=True)
+    count = there.sum(1)
+    tokens = tokens.gather(1, order[:, :, None].expand_as(tokens))
+    return tokens, torch.where(count > 0, count, tokens.shape[1])
+
+
+@functools.cache
+def say(what: str) -> None:
+    """Once in a process."""
+    logging.getLogger("semantica").warning(what)
 
 
 class FusedAttnProcessor(AttnProcessor2_0):
@@ -48,15 +98,18 @@ class FusedAttnProcessor(AttnProcessor2_0):
         temb: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        if encoder_hidden_states is None or not serves(attn, hidden_states, attention_mask):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
-        return attend(attn, hidden_states, [text_stream(attn, encoder_hidden_states)])
+        tokens, mask = encoder_hidden_states, attention_mask
+        if tokens is None or not serves(attn, hidden_states, tokens, mask):
+            return super().__call__(attn, hidden_states, tokens, mask, temb, **kwargs)
+        tokens, length = first_those_there(tokens, mask)
+        return attend(attn, hidden_states, [text_stream(attn, tokens)], length=length)
 
 
 class FusedIPAdapterAttnProcessor(IPAdapterAttnProcessor2_0):
     """Text and the pictures of any number of IP-Adapters in one pass: each is a stream with a softmax of its own.
 
-    Ye et al., arXiv 2308.06721, eq. 5. Masks and a scale for each picture of one adapter stay as diffusers has them.
+    Ye et al., arXiv 2308.06721, eq. 5; the adapter's scale is the stream's gate. Masks of the picture, and a scale for
+    each picture of one adapter, stay as diffusers has them.
     """
 
     def __call__(
@@ -69,17 +122,25 @@ class FusedIPAdapterAttnProcessor(IPAdapterAttnProcessor2_0):
         scale: float = 1.0,
         ip_adapter_masks: Tensor | None = None,
     ) -> Tensor:
-        simple = isinstance(encoder_hidden_states, tuple) and ip_adapter_masks is None
-        numbers = all(isinstance(factor, int | float) for factor in self.scale)
-        if not (simple and numbers and serves(attn, hidden_states, attention_mask)):
-            return super().__call__(
-                attn, hidden_states, encoder_hidden_states, attention_mask, temb, scale, ip_adapter_masks
-            )
-        tokens, pictures = encoder_hidden_states
-        streams = [text_stream(attn, tokens)]
-        for picture, factor, to_k, to_v in zip(pictures, self.scale, self.to_k_ip, self.to_v_ip, strict=True):
+        given, mask = encoder_hidden_states, attention_mask
+        ours = isinstance(given, tuple) and serves(attn, hidden_states, given[0], mask)
+        if not (ours and self.simple(ip_adapter_masks)):
+            return super().__call__(attn, hidden_states, given, mask, temb, scale, ip_adapter_masks)
+        tokens, length = first_those_there(given[0], mask)
+        streams, gates = [text_stream(attn, tokens)], [1.0]
+        for picture, factor, to_k, to_v in zip(given[1], self.scale, self.to_k_ip, self.to_v_ip, strict=True):
             if factor:
-                # several pictures of one adapter are one stream; a factor of the values is one of the result
+                # several pictures of one adapter are one stream
                 flat = picture.flatten(1, 2) if picture.ndim == 4 else picture
-                streams.append((to_k(flat), to_v(flat) * factor))
-        return attend(attn, hidden_states, streams)
+                streams.append((to_k(flat), to_v(flat)))
+                gates.append(factor)
+        return attend(attn, hidden_states, streams, gates, length)
+
+    def simple(self, masks: Tensor | None) -> bool:
+        """Whether each adapter is one stream with one factor; else it is said why not, once."""
+        if masks is None and all(isinstance(factor, int | float) for factor in self.scale):
+            return True
+        if not torch.compiler.is_compiling():
+            what = "masks of IP-Adapters" if masks is not None else "a scale for each picture of an IP-Adapter"
+            say(f"{what}: cross-attention to its pictures stays with diffusers' own processor")
+        return False

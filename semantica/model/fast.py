@@ -170,6 +170,11 @@ class FastDenoiser(nn.Module):
                 module.float()
         self.requires_grad_(False)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What is compiled one by one."""
+        return [block for part in self.net.blocks for block in part]
+
     def prepare(self, condition: Condition, null: Condition | None) -> Branches:
         """What the steps need of a condition, with the unconditional branch beside it unless `null` is None.
 

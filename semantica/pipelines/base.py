@@ -12,13 +12,13 @@ from PIL import Image
 
 from semantica import solvers
 from semantica.condition import Condition, concatenate
+from semantica.discrete import schedule_of
 from semantica.errors import UserError
 from semantica.images import to_uint8
 from semantica.inputs import Prepared, part_of, samples_in
 from semantica.ranges import span
 from semantica.sampling.loop import Array, Denoiser, Guidance, sample
 from semantica.sampling.settings import Sampling
-from semantica.solvers import Schedule
 
 OUTPUTS = ("pil", "np", "pt")
 
@@ -118,7 +118,7 @@ class VariationPipeline(ABC):
         seed = self.seed if seed is None else seed
         config = {**self.scheduler_config, **({"solver": solver} if solver else {})}
         fields = dict(steps=num_inference_steps, guidance=guidance_scale, interval=interval, seed=seed or 0)
-        settings, schedule = Sampling.of(config, **fields), Schedule.of(config)
+        settings, schedule = Sampling.of(config, **fields), schedule_of(config)
         with span("prepare"):
             samples = self.prepare(image)
         total = samples_in(samples) * n
@@ -139,8 +139,12 @@ class VariationPipeline(ABC):
             with span("sample"), self.watched(settings, callback_on_step_end) as on_step:
                 made.append(sample(self.denoiser, z, condition, None, schedule, settings, fresh, guidance, on_step))
         with span("finish"):
-            images = finish(concatenate(made), output_type)
+            images = finish(self.decode(concatenate(made)), output_type)
         return self.output_class(images=images) if return_dict else (images,)
+
+    def decode(self, z: Array) -> Array:
+        """Images `[B, 3, R, R]` around [-1, 1] of what was sampled: that itself, or its decoded latents."""
+        return z
 
     def fresh(self, noise: Callable[..., Array], rows: range, step: int) -> Array:
         """What a solver adds in a step."""
@@ -177,7 +181,7 @@ class VariationPipeline(ABC):
     @contextmanager
     def watched(self, settings: Sampling, callback: Callable | None) -> Iterator[Callable[[int, Array], Array] | None]:
         """What the loop calls after each step of a run, if anything."""
-        times = self.array(Schedule.of(self.scheduler_config).grid(settings.steps)[0])
+        times = self.array(schedule_of(self.scheduler_config).grid(settings.steps)[0])
 
         def on_step(i: int, z: Array) -> Array:
             return callback(self, i, times[i], {"latents": z}).get("latents", z)

@@ -89,6 +89,11 @@ class NetworkPipeline(VariationPipeline):
         self._fast = denoiser, torch.nn.Module.to(encoder, denoiser.dtype)
         return self
 
+    def restore(self) -> Self:
+        """Undo `accelerate`; returns the pipeline."""
+        self._fast = None
+        return self
+
     @property
     def denoiser(self) -> Denoiser:
         """The network, or the compiled copy that `accelerate` made."""

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -30,7 +29,8 @@ class CompiledDenoiser:
     Written for CPUs and CUDA. What is here for CUDA, the graphs above all, has not run on a GPU yet.
 
     Args:
-        unet: on the device where sampling happens; it is copied. A single call is the network as it was.
+        unet: on the device where sampling happens; it is copied. A single call is the network as it was. Or another
+            denoiser with `fast(dtype)`, such as `semantica.fused.denoiser.UNetDenoiser`.
         dtype: of weights and activations; by default bf16 where the processor has instructions for it, else fp32.
         compile: "none", "blocks" (each block on its own: compiles sooner) or "network" (runs fastest).
         graphs: on CUDA, record the whole run as a graph for every kind of call, and use it where it is faster.
@@ -50,12 +50,14 @@ class CompiledDenoiser:
         graphs: bool = True,
     ):
         self.unet, self.device = unet, unet.device
-        self.network = FastDenoiser(unet, dtype or pick_precision("auto", self.device))
+        dtype = dtype or pick_precision("auto", self.device)
+        # other networks than this package's bring a fast form of their own
+        self.network = unet.fast(dtype) if hasattr(unet, "fast") else FastDenoiser(unet, dtype)
         self.dtype = self.network.dtype
         if compile == "network":
             self.network.compile(fullgraph=True, dynamic=False)
         elif compile == "blocks":
-            for block in chain(*self.network.net.blocks):
+            for block in self.network.blocks:
                 block.compile(fullgraph=True, dynamic=False)
         self.graphs = GraphCache(Replays(self.device).record) if graphs and self.device.type == "cuda" else None
         # kinds of runs whose code is compiled

@@ -5,12 +5,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from semantica.condition import Condition
-from semantica.errors import first_line
+from semantica.errors import UserError, first_line
 from semantica.ranges import span
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,28 @@ class Replays:
         self.holder: torch.cuda.CUDAGraph | None = None
 
     def record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> "CudaGraph":
-        if self.holder is None:
-            self.hold()
-        return CudaGraph(self, function, inputs)
+        """Raises what the function or its capture raised: nothing of it runs any more then, and others may be made."""
+        try:
+            if self.holder is None:
+                self.hold()
+            return CudaGraph(self, function, inputs)
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Wait for what was begun, and leave the pool to the graphs that are in it already.
+
+        Where a capture fails, torch's allocator takes it for one that goes on: it refuses the next one in that pool,
+        and keeps whatever two streams have used until the capture ends.
+        """
+        self.holder = None
+        with suppress(RuntimeError):
+            self.stream.synchronize()
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            # the failed graph's share, which it gives back only after a capture that ended
+            torch._C._cuda_releasePool(self.device.index, self.pool)
 
     def hold(self) -> None:
         """Make the pool, with an empty graph in it: torch takes no pool again whose graphs have all gone."""
@@ -101,14 +121,18 @@ class CudaGraph:
         return made
 
 
+def drain(device: torch.device) -> None:
+    """Wait for all that a device has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def seconds(call: Callable[[], Tensor]) -> float:
     """The shortest of three calls, on the wall."""
     found = []
     for _ in range(3):
         began = time.perf_counter()
-        device = call().device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        drain(call().device)
         found.append(time.perf_counter() - began)
     return min(found)
 
@@ -152,11 +176,8 @@ class GraphCache:
             if key not in self.kept:
                 # a function that lost to its replay is not kept: it holds this call's condition
                 self.kept[key] = self.proven(key, function, inputs)
-                # recording has waited for the device, so that no graph goes while it runs
                 while len(self.kept) > self.limit:
-                    oldest = next(iter(self.kept))
-                    del self.kept[oldest]
-                    self.times.pop(oldest, None)
+                    self.forget(next(iter(self.kept)), inputs)
             graph = self.kept[key]
             if graph is not None:
                 with span("replay"):
@@ -169,14 +190,25 @@ class GraphCache:
             try:
                 graph = self.record(function, inputs)
                 error = disagreement(function, graph, inputs)
-            except RuntimeError as refused:
-                logger.warning("no CUDA graph of this run (%s): it goes on without", first_line(refused))
+                if not error <= AGREEMENT:
+                    said = "the CUDA graph of this run differs from the run itself by %.2g: it is not used"
+                    logger.warning(said, error)
+                    return None
+                self.times[key] = self.measure(lambda: function(*inputs)), self.measure(lambda: graph(*inputs))
+            # what is the caller's own mistake is raised once more by the run itself
+            except (RuntimeError, UserError) as refused:
+                # the end of a failed capture says no more than that it failed
+                cause = refused.__context__ or refused
+                logger.warning("no CUDA graph of this run (%s): it goes on without", first_line(cause))
                 return None
-            if not error <= AGREEMENT:
-                logger.warning("the CUDA graph of this run differs from the run itself by %.2g: it is not used", error)
-                return None
-            self.times[key] = self.measure(lambda: function(*inputs)), self.measure(lambda: graph(*inputs))
         return graph if self.times[key][1] < self.times[key][0] else None
+
+    def forget(self, key: tuple, inputs: tuple[Tensor, ...]) -> None:
+        """Drop a graph that may still run, on the device of these inputs: its memory and its contexts go with it."""
+        if self.kept[key] is not None:
+            drain(inputs[0].device)
+        del self.kept[key]
+        self.times.pop(key, None)
 
     def clear(self) -> None:
         """Forget every graph, as when what they read has changed; none of them may still run."""

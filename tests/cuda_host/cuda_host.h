@@ -198,3 +198,8 @@ int launch(void (*kernel)(P...), const LaunchShape& shape, cudaStream_t, A... ar
   cuda_host::Grid grid{{shape.grid}, {shape.block}, shape.cluster, shape.shared_bytes, shape.cooperative};
   return cuda_host::run(grid, [=] { kernel(P(arguments)...); }, cuda_host::copy_bytes);
 }
+// as many as there may be blocks at once
+template <typename... P>
+int clusters_at_once(void (*)(P...), const LaunchShape& shape, int* count) {
+  return cuda_host::clusters_at_once({{shape.grid}, {shape.block}, shape.cluster, shape.shared_bytes, false}, count);
+}

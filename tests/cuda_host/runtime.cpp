@@ -268,4 +268,9 @@ int run(const Grid& grid, const std::function<void()>& thread, Copy copy) {
   return 0;
 }
 
+int clusters_at_once(const Grid& grid, int* count) {
+  *count = grid.cluster > MAX_CLUSTER ? 0 : int(resident / grid.cluster);
+  return grid.shared_bytes > MAX_SHARED || grid.block.x > MAX_THREADS ? INVALID_VALUE : 0;
+}
+
 }  // namespace cuda_host

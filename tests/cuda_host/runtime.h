@@ -55,6 +55,9 @@ void print_barriers();
 using Copy = void (*)(void* to, const void* from, size_t bytes);
 int run(const Grid& grid, const std::function<void()>& thread, Copy copy);
 
+// of a grid's size and shape; 0 where there are none so large
+int clusters_at_once(const Grid& grid, int* count);
+
 // ends the process: the call, the fault, the thread
 [[noreturn]] void fault(const Call& at, const char* format, ...) __attribute__((format(printf, 2, 3)));
 

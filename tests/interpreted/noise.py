@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from semantica.kernels import launch
+from semantica.kernels import noise as kernel
 from semantica.kernels.noise import BLOCK, plan_noise
 from semantica.train.data.noise import FRACTION, WITHIN, key_tensor, noise, plain_noise, quantiles
 
@@ -20,6 +21,13 @@ def test_the_kernel_draws_the_same_bits(shape):
     for seed in (0, 3, 12345678901234567890):
         made = noise(seed, index, shape)
         assert made.shape == (4, *shape) and torch.equal(made.flatten(1), plain_noise(seed, index, made[0].numel()))
+
+
+def test_more_samples_than_a_launch_takes_are_drawn_by_several(monkeypatch):
+    index = torch.arange(7) ** 9
+    whole = noise(3, index, (50,))
+    monkeypatch.setattr(kernel, "SAMPLES", 3)
+    assert torch.equal(noise(3, index, (50,)), whole) and torch.equal(plain_noise(3, index, 50), whole)
 
 
 def test_nothing_is_written_outside_and_nothing_left_unwritten():

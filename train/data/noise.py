@@ -88,7 +88,7 @@ def noise(seed: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     Word `i` of sample `n` is word `i % 4` of the counter (i // 4, 0, n mod 2^32, n // 2^32).
     """
     size = int(np.prod(shape))
-    if launch.DEVICE == index.device.type:
+    if launch.DEVICE == index.device.type and launch.modern(index.device):
         # one launch in the place of some hundred
         from semantica.kernels.noise import fill
 

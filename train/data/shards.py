@@ -4,12 +4,14 @@ The shards may lie in a local folder or behind an fsspec URL. They are read by o
 nothing is unpacked, executed or unpickled, and each picture is checked against its hash.
 """
 
+import errno
 import hashlib
 import io
 import json
 import os
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -323,8 +325,9 @@ def read_index(store: "Store") -> dict:
         index = json.loads(store.whole("index.json"))
         version, shards = index["format"], index["shards"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(
-            f"{store.root} has no index.json that can be read ({type(error).__name__}): give the --out folder of a "
+            f"{store.root} has no index.json that can be read ({why}): give the --out folder of a "
             "finished 'semantica pairs', with all its files"
         ) from error
     if version != FORMAT or not isinstance(shards, list):
@@ -357,7 +360,7 @@ def read_table(store: "Store", entry: dict) -> Shard:
 
 
 class Store:
-    """Bytes of files in one folder, local or behind an fsspec URL.
+    """Bytes of files in one folder, local or behind an fsspec URL; also in a process that was forked since.
 
     Raises:
         UserError: a protocol that is not read, or whose package is missing.
@@ -373,7 +376,7 @@ class Store:
 
     def _connect(self) -> None:
         self.files = lru_cache(maxsize=64)(lambda name: open(Path(self.root, name), "rb", buffering=0))
-        self.system = None
+        self.process, self.system = os.getpid(), None
         self.fetched: dict[tuple[str, int], bytes] = {}
         if self.remote:
             import fsspec
@@ -390,17 +393,34 @@ class Store:
         self.__dict__.update(state)
         self._connect()
 
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """Around requests: each process has connections of its own, and what a library raises becomes an `OSError`."""
+        # a forked one has the systems of fsspec, but not the threads that serve them
+        if self.process != os.getpid():
+            self._connect()
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            raise OSError(errno.EIO, f"{type(error).__name__}: {first_line(error)}") from error
+
     def whole(self, name: str) -> bytes:
-        return self.system.cat_file(f"{self.path}/{name}") if self.system else Path(self.root, name).read_bytes()
+        with self.asked():
+            return self.system.cat_file(f"{self.path}/{name}") if self.system else Path(self.root, name).read_bytes()
 
     def size(self, name: str) -> int:
-        return self.system.size(f"{self.path}/{name}") if self.system else os.stat(Path(self.root, name)).st_size
+        with self.asked():
+            return self.system.size(f"{self.path}/{name}") if self.system else os.stat(Path(self.root, name)).st_size
 
     def fetch(self, places: Iterable[tuple[str, int, int]]) -> None:
         """Read ranges of remote files side by side, for the `read`s that follow; what fails is left for them to say."""
         names, offsets, sizes = zip(*places)
         paths, ends = [f"{self.path}/{name}" for name in names], [o + n for o, n in zip(offsets, sizes)]
-        found = self.system.cat_ranges(paths, list(offsets), ends, on_error="return")
+        found = ()
+        with suppress(OSError), self.asked():
+            found = self.system.cat_ranges(paths, list(offsets), ends, on_error="return")
         self.fetched = {
             (name, offset): data for name, offset, data in zip(names, offsets, found) if isinstance(data, bytes)
         }
@@ -410,8 +430,9 @@ class Store:
         if (name, offset) in self.fetched:
             return self.fetched[name, offset]
         try:
-            if self.system:
-                return self.system.cat_file(f"{self.path}/{name}", start=offset, end=offset + size)
-            return os.pread(self.files(name).fileno(), size, offset)
+            with self.asked():
+                if self.system:
+                    return self.system.cat_file(f"{self.path}/{name}", start=offset, end=offset + size)
+                return os.pread(self.files(name).fileno(), size, offset)
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or type(error).__name__}", name) from error

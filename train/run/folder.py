@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from semantica.train.data.draws import DRAWS
 from semantica.train.data.pairs import bad_record
 from semantica.train.objective import take
 from semantica.train.processes import World
+from semantica.train.run import track
 
 SAMPLE_CONDITIONS, SAMPLE_VARIATIONS, SAMPLE_STEPS = 6, 4, 20
 
@@ -32,7 +34,7 @@ class Run:
     """The run folder: configuration, logs, sample grids, and the pipeline at the end.
 
     Of several processes the main one writes. All of them call `log`, `rewind`, `sample` and `publish`, and where it
-    cannot write all of them end; what each found bad is collected in `log`.
+    cannot write all of them end; what each found bad is collected in `log`. `close` it at the end.
 
     Raises:
         UserError: the folder holds a run of another configuration, or something else, or cannot be written. Then also
@@ -43,7 +45,7 @@ class Run:
         self.out, self.config, self.world = config.out, config, world
         self.known_bad: set[str] = set()
         self.found_bad: list[tuple[str, str]] = []
-        self.board = None
+        self.board = self.tracked = None
         with world.consensus():
             if world.is_main:
                 self._open(data_digest)
@@ -51,18 +53,24 @@ class Run:
     def _open(self, data_digest: str) -> None:
         record = {"format": FORMAT, "semantica": semantica.__version__, "torch": torch.__version__}
         record |= {"train": self.config.record(), "data_digest": data_digest, "draws": DRAWS}
-        path = self.out / "config.json"
+        path, config = self.out / "config.json", self.config
+        identity = None
         if path.exists():
-            self._compare(path, record)
+            identity = self._compare(path, record).get("tracked_as")
         elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise UserError(f"{self.out} exists and is not a run folder: choose another --out")
+        if config.track != "none":
+            identity = identity or secrets.token_hex(4)
+            self.tracked = track.begin(config.track, self.out.name, identity, record["train"])
+        record |= {"tracked_as": identity} if identity else {}
         with self._writing("make room" if path.exists() else "choose another --out"):
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(path, record)
             self.known_bad = self._known_bad()
             self.board = self._board()
 
-    def _compare(self, path: Path, record: dict) -> None:
+    def _compare(self, path: Path, record: dict) -> dict:
+        """The record of the run that is continued."""
         try:
             old = json.loads(path.read_text())
             before, version, seen = old["train"], old["format"], old["data_digest"]
@@ -86,6 +94,7 @@ class Run:
             raise UserError(
                 f"the pictures in {self.config.data} changed since {self.out} was made: choose another --out"
             )
+        return old
 
     def _known_bad(self) -> set[str]:
         path = self.out / "bad_samples.jsonl"
@@ -159,6 +168,13 @@ class Run:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
                     self.board.add_scalar(name, value, row["step"])
+        if self.tracked is not None:
+            self.tracked.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        """Let a tracker end its run: what it has not sent yet it sends now."""
+        if self.tracked is not None:
+            self.tracked.finish()
 
     def sample(self, pipeline: NetworkPipeline, batch: dict, step: int) -> None:
         """A grid: each condition (or several), its target, its variations. All processes make it: a sharded network

@@ -1,0 +1,196 @@
+"""Folders of diffusers' Stable Diffusion pipelines behind the call of every pipeline here."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from semantica.condition import Stream
+from semantica.discrete import DiscreteSchedule
+from semantica.errors import UserError
+from semantica.files import read_json
+from semantica.fused.accelerate import accelerate
+from semantica.fused.denoiser import UNetDenoiser
+from semantica.fused.towers import CLIP_MEAN, CLIP_STD, ClipPictures, ClipTexts
+from semantica.inputs import Prepared
+from semantica.model.conditioner import Conditioner
+from semantica.model.encoders import refuse_code
+from semantica.pipelines.networks import NetworkPipeline
+from semantica.pipelines.runfolder import readable
+from semantica.tokens import ClipTokenizer
+
+# the parts that each kind of pipeline must have; nothing outside `CLASSES` is ever built
+KINDS = {
+    "StableDiffusionPipeline": ("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
+    "StableDiffusionXLPipeline": (
+        "unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
+    ),
+    "StableDiffusionImageVariationPipeline": ("unet", "vae", "scheduler", "image_encoder"),
+}  # fmt: skip
+CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "image_encoder": ("CLIPVisionModelWithProjection",),
+}
+INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+
+
+class UNetPipeline(NetworkPipeline):
+    """Text, pictures or both to images by a UNet of diffusers, its encoders and its autoencoder.
+
+    Args:
+        unet: the denoiser; encoder: an encoder for each of its streams; vae: an `AutoencoderKL`.
+    """
+
+    def __init__(self, unet: UNetDenoiser, encoder: Conditioner, vae: nn.Module):
+        super().__init__(unet, encoder, unet.schedule)
+        self.vae = vae
+
+    @classmethod
+    def load(cls, source: str | Path, ip_adapter: Path | None = None, ip_scale: float = 1.0) -> Self:
+        """A folder that diffusers' `save_pretrained` wrote, or a download of the same layout; its safety checker is
+        not used.
+
+        Args:
+            ip_adapter: safetensors of an IP-Adapter (arXiv 2308.06721); its image encoder is the folder's own, or in
+                the folder `image_encoder` beside the file. ip_scale: how much its pictures weigh.
+
+        Raises:
+            UserError: another kind of pipeline, a part that is missing or not in safetensors, or code to run.
+        """
+        folder = Path(source)
+        index = check_folder(folder)
+        with readable(folder):
+            unet, vae = accelerate(part_of(folder, "unet")), accelerate(part_of(folder, "vae"))
+            side = unet.config.sample_size
+            schedule = DiscreteSchedule.from_scheduler(read_json(folder / SCHEDULER), side)
+            encoders: dict[str, nn.Module] = {}
+            numbers = [n for n in ("", "_2") if f"tokenizer{n}" in KINDS[index["_class_name"]]]
+            if numbers:
+                towers = [part_of(folder, f"text_encoder{n}") for n in numbers]
+                encoders["text"] = ClipTexts([ClipTokenizer(folder / f"tokenizer{n}") for n in numbers], towers)
+            else:
+                encoders["image"] = pictures(folder)
+            if ip_adapter is not None:
+                if not numbers:
+                    raise UserError(f"{folder} makes variations of pictures: an IP-Adapter goes beside text")
+                encoders["image"] = adapt(unet, ip_adapter, ip_scale, folder)
+                accelerate(unet)
+        encoder = Conditioner(encoders).eval().requires_grad_(False)
+        null = {name: blank(part, index) for name, part in encoders.items()}
+        return cls(UNetDenoiser(unet, schedule, null).eval().requires_grad_(False), encoder, vae)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.unet.sample_shape
+
+    def to(self, device: torch.device | str) -> Self:
+        self.vae.to(device)
+        return super().to(device)
+
+    def prepare(self, inputs: Any) -> dict[str, Prepared]:
+        """As of every pipeline; prompts may come alone where there is nothing but text."""
+        alone = tuple(self.encoder.encoders) == ("text",) and not isinstance(inputs, Mapping)
+        return super().prepare({"text": inputs} if alone else inputs)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents `[B, C, S, S]` to images `[B, 3, 8 S, 8 S]` around [-1, 1], one at a time."""
+        return torch.cat([decode(self.vae, part) for part in z.split(1)])
+
+
+def decode(vae: nn.Module, z: Tensor) -> Tensor:
+    """Latents of unit size, as they are sampled, to images."""
+    latents = z.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return vae.decode(latents, return_dict=False)[0].to(z.dtype)
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The index of a folder all of whose parts are there and safe to read. Raises `UserError`."""
+    if not (folder / INDEX).is_file():
+        raise UserError(f"{folder} has no {INDEX}: give the folder of a diffusers pipeline")
+    index = read_json(folder / INDEX)
+    if index.get("_class_name") not in KINDS:
+        raise UserError(f"{folder} holds a {index.get('_class_name')!r}: expected one of {', '.join(KINDS)}")
+    refuse_code(read_json(folder / SCHEDULER), folder / SCHEDULER)
+    for name in KINDS[index["_class_name"]]:
+        entry = index.get(name)
+        if not isinstance(entry, list) or len(entry) != 2 or not (folder / name).is_dir():
+            raise UserError(f"{folder} has no {name}, which a {index['_class_name']} needs: download it whole")
+        if name in CLASSES and entry[1] not in CLASSES[name]:
+            raise UserError(f"{folder / INDEX} asks for {entry} as {name}: expected {', '.join(CLASSES[name])}")
+    return index
+
+
+def part_of(folder: Path, name: str) -> nn.Module:
+    """A model of a folder in fp32, from safetensors. Raises `UserError` where there are none."""
+    import diffusers
+    import transformers
+
+    kind = CLASSES[name][0]
+    files = sorted(path.name for path in (folder / name).glob("*.safetensors*"))
+    if not files:
+        raise UserError(f"{folder / name} has no safetensors weights: other files are never read")
+    refuse_code(read_json(folder / name / "config.json"), folder / name / "config.json")
+    # a download may hold half precision alone
+    half = all(".fp16." in file for file in files)
+    options = {"use_safetensors": True, "local_files_only": True, **({"variant": "fp16"} if half else {})}
+    bar = transformers.utils.logging
+    shown = bar.is_progress_bar_enabled()
+    # files that are there load in seconds
+    bar.disable_progress_bar()
+    try:
+        if hasattr(diffusers, kind):
+            made = getattr(diffusers, kind).from_pretrained(folder / name, torch_dtype=torch.float32, **options)
+        else:
+            made = getattr(transformers, kind).from_pretrained(folder / name, dtype=torch.float32, **options)
+    finally:
+        if shown:
+            bar.enable_progress_bar()
+    return made.eval().requires_grad_(False)
+
+
+def pictures(folder: Path, tokens: bool = False) -> ClipPictures:
+    """The image encoder of a folder, with the normalisation of its feature extractor."""
+    path = folder / "feature_extractor" / "preprocessor_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
+    return ClipPictures(part_of(folder, "image_encoder"), tokens, mean, std)
+
+
+def adapt(unet: nn.Module, path: Path, scale: float, folder: Path) -> ClipPictures:
+    """Load an IP-Adapter into a UNet; returns the encoder of its pictures. Raises `UserError`."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise UserError(f"{path} is no safetensors file: give the weights of an IP-Adapter")
+    places = [place for place in (folder, path.parent) if (place / "image_encoder" / "config.json").is_file()]
+    if not places:
+        raise UserError(f"neither {folder} nor {path.parent} has the image_encoder that the IP-Adapter reads")
+    state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for name, value in load_file(path).items():
+        part, _, key = name.partition(".")
+        if part not in state:
+            raise UserError(f"{path} holds {name!r}: that is no IP-Adapter")
+        state[part][key] = value
+    try:
+        # what `load_ip_adapter` of diffusers' pipelines calls
+        unet._load_ip_adapter_weights([state])
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}: an IP-Adapter of another model?") from error
+    for module in unet.modules():
+        if hasattr(module, "to_k_ip"):
+            module.scale = [scale]
+    unet.eval().requires_grad_(False)
+    return pictures(places[0], tokens="proj.weight" not in state["image_proj"])
+
+
+@torch.no_grad()
+def blank(encoder: ClipTexts | ClipPictures, index: Mapping[str, Any]) -> Stream:
+    """The stream of the unconditional branch: the empty prompt, or zeros where the model was trained with these."""
+    if isinstance(encoder, ClipPictures):
+        return encoder.blank()
+    empty = encoder(encoder.prepare([""]))
+    return empty.map(torch.zeros_like) if index.get("force_zeros_for_empty_prompt") else empty
