@@ -52,8 +52,9 @@ def activation_scales(path: Path) -> dict[str, float]:
 def quantise(request: dict[str, Any]) -> dict[str, Any]:
     """Calibrate a graph by each method; returns the scales, `{method: {node: scale}}`.
 
-    request: `module`: of ModelOpt's `quantize`; `graph`, `data`: paths of the graph and of the arrays of a
-        `Calibration`; `out`: folder for what ModelOpt writes; `mode`: "int8"; `methods`: names of ModelOpt's calibrations; `operators`: those to quantise.
+    request: `module`: where ModelOpt's `quantize` is; `graph`, `data`: paths of the graph and of the arrays of a
+        `Calibration`; `out`: folder for what ModelOpt writes; `mode`: "int8"; `methods`: names of its calibrations;
+        `operators`: those to quantise.
     """
     quantize, scales = importlib.import_module(request["module"]).quantize, {}
     for method in request["methods"]:
