@@ -1,5 +1,6 @@
 """NVIDIA ModelOpt on one graph; a process of its own, since it imports much and prints: python -m ... REQUEST.json."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -51,12 +52,11 @@ def activation_scales(path: Path) -> dict[str, float]:
 def quantise(request: dict[str, Any]) -> dict[str, Any]:
     """Calibrate a graph by each method; returns the scales, `{method: {node: scale}}`.
 
-    request: `graph`, `data`: paths of the graph and of the arrays of a `Calibration`; `out`: folder for what ModelOpt
-        writes; `mode`: "int8"; `methods`: names of ModelOpt's calibrations; `operators`: those to quantise.
+    request: `module`: where ModelOpt's `quantize` is; `graph`, `data`: paths of the graph and of the arrays of a
+        `Calibration`; `out`: folder for what ModelOpt writes; `mode`: "int8"; `methods`: names of its calibrations;
+        `operators`: those to quantise.
     """
-    from modelopt.onnx.quantization import quantize
-
-    scales = {}
+    quantize, scales = importlib.import_module(request["module"]).quantize, {}
     for method in request["methods"]:
         reader, path = Reader(Path(request["data"])), Path(request["out"], f"{method}.onnx")
         quantize(

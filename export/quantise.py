@@ -168,9 +168,9 @@ def calibrate(scratch: Path, calibration: "Calibration", mode: str) -> dict[str,
     import onnx_ir as ir
     from safetensors.numpy import save_file
 
+    from semantica.export.builders._process import run_worker
     from semantica.export.onnx import widened
     from semantica.export.qdq import CHANNELS
-    from semantica.export.worker import run_worker
 
     # in fp32: histograms of fp16 values have too few different edges
     model = widened(scratch / DENOISE, ir.DataType.FLOAT16)
@@ -180,6 +180,7 @@ def calibrate(scratch: Path, calibration: "Calibration", mode: str) -> dict[str,
     wide = {name: a.astype(np.float32) if a.dtype == np.float16 else a for name, a in arrays.items()}
     save_file(wide, scratch / "calibration.safetensors")
     request = {
+        "module": "modelopt.onnx.quantization",
         "graph": str(scratch / "prepared.onnx"),
         "data": str(scratch / "calibration.safetensors"),
         "out": str(scratch),

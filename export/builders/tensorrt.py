@@ -8,8 +8,7 @@ from semantica.engines import BACKENDS, Bundle, Engine, load_engine
 from semantica.engines.built import FORMAT, VERSION, engine_folder
 from semantica.engines.bundle import CONDITION, DENOISE, MANIFEST, read_manifest
 from semantica.errors import ArtifactError, UserError
-from semantica.export import worker
-from semantica.export.builders import Builder
+from semantica.export.builders import Builder, _process
 
 # what does the work; its results must be in the bundle's type
 COMPUTE = ("CONVOLUTION", "MATRIX_MULTIPLY", "ATTENTION_INPUT", "ATTENTION_OUTPUT")
@@ -108,8 +107,8 @@ def present_gpu() -> str | None:
 
 
 def run_worker(request: dict[str, Any], place: Path, backend: str, name: str) -> dict[str, Any]:
-    """Run the builder's process; raises `ArtifactError` as `semantica.export.worker.run_worker`."""
-    return worker.run_worker("semantica.export.builders._tensorrt_worker", request, place, backend, name)
+    """Run the builder's process; raises `ArtifactError` as `_process.run_worker`."""
+    return _process.run_worker("semantica.export.builders._tensorrt_worker", request, place, backend, name)
 
 
 def check_types(layers: dict[str, dict[str, int]], precision: str, name: str) -> None:
