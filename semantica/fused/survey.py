@@ -17,10 +17,10 @@ from semantica.fused.accelerate import check
 from semantica.fused.parts import walk
 
 HOW = {
-    "residual block": "fused: both norms with their SiLU, and the time embedding",
+    "residual block": "fused: norms, SiLU, time embedding",
     "norm": "fused",
-    "cross-attention": "fused on GPUs, all streams in one pass; on CPUs PyTorch's",
-    "self-attention": "as it was: diffusers' attention backend",
+    "cross-attention": "fused on GPUs, PyTorch's on CPUs",
+    "self-attention": "as it was: PyTorch's",
 }
 
 
