@@ -1,5 +1,6 @@
 """`semantica export`: a run folder becomes a bundle, or nothing does."""
 
+import gc
 import importlib.util
 import json
 import time
@@ -56,6 +57,8 @@ def export(config: ExportConfig) -> Path:
         manifest |= gate.program(captured)
         # the files hold the weights now, and engines will hold them once more
         captured, autoencoder = captured.without_programs(), None
+        # programs refer to themselves in circles
+        gc.collect()
         manifest |= gate.files(captured)
         manifest["files"] |= entries(folder, [REFERENCE])
         manifest["seconds"] = round(time.perf_counter() - began, 1)
