@@ -27,52 +27,74 @@ TWIN = "fp32 over the bf16 file's weights"
 THINNED = 8
 
 
-def gate(
-    unet, encoder, schedule, captured: Captured, folder: Path, levels: int, steps: int, decode: Callable | None = None
-) -> dict[str, Any]:
-    """Compare the decomposed program, in half precision, and the written files with the fp32 network.
+class Gate:
+    """The comparisons with the fp32 network that a bundle has to pass: `program`, then `files`.
 
     Args:
         unet, encoder: the fp32 network. schedule: its noise schedule.
-        captured: the programs that the files in `folder` were written from.
+        sizes: tokens of each stream.
+        folder: of the bundle; what the network answered is kept there.
         levels, steps: how many noise levels, and the length of the sampling runs.
         decode: of a network that samples latents, the fp32 decoder of these.
-
-    Returns:
-        `parity`, `bounds` and, in half precision, `headroom`, for the manifest.
-
-    Raises:
-        ArtifactError: something is over its bound or not finite; the line names the layer.
     """
-    network = parity.Network(unet, encoder, captured.sizes)
-    problem = parity.make_problem(network, schedule, levels, steps)
-    parity.save_problem(problem, folder / REFERENCE)
-    rows, record = {}, {}
-    if captured.precision != "fp32":
+
+    def __init__(
+        self,
+        unet,
+        encoder,
+        schedule,
+        sizes: tuple[int, ...],
+        folder: Path,
+        levels: int,
+        steps: int,
+        decode: Callable | None = None,
+    ):
+        self.network, self.folder, self.decode = parity.Network(unet, encoder, sizes), folder, decode
+        self.problem = parity.make_problem(self.network, schedule, levels, steps)
+        parity.save_problem(self.problem, folder / REFERENCE)
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def program(self, captured: Captured) -> dict[str, Any]:
+        """Compare the decomposed program, in half precision; returns its `headroom` for the manifest.
+
+        Raises:
+            ArtifactError: something is over its bound or not finite; the line names the layer.
+        """
+        if captured.precision == "fp32":
+            return {}
         reduced = ReducedNetwork(captured)
         words = f"{captured.precision}, products added up in fp32"
-        rows["program"] = parity.compare(reduced, problem, words)
-        check(rows["program"], "program", network, problem, captured, None)
-        record["headroom"] = reduced.headroom()
-        check_headroom(record["headroom"], captured.precision)
-    whole = folder if captured.precision != "bf16" else write_twin(folder)
-    try:
-        bundle = open_bundle(whole)
-        native = as_written(bundle)
-        for name, graphs in {"onnxruntime": bundle, "native": native}.items():
-            if name == "onnxruntime" or native != bundle:
-                # one at a time: each holds the weights, in fp32 where the CPU has no narrower kernels
-                engine = None
-                engine = ort.load(graphs, "onnxruntime", "cpu")
-                words = engine.arithmetic if whole == folder else TWIN
-                rows[name] = parity.compare(engine, problem if graphs is bundle else thinned(problem), words)
-                check(rows[name], name, network, problem, captured, graphs)
-                if decode is not None:
-                    rows[name]["decode_error"] = decoded(engine, decode, problem.made, captured.precision)
-    finally:
-        if whole != folder:
-            shutil.rmtree(whole)
-    return {"parity": rows, "bounds": vars(parity.BOUNDS[captured.precision]), **record}
+        self.rows["program"] = parity.compare(reduced, self.problem, words)
+        check(self.rows["program"], "program", self.network, self.problem, captured, None)
+        headroom = reduced.headroom()
+        check_headroom(headroom, captured.precision)
+        return {"headroom": headroom}
+
+    def files(self, captured: Captured) -> dict[str, Any]:
+        """Compare the written files; returns `parity` and `bounds` for the manifest.
+
+        captured: what they were written from, maybe without its programs. Raises `ArtifactError` as `program`.
+        """
+        folder, problem = self.folder, self.problem
+        whole = folder if captured.precision != "bf16" else write_twin(folder)
+        try:
+            bundle = open_bundle(whole)
+            native = as_written(bundle)
+            for name, graphs in {"onnxruntime": bundle, "native": native}.items():
+                if name == "onnxruntime" or native != bundle:
+                    # one at a time: each holds the weights, in fp32 where the CPU has no narrower kernels
+                    engine = None
+                    engine = ort.load(graphs, "onnxruntime", "cpu")
+                    words = engine.arithmetic if whole == folder else TWIN
+                    row = parity.compare(engine, problem if graphs is bundle else thinned(problem), words)
+                    check(row, name, self.network, problem, captured, graphs)
+                    if self.decode is not None:
+                        row["decode_error"] = decoded(engine, self.decode, problem.made, captured.precision)
+                    self.rows[name] = row
+        finally:
+            if whole != folder:
+                shutil.rmtree(whole)
+        return {"parity": self.rows, "bounds": vars(parity.BOUNDS[captured.precision])}
 
 
 def check(

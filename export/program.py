@@ -5,7 +5,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -80,12 +80,16 @@ class Captured:
     """
 
     precision: str
-    unet: nn.Module
-    encoder: nn.Module
-    denoise: ExportedProgram
-    encode: ExportedProgram
+    unet: nn.Module | None
+    encoder: nn.Module | None
+    denoise: ExportedProgram | None
+    encode: ExportedProgram | None
     inputs: tuple[str, ...]
     sizes: tuple[int, ...]
+
+    def without_programs(self) -> "Captured":
+        """What can still be said of them once their weights are let go."""
+        return replace(self, unet=None, encoder=None, denoise=None, encode=None)
 
 
 def in_precision(module: nn.Module, precision: str) -> nn.Module:

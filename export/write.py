@@ -1,5 +1,6 @@
 """`semantica export`: a run folder becomes a bundle, or nothing does."""
 
+import gc
 import importlib.util
 import json
 import time
@@ -31,7 +32,7 @@ def export(config: ExportConfig) -> Path:
         how = 'pip install "semantica-diffusion[export]"'
         raise UserError(f"export needs {', '.join(absent)}, not installed here: {how}")
 
-    from semantica.export.gate import gate
+    from semantica.export.gate import Gate
     from semantica.export.program import capture
 
     pipeline = load(config)
@@ -51,9 +52,14 @@ def export(config: ExportConfig) -> Path:
         manifest["files"] = entries(folder, contents(folder))
         (folder / MANIFEST).write_text(json.dumps(manifest | {"parity": {}}, indent=1))
         schedule = pipeline.scheduler if autoencoder else pipeline.scheduler.schedule
-        extent = config.levels, config.steps
-        decode = pipeline.decode if autoencoder else None
-        manifest |= gate(pipeline.unet, pipeline.encoder, schedule, captured, folder, *extent, decode)
+        compared = captured.sizes, folder, config.levels, config.steps, pipeline.decode if autoencoder else None
+        gate = Gate(pipeline.unet, pipeline.encoder, schedule, *compared)
+        manifest |= gate.program(captured)
+        # the files hold the weights now, and engines will hold them once more
+        captured, autoencoder = captured.without_programs(), None
+        # programs refer to themselves in circles
+        gc.collect()
+        manifest |= gate.files(captured)
         manifest["files"] |= entries(folder, [REFERENCE])
         manifest["seconds"] = round(time.perf_counter() - began, 1)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))

@@ -25,7 +25,7 @@ from semantica.engines.ort_bound import BoundEngine
 from semantica.errors import ArtifactError
 from semantica.export import program, write
 from semantica.export.config import ExportConfig
-from semantica.export.gate import gate
+from semantica.export.gate import Gate
 from semantica.export.onnx_runtime import with_layer_norms
 from semantica.export.program import capture
 from semantica.files import entries
@@ -357,15 +357,16 @@ def test_a_planted_fault_is_refused_and_its_layer_named(bundles, network, tmp_pa
     copy = shutil.copytree(bundles["fp32"], tmp_path / "copy")
     fault(copy)
     rewrite_hashes(copy)
+    gate = Gate(pipeline.unet, pipeline.encoder, pipeline.scheduler.schedule, captured.sizes, copy, 4, 3)
     with pytest.raises(ArtifactError, match=says):
-        gate(pipeline.unet, pipeline.encoder, pipeline.scheduler.schedule, captured, copy, 4, 3)
+        gate.files(captured.without_programs())
 
 
 def test_a_refused_export_leaves_nothing_and_exits_with_1(small_run, tmp_path, capsys, monkeypatch):
     honest = write.write_graphs
 
-    def faulty(captured, folder: Path) -> dict:
-        made = honest(captured, folder)
+    def faulty(captured, folder: Path, *more) -> dict:
+        made = honest(captured, folder, *more)
         scale("unet.conv_out.weight", 1.01)(folder)
         return made
 
@@ -387,8 +388,9 @@ def test_fp16_overflow_is_found_by_the_program_in_that_type(small_run, tmp_path,
         conv.weight.mul_(peak)
         conv.bias.mul_(peak)
     captured = capture(pipeline.unet, pipeline.encoder, "fp16")
+    gate = Gate(pipeline.unet, pipeline.encoder, pipeline.scheduler.schedule, captured.sizes, tmp_path, 2, 2)
     with pytest.raises(ArtifactError, match=says):
-        gate(pipeline.unet, pipeline.encoder, pipeline.scheduler.schedule, captured, tmp_path, 2, 2)
+        gate.program(captured)
 
 
 def test_bad_run_folders_and_places(small_run, tmp_path, capsys):
