@@ -100,7 +100,7 @@ def table(config: TableConfig) -> int:
     """
     from semantica.benchmarks.harness import store
     from semantica.benchmarks.harness.sources import stale
-    from semantica.benchmarks.harness.summary import COLUMNS, summary
+    from semantica.benchmarks.harness.summary import COLUMNS, EVALUATION, evaluations, summary
     from semantica.report import markdown
 
     if not config.files:
@@ -113,6 +113,8 @@ def table(config: TableConfig) -> int:
         own = [row for row in rows if machine_of(row) == machine]
         if config.summary:
             print(markdown(COLUMNS, summary(own)))
+            if lines := evaluations(own):
+                print(f"\nOne evaluation of each model:\n\n{markdown(EVALUATION, lines)}")
         else:
             every(own)
         print("\n{}, torch {}, triton {}.\n".format(*machine))
