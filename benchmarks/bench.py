@@ -13,6 +13,7 @@ from semantica.benchmarks.loading import command as bench_loading
 from semantica.benchmarks.sampling import command as bench_sample
 from semantica.benchmarks.training import command as bench_train
 from semantica.benchmarks.training import tables as training_tables
+from semantica.benchmarks.unets.table import KIND as UNETS
 from semantica.errors import UserError
 from semantica.options import parse
 
@@ -20,6 +21,7 @@ USAGE = """usage: semantica bench kernels [options]           time the operators
        semantica bench kernels --compile-only      compile every Triton kernel without a GPU: registers, spills, ...
        semantica bench sample [options]            time whole sampling runs: latency, throughput, accuracy
        semantica bench sample --ladder             the plain pipeline, then each optimisation added in turn
+       semantica bench sample --models sd-1.5      a public UNet and its decoder, or those of a diffusers folder
        semantica bench train [options]             time training steps: ladder, MFU, each operator's share
        semantica bench loading [options]           samples a second from one worker, decoders and what they lose
        semantica bench compare A.json B.json       ratios of time, with the band of noise
@@ -143,6 +145,7 @@ def every(rows: list[dict]) -> None:
 
 # rows of whole runs have columns of their own; all others are operators'
 KINDS = {"sample": bench_sample.KIND, "sample_ladder": bench_sample.KIND, "train": training_tables.KIND}
+KINDS |= dict.fromkeys(("unet", "unet_ladder", "decoder", "decoder_ladder"), UNETS)
 VERBS = {
     "kernels": (bench_kernels.KernelsConfig, bench_kernels.kernels),
     "sample": (bench_sample.SamplingConfig, bench_sample.sample),
