@@ -13,6 +13,7 @@ from semantica.benchmarks.loading import command as bench_loading
 from semantica.benchmarks.sampling import command as bench_sample
 from semantica.benchmarks.training import command as bench_train
 from semantica.benchmarks.training import tables as training_tables
+from semantica.benchmarks.unets.table import KIND as UNETS
 from semantica.errors import UserError
 from semantica.options import parse
 
@@ -20,6 +21,7 @@ USAGE = """usage: semantica bench kernels [options]           time the operators
        semantica bench kernels --compile-only      compile every Triton kernel without a GPU: registers, spills, ...
        semantica bench sample [options]            time whole sampling runs: latency, throughput, accuracy
        semantica bench sample --ladder             the plain pipeline, then each optimisation added in turn
+       semantica bench sample --models sd-1.5      a public UNet and its decoder, or those of a diffusers folder
        semantica bench train [options]             time training steps: ladder, MFU, each operator's share
        semantica bench loading [options]           samples a second from one worker, decoders and what they lose
        semantica bench compare A.json B.json       ratios of time, with the band of noise
@@ -100,7 +102,7 @@ def table(config: TableConfig) -> int:
     """
     from semantica.benchmarks.harness import store
     from semantica.benchmarks.harness.sources import stale
-    from semantica.benchmarks.harness.summary import COLUMNS, summary
+    from semantica.benchmarks.harness.summary import COLUMNS, EVALUATION, evaluations, summary
     from semantica.report import markdown
 
     if not config.files:
@@ -113,6 +115,8 @@ def table(config: TableConfig) -> int:
         own = [row for row in rows if machine_of(row) == machine]
         if config.summary:
             print(markdown(COLUMNS, summary(own)))
+            if lines := evaluations(own):
+                print(f"\nOne evaluation of each model:\n\n{markdown(EVALUATION, lines)}")
         else:
             every(own)
         print("\n{}, torch {}, triton {}.\n".format(*machine))
@@ -141,6 +145,7 @@ def every(rows: list[dict]) -> None:
 
 # rows of whole runs have columns of their own; all others are operators'
 KINDS = {"sample": bench_sample.KIND, "sample_ladder": bench_sample.KIND, "train": training_tables.KIND}
+KINDS |= dict.fromkeys(("unet", "unet_ladder", "decoder", "decoder_ladder"), UNETS)
 VERBS = {
     "kernels": (bench_kernels.KernelsConfig, bench_kernels.kernels),
     "sample": (bench_sample.SamplingConfig, bench_sample.sample),

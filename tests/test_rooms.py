@@ -20,7 +20,7 @@ FLOORS = {
     "semantica": [[""], ["fused", "model"], ["sampling"], ["engines"], ["pipelines"]],
     "train": [["data"], ["pages"], ["run"], [""]],
     "export": [["builders"], [""]],
-    "benchmarks": [["harness"], ["kernels", "loading", "quality"], ["sampling"], ["training"], [""]],
+    "benchmarks": [["harness"], ["kernels", "loading", "quality"], ["sampling", "unets"], ["training"], [""]],
 }
 # files of a house that stand above its rooms, and values that the rooms of a house share
 ABOVE = {"semantica/doctor.py", "semantica/cli.py"}

@@ -18,7 +18,12 @@ SAMPLING = (
     *NETWORK, "semantica.solvers", "semantica.sampling", "semantica.engines", "semantica.pipelines", "semantica.export",
 )  # fmt: skip
 TRAINING = (*NETWORK, "semantica.diffusion", "semantica.memory", "semantica.train")
+UNETS = (
+    "semantica.fused", "semantica.condition", "semantica.kernels", "semantica.solvers", "semantica.discrete",
+    "semantica.sampling", "semantica.benchmarks.unets.contenders",
+)  # fmt: skip
 SOURCES = {
+    **dict.fromkeys(("unet", "unet_ladder", "decoder", "decoder_ladder"), UNETS),
     "sample": SAMPLING,
     "sample_ladder": (*SAMPLING, "semantica.benchmarks.sampling.stock"),
     "train": TRAINING,

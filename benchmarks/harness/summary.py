@@ -47,6 +47,32 @@ def summary(rows: list[dict]) -> list[tuple[str, ...]]:
     return lines
 
 
+EVALUATION = ("evaluation", "operator", "dtype", "direction", "calls", *(f"{n} ms" for n in ("fused", *RIVALS, "best")))
+
+
+def evaluations(rows: list[dict]) -> list[tuple[str, ...]]:
+    """What an operator takes in one evaluation of a public model: the median of each shape times its calls, in ms.
+
+    "best" takes for each shape whichever of PyTorch's ways is fastest there. An implementation that lacks a shape has
+    no sum.
+    """
+    sums: dict[tuple, dict[str, list[dict]]] = {}
+    for row in rows:
+        for what in row.get("calls", ()):
+            group = sums.setdefault((what, row["op"], row["dtype"], row["direction"]), {})
+            group.setdefault(row["shape"] + row["layout"], []).append(row)
+    lines = []
+    for (what, *named), shapes in sums.items():
+        calls = [own[0]["calls"][what] for own in shapes.values()]
+        columns = []
+        for names in (("fused",), *((name,) for name in RIVALS), RIVALS):
+            times = [min((r["median_us"] for r in own if r["impl"] in names), default=None) for own in shapes.values()]
+            whole = None not in times
+            columns.append(f"{sum(n * t for n, t in zip(calls, times)) / 1e3:.2f}" if whole else "")
+        lines.append((what, *named, str(sum(calls)), *columns))
+    return lines
+
+
 def unsteady(row: dict) -> bool:
     return row["p80_us"] > SPREAD * row["p20_us"]
 

@@ -49,6 +49,16 @@ class Implementation:
     leeway: float = 4 * OWN_LEEWAY
 
 
+def with_addend(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For those that know no addend: a pass of its own before them."""
+
+    def group_norm(x, *, addend=None, **arguments):
+        return function(x if addend is None else x + per_channel(addend, x), **arguments)
+
+    return group_norm
+
+
+@with_addend
 def group_norm_native(x, groups, weight, bias, scale, shift, activation) -> Tensor:
     """The reference without its copy to a contiguous layout: torch's own channels-last kernel."""
     return finish(F.group_norm(x, groups, weight, bias, 1e-5), scale, shift, activation)
@@ -67,7 +77,7 @@ def liger() -> Callable:
         y = function.apply(x, weight, bias, x.shape[1], groups, 1e-5)
         return finish(y, scale, shift, activation)
 
-    return group_norm
+    return with_addend(group_norm)
 
 
 def apex() -> Callable:
@@ -81,7 +91,7 @@ def apex() -> Callable:
             return run(x, groups, weight, bias, 1e-5, act="silu" if activation == "silu" else "")
         return finish(run(x, groups, weight, bias, 1e-5), scale, shift, activation)
 
-    return group_norm
+    return with_addend(group_norm)
 
 
 def per_stream(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:

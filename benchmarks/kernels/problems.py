@@ -1,8 +1,10 @@
-"""What is timed: each operator at the shapes of the presets, of the published figures, and of small machines."""
+"""What is timed: each operator at the shapes of the presets, of published figures, and of public models."""
 
 import dataclasses
 import math
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -94,9 +96,43 @@ def timed(operator: Operator, device: str, quick: bool) -> list[Case]:
 
 def problems(device: str, quick: bool) -> list[Problem]:
     """Every problem for a kind of device; `quick` takes a few small ones."""
+    # a preset's case may be a published figure's too
+    found = dict.fromkeys((op, case) for op, operator in OPERATORS.items() for case in timed(operator, device, quick))
+    return in_dtypes(found, device, quick)
+
+
+def in_dtypes(found: Iterable[tuple[str, Case]], device: str, quick: bool) -> list[Problem]:
     dtypes = [torch.bfloat16]
     if device == "cpu":
         dtypes = [torch.float32] if quick else [torch.float32, torch.bfloat16]
-    # a preset's case may be a published figure's too
-    found = dict.fromkeys((op, case) for op, operator in OPERATORS.items() for case in timed(operator, device, quick))
     return [Problem(op, case, dtype, device) for op, case in found for dtype in dtypes]
+
+
+def public_problems(models: Iterable[str], device: str, quick: bool) -> dict[Problem, dict[str, int]]:
+    """The problems of public models, each with how often one evaluation of what asks for it, see `public.counts`.
+
+    Raises:
+        UserError: an unknown model.
+    """
+    from semantica.benchmarks.kernels.public import counts
+
+    found: dict[tuple[str, Case], Counter[str]] = {}
+    for model in models:
+        for what, calls in counts(model).items():
+            for asked, count in calls.items():
+                found.setdefault(asked, Counter())[what] += count
+    return {problem: dict(found[problem.op, problem.case]) for problem in in_dtypes(found, device, quick)}
+
+
+# a race holds two contents and three sets of buffers, results and gradients in float64 and in the problem's own type
+BYTES_EACH = 120
+
+
+def too_large(problem: Problem) -> str:
+    """Why the memory of the device does not hold a race; empty where it does."""
+    if problem.device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = BYTES_EACH * problem.effective_bytes("forward") // (2 * problem.dtype.itemsize)
+    return f"needs some {needed >> 30} GiB, there are {memory >> 30}" if needed > memory else ""

@@ -16,8 +16,9 @@ from semantica.benchmarks.harness import race as timing
 from semantica.benchmarks.harness import sources, store
 from semantica.benchmarks.harness.race import Protocol, Times
 from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_generate_tests, test_row
+from semantica.benchmarks.harness.summary import EVALUATION, evaluations
 from semantica.benchmarks.kernels.implementations import OURS, Implementation, available
-from semantica.benchmarks.kernels.problems import Problem, problems
+from semantica.benchmarks.kernels.problems import Problem, problems, public_problems, too_large
 from semantica.benchmarks.kernels.traffic import bytes_moved, who_serves
 from semantica.benchmarks.kernels.verify import CONTENTS, Accuracy, Answers, Wrong, as_leaves, each, tensors, verify
 from semantica.kernels import OPERATORS
@@ -160,6 +161,7 @@ class KernelBench(Bench):
 
     Attributes:
         words: that a row must all have. own: the user's "module:function"s. part: every n-th problem from the k-th on.
+        models: public ones whose shapes are timed instead.
     """
 
     ops: tuple[str, ...] = tuple(OPERATORS)
@@ -169,13 +171,19 @@ class KernelBench(Bench):
     own: tuple[str, ...] = ()
     quick: bool = False
     part: tuple[int, int] = (1, 1)
+    models: tuple[str, ...] = ()
     # every single call would make the file ten times larger: quantiles are kept in the row
     keeps_samples = False
 
     def __post_init__(self):
         present, self.absent = available(list(self.ops), self.device, self.own)
         self.problems: dict[str, tuple[Problem, dict[str, Implementation]]] = {}
-        for problem in problems(self.device, self.quick)[self.part[0] - 1 :: self.part[1]]:
+        self.calls = public_problems(self.models, self.device, self.quick) if self.models else {}
+        every = list(self.calls) or problems(self.device, self.quick)
+        for problem in every[self.part[0] - 1 :: self.part[1]]:
+            if self.models and problem.op in self.ops and (reason := too_large(problem)):
+                self.absent[problem.name] = reason
+                continue
             entrants = {i.name: i for i in present if i.op == problem.op and i.serves(problem)}
             self.problems[problem.name] = problem, entrants
             for direction in self.directions:
@@ -208,9 +216,15 @@ class KernelBench(Bench):
             if (name, direction) in found.wrong:
                 return found.wrong[name, direction]
             row = found.row(name, direction, times[name], ceilings, self.clock.cache)
-            return times[name].device, row | ({"quick": True} if self.quick else {})
+            # of public models alone: how often one evaluation of each asks for it
+            calls = {"calls": self.calls[found.problem]} if self.calls else {}
+            return times[name].device, row | calls | ({"quick": True} if self.quick else {})
 
         return {name: outcome(name) for name in self.races[race]}
+
+    def tables(self) -> dict:
+        lines = evaluations([row["extra_info"] for row in self.rows])
+        return {"one evaluation of each model": (EVALUATION, lines)} if lines else {}
 
 
 DEFAULT = functools.partial(KernelBench, quick=True)

@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,10 +26,14 @@ class SamplingConfig(Outputs):
 
     models: Annotated[str, tyro.conf.arg(metavar="NAMES")] = ""
     """Presets (with drawn weights), "64px-16M", or run folders, separated by commas; by default tiny, small and
-    64px-16M, of which --quick takes the first."""
-    batch: tuple[int, ...] = (1, 8)
-    """Images at a time: 1 is SingleStream, more is Offline."""
-    steps: tuple[int, ...] = (10, 20)
+    64px-16M, of which --quick takes the first. Or public models: names (drawn weights; sd-1.5, sdxl-base,
+    sd-1.5+ip-adapter) or folders of diffusers' pipelines, of which the UNet and the decoder are raced."""
+    batch: tuple[int, ...] = ()
+    """Images at a time: 1 is SingleStream, more is Offline; by default 1 and 8, of public models 1."""
+    steps: tuple[int, ...] = ()
+    """By default 10 and 20; of public models 1, which is one evaluation with both branches of guidance."""
+    stages: tuple[Literal["unet", "decoder"], ...] = ("unet", "decoder")
+    """Of public models."""
     only: Annotated[str, tyro.conf.arg(metavar="NAMES")] = ""
     """These implementations alone, separated by commas."""
     impl: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODULE:FUNCTION")] = ()
@@ -55,7 +59,7 @@ def sample(config: SamplingConfig) -> int:
     config.check()
     need("pytest", "pytest_benchmark")
     for name in ("batch", "steps"):
-        if not getattr(config, name) or min(getattr(config, name)) < 1:
+        if min(getattr(config, name), default=1) < 1:
             raise UserError(f"--{name} {' '.join(map(str, getattr(config, name)))}: give numbers of at least 1")
     if config.rounds < 1 or not config.seconds >= 0:
         raise UserError(f"--rounds {config.rounds} --seconds {config.seconds:g}: give at least 1 and 0")
@@ -63,11 +67,21 @@ def sample(config: SamplingConfig) -> int:
     if config.nvtx:
         nvtx()
 
+    models = tuple(filter(None, config.models.split(",")))
+    if models:
+        from semantica.benchmarks.kernels.public import is_public
+
+        public = [is_public(model) for model in models]
+        if any(public):
+            if not all(public):
+                raise UserError(f"--models {config.models}: race public models by themselves")
+            return sample_public(config, models)
+
     from semantica.benchmarks.sampling.models import check
     from semantica.benchmarks.sampling.suite import QUICK, SamplingBench, protocol
 
     device = config.device_kind()
-    models = tuple(filter(None, config.models.split(","))) or (("tiny",) if config.quick else MODELS)
+    models = models or (("tiny",) if config.quick else MODELS)
     # a misspelt name must not cost the races before it
     for model in models:
         check(model)
@@ -76,8 +90,8 @@ def sample(config: SamplingConfig) -> int:
     names, absent = contenders(config, device)
     bench = SamplingBench(
         models=models,
-        batches=config.batch,
-        steps=config.steps,
+        batches=config.batch or (1, 8),
+        steps=config.steps or (10, 20),
         names=names,
         device=device,
         op="sample_ladder" if config.ladder else "sample",
@@ -85,6 +99,40 @@ def sample(config: SamplingConfig) -> int:
         nvtx=config.nvtx,
         protocol=QUICK if config.quick else protocol(config.rounds, config.seconds),
         absent=absent,
+    )
+    measure(config, bench, KIND)
+    return 1 if bench.wrong else 0
+
+
+def sample_public(config: SamplingConfig, models: tuple[str, ...]) -> int:
+    """Races of public UNets and their decoders; returns the exit code.
+
+    Raises:
+        UserError: a name of --only that is unknown, or an own function that cannot be imported.
+    """
+    from semantica.benchmarks.harness.race import Protocol
+    from semantica.benchmarks.unets.contenders import CONTENDERS, builder_of, rungs
+    from semantica.benchmarks.unets.suite import UNetBench
+    from semantica.benchmarks.unets.table import KIND
+
+    for target in config.impl:
+        builder_of(target)
+    asked = tuple(filter(None, config.only.split(",")))
+    for name in asked:
+        if name not in CONTENDERS:
+            raise UserError(f"--only {name}: choose some of {', '.join(CONTENDERS)}")
+    raced = tuple(name for name, contender in CONTENDERS.items() if contender.raced)
+    least = 2 if config.quick else config.rounds
+    bench = UNetBench(
+        models=models,
+        batches=config.batch or (1,),
+        steps=config.steps or (1,),
+        names=(*(rungs("unet") if config.ladder else asked or raced), *config.impl),
+        device=config.device_kind(),
+        ladder=config.ladder,
+        stages=config.stages,
+        # the first call of each was before
+        protocol=Protocol(warmup=0, least=least, most=max(least, 50), seconds=0.0 if config.quick else config.seconds),
     )
     measure(config, bench, KIND)
     return 1 if bench.wrong else 0

@@ -1,0 +1,1 @@
+"""Public UNets and their decoders: one guided evaluation, one decoding, beside what others would run."""

@@ -1,0 +1,221 @@
+"""The rows of public UNets and decoders, raced in processes of their own; accuracy first.
+
+Truth is stock diffusers in fp32. bf16 may be `LEEWAY` times as far from it as stock diffusers in bf16, measured first.
+As many implementations are raced side by side, in random order within rounds, as memory holds; the others follow.
+Each round has noise that no call had before. The first results and those of one round chosen beforehand are held
+against the truth, those of other rounds against the most accurate of their heat.
+"""
+
+import itertools
+import random
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from semantica.benchmarks.harness import process, store
+from semantica.benchmarks.harness.process import Entrant, Process, Wrong, fair
+from semantica.benchmarks.harness.progress import phase
+from semantica.benchmarks.harness.race import Protocol
+from semantica.benchmarks.harness.sources import source_hash
+from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_generate_tests, test_row
+from semantica.benchmarks.kernels.public import split
+from semantica.benchmarks.unets.contenders import CONTENDERS, switches_of
+from semantica.benchmarks.unets.models import TEXTS, Content, contents, folder_of, operations, parameters, size_of
+
+__all__ = ["bench", "pytest_generate_tests", "test_row"]
+# guidance of Stable Diffusion's pipeline unless told otherwise
+GUIDANCE = 7.5
+# largest relative error of fp32, and of bf16 as a multiple of stock bf16's own
+EXACT, LEEWAY = 1e-3, 1.5
+# by how much more two conditions must differ
+MARGIN = 3.0
+# bytes of activations, libraries and compilers of a process
+WORKSPACE = 2 << 30
+
+
+def distance(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Relative error; infinite for results of another shape or with NaN."""
+    if actual.shape != expected.shape or not np.isfinite(actual).all():
+        return np.inf
+    return float(np.linalg.norm(actual.astype(np.float64) - expected) / np.linalg.norm(expected))
+
+
+class Runner(Process):
+    """An implementation of one stage of a model."""
+
+    def __init__(self, name: str, place: Path):
+        super().__init__("semantica.benchmarks.unets.worker", name, place)
+
+    def run(self, content: Content, steps: int) -> tuple[dict, np.ndarray]:
+        np.savez(self.folder / "content.npz", **content)
+        answer = self.ask("run", steps=steps, guidance=GUIDANCE)
+        return answer, np.load(self.folder / "made.npy")
+
+
+@dataclass(eq=False)
+class Raced(Entrant):
+    """An implementation in a race: its latest result, its largest error, and the limit of that."""
+
+    made: np.ndarray | None = None
+    error: float = 0.0
+    limit: float = EXACT
+
+    def judge(self, made: np.ndarray, expected: np.ndarray, what: str, more: float = 0.0) -> None:
+        with self.refusing():
+            found = distance(made, expected)
+            # written so that NaN fails
+            if not found <= self.limit + more:
+                raise Wrong(f"{what}: relative error {found:.2g}, the limit is {self.limit + more:.2g}")
+            if not more:
+                self.error = max(self.error, found)
+
+
+def memory(device: str) -> int:
+    """Bytes that are free."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) << 10
+
+
+def heats(needs: dict[str, int], room: int) -> list[list[str]]:
+    """Names in their order, as many together as there is room for, and at least one."""
+    found: list[list[str]] = []
+    left = 0
+    for name, need in needs.items():
+        if not found or need > left:
+            found.append([])
+            left = room
+        found[-1].append(name)
+        left -= need
+    return found
+
+
+@dataclass(eq=False)
+class UNetBench(Bench):
+    """Races of a model's stage ("unet" or "decoder"), a batch and a number of steps each."""
+
+    models: tuple[str, ...]
+    batches: tuple[int, ...]
+    steps: tuple[int, ...]
+    names: tuple[str, ...]
+    device: str
+    ladder: bool = False
+    stages: tuple[str, ...] = ("unet", "decoder")
+    protocol: Protocol = Protocol(warmup=0, least=2, most=2, seconds=0.0)
+    runs: dict[tuple[str, ...], tuple] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for model, stage, batch in itertools.product(self.models, self.stages, self.batches):
+            names = [n for n in self.names if stage == "unet" or n not in CONTENDERS or not CONTENDERS[n].unet_only]
+            names = [n for n in names if stage == "unet" or n != "+ condition once"]
+            for steps in self.steps if stage == "unet" else (1,):
+                side, called = size_of(model), Path(model).name
+                runs = f"UNet {side}x{side}, {steps} steps" if stage == "unet" else f"decoder {side}x{side}"
+                race = (f"{called} {runs} batch {batch}",)
+                self.runs[race], self.races[race] = (model, stage, batch, steps), names
+        self.place = Path(self.closing.enter_context(tempfile.TemporaryDirectory()))
+        self.count = itertools.count()
+
+    def start(self, name: str, model: str, stage: str) -> Raced:
+        """A process with the implementation built in it."""
+        entrant = Raced(Runner(name, self.place / f"race-{next(self.count)}"))
+        self.closing.callback(entrant.process.close)
+        with entrant.refusing():
+            folder, (_, adapter) = str(folder_of(model, self.place)), split(model)
+            asked = dict(name=name, model=folder, stage=stage, adapter=adapter, device=self.device)
+            entrant.built = entrant.process.ask("build", **asked)
+        return entrant
+
+    def truths(self, name: str, race: tuple[str], asked: list[Content]) -> list[np.ndarray]:
+        """What an implementation makes of contents, in a process that is gone afterwards."""
+        model, stage, _, steps = self.runs[race]
+        entrant = self.start(name, model, stage)
+        try:
+            if entrant.reason:
+                raise Wrong(entrant.reason)
+            return [entrant.process.run(content, steps)[1] for content in asked]
+        finally:
+            entrant.process.close()
+
+    def run(self, race: tuple[str], what: str) -> dict[str, Outcome]:
+        model, stage, batch, steps = self.runs[race]
+        names = self.races[race]
+        first, chosen = (contents(model, stage, seed, seed % TEXTS, batch) for seed in (0, 1))
+        other = contents(model, stage, 0, 1, batch) if stage == "unet" else contents(model, stage, 2, 0, batch)
+        try:
+            with phase(f"{what}: stock diffusers in fp32 and bf16"):
+                truth, later, elsewhere = self.truths("plain", race, [first, chosen, other])
+                (half,) = self.truths("plain-half", race, [first])
+            limit = max(LEEWAY * distance(half, truth), EXACT)
+            if not distance(elsewhere, truth) > MARGIN * limit:
+                raise Wrong("the model ignores its condition: its results prove nothing")
+        except Wrong as error:
+            return dict.fromkeys(names, f"nothing to compare with: {error}")
+        size, found = parameters(model, stage), {}
+        for heat in heats({name: self.need(name, stage, size) for name in names}, memory(self.device) - 4 * size):
+            found |= self.heat(heat, race, what, limit, (first, truth), (chosen, later))
+        return found
+
+    def need(self, name: str, stage: str, size: int) -> int:
+        """Bytes that an implementation keeps: weights, and once more what compilers and denoisers make of them."""
+        switches = switches_of(name, stage)
+        if switches is None:
+            return 8 * size + WORKSPACE
+        bytes_each = (2 if switches.half else 4) * (2 if switches.compile or switches.condition_once else 1)
+        return bytes_each * size + WORKSPACE
+
+    def heat(self, names, race, what, limit, first, chosen) -> dict[str, Outcome]:
+        """Rounds of some implementations side by side."""
+        model, stage, batch, steps = self.runs[race]
+        entrants = {}
+        with phase(f"{what}: build, first calls of {', '.join(names)}", len(names)) as done:
+            for name in names:
+                entrant = entrants[name] = self.start(name, model, stage)
+                with entrant.refusing():
+                    if not entrant.reason:
+                        entrant.limit = EXACT if entrant.built["arithmetic"] == "fp32" else limit
+                        entrant.first, made = entrant.process.run(first[0], steps)
+                        entrant.judge(made, first[1], "first call")
+                done.update()
+        anchor = min(fair(entrants.values()), key=lambda entrant: entrant.error, default=None)
+        examined, seeds = random.Random().randrange(max(self.protocol.least, 1)) + 1, itertools.count(TEXTS)
+        rounds = itertools.count(1 - self.protocol.warmup)
+
+        def draw() -> Content:
+            seed = next(seeds)
+            return chosen[0] if next(rounds) == examined else contents(model, stage, seed, seed % TEXTS, batch)
+
+        def turn(entrant: Raced, content: Content) -> dict:
+            answer, entrant.made = entrant.process.run(content, steps)
+            return answer
+
+        def judge(ran: list[Raced], content: Content, number: int) -> None:
+            for entrant in ran:
+                if content is chosen[0]:
+                    entrant.judge(entrant.made, chosen[1], "timed call")
+                elif anchor in ran:
+                    entrant.judge(entrant.made, anchor.made, "timed call beside another", anchor.limit)
+
+        ceilings = process.race(what, entrants.values(), self.protocol, self.device, draw, turn, judge)
+        for entrant in entrants.values():
+            entrant.process.close()
+        return {
+            name: entrant.reason or (entrant.all("seconds"), self.row(race, name, entrant, ceilings, limit))
+            for name, entrant in entrants.items()
+        }
+
+    def row(self, race: tuple[str], name: str, entrant: Raced, ceilings: dict[str, float], limit: float) -> dict:
+        model, stage, batch, steps = self.runs[race]
+        op = f"{stage}_ladder" if self.ladder else stage
+        direction = f"guidance {GUIDANCE}" if stage == "unet" else "decode"
+        named = (op, name, *race, f"batch {batch}", entrant.built["arithmetic"], direction)
+        row = store.row(named, entrant.times, self.device, steps * operations(model, stage, batch), ceilings)
+        row |= {"evaluation_us": row["median_us"] / steps, "rel_error": entrant.error, "half_error": limit / LEEWAY}
+        row |= {"build_s": entrant.built["seconds"], **entrant.facts}
+        ours = self.ladder or not (switches := switches_of(name, stage)) or switches.fused
+        return row | {"kernel_hash": source_hash(op, row["arch"]) if ours else None}
