@@ -44,7 +44,7 @@ class AttentionColumnsCase(MapCase):
 
 
 CASES = {
-    "tiny": AttentionColumnsCase(2, 33, 3, 32, 20, tokens=(3, 19)),
+    "tiny": AttentionColumnsCase(2, 33, 3, 64, 20, tokens=(3, 19)),
     "words": AttentionColumnsCase(1, 70, 2, 40, 77, tokens=(5, 2, 5, 76)),
     "absent": AttentionColumnsCase(3, 20, 2, 64, 19, (19, 7, 0), tokens=((1, 18), (6, 7), (0, -1))),
     "views": AttentionColumnsCase(2, 25, 2, 104, 31, (31, 20), q_norm=True, strided=True, tokens=(0, 30, 7)),
