@@ -49,7 +49,7 @@ def test_facts_of_this_machine():
     assert f"{psutil.virtual_memory().total / 2**30:.1f} GiB" in devices["cpu"]
     assert ("cuda:0" in devices) == torch.cuda.is_available() == ("cuda" not in devices)
     found = values(facts, "operators")
-    assert set(found) == {f"{name}, {on}" for name in ("group_norm", "cross_attention") for on in ("cpu", "cuda")}
+    assert set(found) == {f"{name}, {on}" for name in kernels.OPERATORS for on in ("cpu", "cuda")}
     for name, on in kernels.implementations().items():
         assert all(found[f"{name}, {device}"] == f"{used} ({why})" for device, (used, why) in on.items())
     (backend,) = values(facts, "self-attention").values()

@@ -73,6 +73,33 @@ def cross_attention_exact(q, k, v, sizes, lengths, gates, q_weight, return_lse=F
     return (torch.stack(samples), torch.stack(masses)) if return_lse else torch.stack(samples)
 
 
+def attention_map_exact(q, k, lse, lengths, q_weight):
+    """From the definition: `[H, N, M]` of each sample, over its valid keys only."""
+    if q_weight is not None:
+        q = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * q_weight
+    for b in range(q.shape[0]):
+        count = k.shape[1] if lengths is None else int(lengths[b])
+        logits = torch.einsum("nhd,mhd->hnm", q[b], k[b, :count]) / math.sqrt(q.shape[-1])
+        yield (logits - lse[b, :, :, None]).exp() if count else logits
+
+
+def attention_moments_exact(q, k, lse, features, lengths, q_weight):
+    samples = []
+    for b, p in enumerate(attention_map_exact(q, k, lse, lengths, q_weight)):
+        moments = torch.einsum("hnm,nf->hmf", p, features if features.ndim == 2 else features[b])
+        samples.append(torch.nn.functional.pad(moments, (0, 0, 0, k.shape[1] - p.shape[-1])))
+    return torch.stack(samples)
+
+
+def attention_columns_exact(q, k, lse, tokens, lengths, q_weight):
+    samples = []
+    for b, p in enumerate(attention_map_exact(q, k, lse, lengths, q_weight)):
+        chosen = (tokens if tokens.ndim == 1 else tokens[b]).tolist()
+        nothing = torch.zeros_like(lse[b])
+        samples.append(torch.stack([p[..., t] if 0 <= t < p.shape[-1] else nothing for t in chosen], -1))
+    return torch.stack(samples)
+
+
 def with_lse(function):
     """The same function with its log-sum-exp as a second output, 0 where a stream is absent."""
 
@@ -126,6 +153,8 @@ def assert_accurate(actual, eager, truth, dtype, ulps=1):
 FORMS = {
     "group_norm": ("group_norm", group_norm_exact, lambda function: function),
     "cross_attention": ("cross_attention", cross_attention_exact, lambda function: function),
+    "attention_moments": ("attention_moments", attention_moments_exact, lambda function: function),
+    "attention_columns": ("attention_columns", attention_columns_exact, lambda function: function),
     "cross_attention with lse": ("cross_attention", cross_attention_exact, with_lse),
 }
 PROVEN = [(form, name) for form, (op, *_) in FORMS.items() for name in OPERATORS[op].cases]
@@ -338,7 +367,7 @@ def test_wrong_arguments_are_named():
 
 def test_implementations_names_every_operator_on_every_device():
     table = implementations()
-    assert list(table) == ["group_norm", "cross_attention"] == list(OPERATORS)
+    assert list(table) == ["group_norm", "cross_attention", "attention_moments", "attention_columns"] == list(OPERATORS)
     assert all(set(devices) == {"cpu", "cuda"} and all(map(all, devices.values())) for devices in table.values())
 
 

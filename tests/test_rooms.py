@@ -16,7 +16,7 @@ HOUSES = {
 }
 # rooms of each house from the ground up: one may use those below it; "" are the files that lie in the house itself
 FLOORS = {
-    "kernels": [["", "cross_attention", "group_norm"]],
+    "kernels": [["", "cross_attention", "group_norm", "attention_moments", "attention_columns"]],
     "semantica": [[""], ["fused", "model"], ["sampling"], ["engines"], ["pipelines"]],
     "train": [["data"], ["pages"], ["run"], [""]],
     "export": [["builders"], [""]],
@@ -55,7 +55,7 @@ def imported(source: str) -> set[str]:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 # an operator's function has the name of its package
-                function = whole in ("semantica.kernels.cross_attention", "semantica.kernels.group_norm")
+                function = whole in {f"semantica.kernels.{name}" for name in FLOORS["kernels"][0] if name}
                 found.add(whole if whole in MODULES and not function else node.module)
         for child in ast.iter_child_nodes(node):
             visit(child)
