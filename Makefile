@@ -44,8 +44,8 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) 'semantica-diffusion[pairs,test]'
 	touch $@
 
-# Ray, and TensorRT-RTX, which builds engines for consumer GPUs and needs none: too large for the quick tests
+# Ray, ModelOpt, and TensorRT-RTX, which builds engines for consumer GPUs and needs none: too large for the quick tests
 $(VENV)/installed-slow: $(VENV)/installed-test
-	$(PIP) 'semantica-diffusion[ray]'
+	$(PIP) 'semantica-diffusion[ray,quantise]'
 	[ "$$(uname -sm)" != "Linux x86_64" ] || $(PIP) 'semantica-diffusion[tensorrt-rtx]'
 	touch $@

@@ -1,6 +1,5 @@
 """`semantica bench sample` on public models: the results are those of stock diffusers, mistakes are one line."""
 
-import foreign
 import numpy as np
 import pytest
 
@@ -13,7 +12,7 @@ from semantica.cli import main
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(foreign, tmp_path_factory):
     return foreign.write(tmp_path_factory.mktemp("public") / "tiny", "sd")
 
 
