@@ -56,6 +56,8 @@ class Operator:
         flop_formulas: for `torch.utils.flop_counter`, by name of the `torch.library` op.
         specimens: "module:function" that yields `(label, launches)` of every Triton kernel in every configuration, on
             meta tensors: to be compiled. Empty without such kernels.
+        borrows: files of other operators' folders that its implementations are made of too, such as
+            "cross_attention/tiles.py".
         planners: "module:function" from the keyword arguments to functions that plan launches, for tuning.
     """
 
@@ -67,6 +69,7 @@ class Operator:
     flop_formulas: Mapping[str, Callable[..., int]] = field(default_factory=dict)
     specimens: str = ""
     planners: str = ""
+    borrows: Sequence[str] = ()
 
     @property
     def implementations(self) -> dict[str, tuple[str, str]]:
@@ -88,9 +91,12 @@ class Operator:
         if self.file.stem != "cases":
             return [self.file]
         files = {path.stem: path for path in sorted(self.file.parent.glob("*.py")) if path.stem not in DESCRIPTIVE}
+        borrowed = [self.file.parents[1] / name for name in self.borrows]
         if not gpu:
-            return [files[stem] for stem in ("op", "cpu") if stem in files]
-        return [Path(launch.__file__), Path(replay.__file__), *(path for stem, path in files.items() if stem != "cpu")]
+            own = [files[stem] for stem in ("op", "cpu") if stem in files]
+            return own + [path for path in borrowed if path.stem == "op"]
+        own = [path for stem, path in files.items() if stem != "cpu"]
+        return [Path(launch.__file__), Path(replay.__file__), *own, *borrowed]
 
     def output(self, case: Case, dtype: torch.dtype) -> Tensor:
         """What the operator returns for a case, on the meta device."""

@@ -11,6 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from semantica.kernels import OPERATORS, cross_attention, dispatch, group_norm, launch, replay
+from semantica.kernels.attention_columns import op as columns
+from semantica.kernels.attention_moments import op as moments
 from semantica.kernels.cross_attention import op as attention
 from semantica.kernels.group_norm import op as norm
 from semantica.kernels.launch import Launch
@@ -163,7 +165,15 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(params=[("group_norm", norm), ("cross_attention", attention)], ids=lambda pair: pair[0])
+PAIRS = [
+    ("group_norm", norm),
+    ("cross_attention", attention),
+    ("attention_moments", moments),
+    ("attention_columns", columns),
+]
+
+
+@pytest.fixture(params=PAIRS, ids=lambda pair: pair[0])
 def operator(request, monkeypatch):
     """Inputs of an operator, the module of its op, and how often a fast kernel was called past the dispatcher."""
     name, module = request.param

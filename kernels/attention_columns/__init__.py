@@ -13,4 +13,10 @@ OPERATOR = Operator(
     flop_formulas=FLOP_FORMULAS,
     specimens="semantica.kernels.attention_columns.specimens:specimens",
     planners="semantica.kernels.attention_columns.specimens:planners",
+    borrows=(
+        "cross_attention/op.py",
+        "cross_attention/tiles.py",
+        "attention_moments/op.py",
+        "attention_moments/tiles.py",
+    ),
 )

@@ -13,4 +13,5 @@ OPERATOR = Operator(
     flop_formulas=FLOP_FORMULAS,
     specimens="semantica.kernels.attention_moments.specimens:specimens",
     planners="semantica.kernels.attention_moments.specimens:planners",
+    borrows=("cross_attention/op.py", "cross_attention/tiles.py"),
 )

@@ -104,7 +104,10 @@ def moments_dq_kernel(
     q0, q1, lse = load_queries(
         q_ptr, lse_ptr + b * stride_lb + h * stride_lh, stride_qn, n, queries - n, BLOCK_N, D0, D1
     )
-    f = load_block(f_ptr, stride_fn, n, queries - n, 0, BLOCK_N, BLOCK_F, FEATURES)
+    # more features than one block holds are read with each tile of keys
+    f = lse
+    if FEATURES <= BLOCK_F:
+        f = load_block(f_ptr, stride_fn, n, queries - n, 0, BLOCK_N, BLOCK_F, FEATURES)
     acc0, acc1 = zero_rows(BLOCK_N, D0, D1)
     total = tl.zeros([BLOCK_N], tl.float32)
     bulk: tl.constexpr = KEYS // BLOCK_M * BLOCK_M
