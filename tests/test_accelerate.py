@@ -206,7 +206,7 @@ TINY = {"encoder_block_out_channels": (8,), "decoder_block_out_channels": (8,), 
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: nn.Linear(2, 2), "Linear has no GroupNorm and no cross-attention that could be fused"),
+    (lambda: nn.Linear(2, 2), "Linear has no GroupNorm and no attention that could be fused"),
     (lambda: AutoencoderTiny(**TINY), "AutoencoderTiny has no GroupNorm"),
     (lambda: "a name", "str is neither a model nor a diffusers pipeline"),
     (OverTime, "OverTime has layers over time .temporal.: only models of pictures are fused"),
@@ -239,6 +239,7 @@ def test_foreign_processors_and_a_second_time_are_said_in_one_line(caplog):
     semantica.accelerate(semantica.restore(model))
     assert [record.getMessage() for record in caplog.records] == [
         "UNet2DConditionModel is accelerated already: nothing in it is left to be fused",
+        "UNet2DConditionModel: 4 x self-attention as it was: its processor is AttnProcessor",
         "UNet2DConditionModel: 4 x cross-attention as it was: its processor is AttnProcessor",
     ]
 

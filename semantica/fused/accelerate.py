@@ -34,11 +34,12 @@ def accelerate(target: T) -> T:
     """Run a diffusers pipeline, or one of its models, on the fused operators from now on; returns the same object.
 
     GroupNorms take the SiLU after them, and in residual blocks the time embedding; cross-attention to text and to the
-    pictures of IP-Adapters is one pass where the fused operator serves device, dtype and head dim (elsewhere it stays
-    PyTorch's). Modules change their class for a subclass, as `torch.distributed.fsdp.fully_shard` does: parameters,
-    names, hooks and `isinstance` stay, so saving, LoRAs, offloading, slicing and tiling work before and after. Calling
-    it again takes what came later, such as an IP-Adapter. `parts` tells what stays as it is, and why; so does the log,
-    in one line for each reason. A pipeline of this package is accelerated by its own method.
+    pictures of IP-Adapters is one pass where the fused operator serves device, dtype and head dim, self-attention goes
+    by blocks of queries where PyTorch's kernel is slow (elsewhere both stay PyTorch's). Modules change their class for
+    a subclass, as `torch.distributed.fsdp.fully_shard` does: parameters, names, hooks and `isinstance` stay, so saving,
+    LoRAs, offloading, slicing and tiling work before and after. Calling it again takes what came later, such as an
+    IP-Adapter. `parts` tells what stays as it is, and why; so does the log, in one line for each reason. A pipeline of
+    this package is accelerated by its own method.
 
     Raises:
         UserError: nothing in it can be fused, no fused operator serves its dtype on any device that it may be on, or
@@ -49,7 +50,7 @@ def accelerate(target: T) -> T:
     name, found = type(target).__name__, parts(target)
     able = [part for part in found if not part.why]
     if not able:
-        raise UserError(f"{name} has no GroupNorm and no cross-attention that could be fused")
+        raise UserError(f"{name} has no GroupNorm and no attention that could be fused")
     for model in models_of(target).values():
         check(model)
     if all(part.fused for part in able):

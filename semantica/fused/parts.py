@@ -28,11 +28,11 @@ ORIGINAL = {form: original for original, form in FORMS.items()} | {
 
 @dataclass(frozen=True)
 class Part:
-    """A norm, residual block or cross-attention of a model.
+    """A norm, residual block or attention of a model.
 
     Attributes:
         name: of the module, with the pipeline's component before it.
-        kind: "norm", "residual block" (its two norms included) or "cross-attention".
+        kind: "norm", "residual block" (its two norms included), "cross-attention" or "self-attention".
         why: it stays as it is; empty where it is, or can be, fused.
         fused: whether it is already.
         change: fuses it.
@@ -74,8 +74,9 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[Part]:
         elif isinstance(module, nn.GroupNorm) and name not in taken:
             kind, why, done = "norm", norm_stays(module), isinstance(module, FusedGroupNorm)
             change = lambda module=module, name=name: fuse_norm(model, module, name)  # noqa: E731
-        elif isinstance(module, Attention) and module.is_cross_attention:
-            kind, why, done = "cross-attention", attention_stays(module), type(module.processor) in ORIGINAL
+        elif isinstance(module, Attention):
+            kind = "cross-attention" if module.is_cross_attention else "self-attention"
+            why, done = attention_stays(module), type(module.processor) in ORIGINAL
             change = lambda module=module: fuse_processor(module)  # noqa: E731
         else:
             continue
@@ -118,6 +119,8 @@ def attention_stays(attention: Attention) -> str:
     processor = type(attention.processor)
     if processor not in FORMS and processor not in ORIGINAL:
         return f"its processor is {processor.__name__}"
+    if not attention.is_cross_attention:
+        return ""
     dim, low, high = head_dim(attention), HEAD_DIMS[0], HEAD_DIMS[-1]
     return "" if dim in HEAD_DIMS else f"head dim {dim} is no multiple of {HEAD_DIMS.step} from {low} to {high}"
 

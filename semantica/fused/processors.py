@@ -1,4 +1,4 @@
-"""Cross-attention of diffusers' models on the fused operator, through diffusers' own processor interface."""
+"""Attention of diffusers' models on the fused operators, through diffusers' own processor interface."""
 
 import functools
 import logging
@@ -8,8 +8,13 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import Tensor
 
+from semantica.fused import blockwise
 from semantica.kernels import cross_attention
 from semantica.kernels.cross_attention.op import HEAD_DIMS, fused
+
+
+def plain(attn: Attention) -> bool:
+    return attn.spatial_norm is None and attn.norm_q is None and attn.norm_k is None
 
 
 def serves(attn: Attention, hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> bool:
@@ -17,9 +22,9 @@ def serves(attn: Attention, hidden: Tensor, tokens: Tensor, mask: Tensor | None)
 
     Masks: those of keys, which UNets and ControlNets make of `encoder_attention_mask`.
     """
-    plain = attn.spatial_norm is None and attn.group_norm is None and attn.norm_q is None and attn.norm_k is None
     keys = mask is None or mask.shape == (len(tokens), 1, tokens.shape[1])
-    return plain and keys and hidden.ndim == 3 and head_dim(attn) in HEAD_DIMS and fused(hidden)
+    simple = plain(attn) and attn.group_norm is None and hidden.ndim == 3
+    return simple and keys and head_dim(attn) in HEAD_DIMS and fused(hidden)
 
 
 def head_dim(attn: Attention) -> int:
@@ -59,6 +64,20 @@ def attend(
     return (out + hidden if attn.residual_connection else out) / attn.rescale_output_factor
 
 
+def attend_itself(attn: Attention, hidden: Tensor) -> Tensor:
+    """Self-attention, a block of queries at a time; `hidden [B, N, C]`, or `[B, C, *spatial]` as in autoencoders."""
+    residual, shape = hidden, hidden.shape
+    if hidden.ndim == 4:
+        hidden = hidden.flatten(2).transpose(1, 2)
+    if attn.group_norm is not None:
+        hidden = attn.group_norm(hidden.transpose(1, 2)).transpose(1, 2)
+    qkv = (project(hidden).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
+    out = attn.to_out[1](attn.to_out[0](blockwise.attention_in_blocks(*qkv).flatten(2)))
+    if len(shape) == 4:
+        out = out.transpose(1, 2).reshape(shape)
+    return (out + residual if attn.residual_connection else out) / attn.rescale_output_factor
+
+
 def text_stream(attn: Attention, tokens: Tensor) -> tuple[Tensor, Tensor]:
     if attn.norm_cross:
         tokens = attn.norm_encoder_hidden_states(tokens)
@@ -87,7 +106,7 @@ def say(what: str) -> None:
 
 
 class FusedAttnProcessor(AttnProcessor2_0):
-    """Cross-attention to one stream of tokens; self-attention stays with PyTorch's."""
+    """Cross-attention to one stream of tokens; self-attention by PyTorch's kernel, or in blocks where that is slow."""
 
     def __call__(
         self,
@@ -99,6 +118,10 @@ class FusedAttnProcessor(AttnProcessor2_0):
         **kwargs,
     ) -> Tensor:
         tokens, mask = encoder_hidden_states, attention_mask
+        if tokens is None and mask is None and plain(attn):
+            count = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states[0, 0].numel()
+            if blockwise.serves(hidden_states, count):
+                return attend_itself(attn, hidden_states)
         if tokens is None or not serves(attn, hidden_states, tokens, mask):
             return super().__call__(attn, hidden_states, tokens, mask, temb, **kwargs)
         tokens, length = first_those_there(tokens, mask)

@@ -1,0 +1,69 @@
+"""Self-attention by blocks of queries: its numbers, its bounds, and where it serves."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+from semantica.fused import blockwise
+from semantica.fused.blockwise import attention_in_blocks
+from semantica.fused.processors import FusedAttnProcessor
+
+
+def drawn(batch, tokens, heads, dim, count=3):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, tokens, heads, dim, generator=g).bfloat16() for _ in range(count)]
+
+
+@pytest.mark.parametrize("tokens, heads, dim", [(257, 3, 40), (1100, 2, 80), (300, 5, 64)])
+def test_it_is_attention(tokens, heads, dim, monkeypatch):
+    # several blocks, the last one shorter
+    monkeypatch.setattr(blockwise, "LOGITS", 1 << 16)
+    q, k, v = drawn(2, tokens, heads, dim)
+    q, v = q * 2, v + 1
+    exact = F.scaled_dot_product_attention(*(a.double().transpose(1, 2) for a in (q, k, v))).transpose(1, 2)
+    # what any attention does that keeps logits and weights in bf16
+    logits = (q.transpose(1, 2) * dim**-0.5) @ k.permute(0, 2, 3, 1)
+    rounded = (logits.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+    made = attention_in_blocks(q, k, v)
+    assert made.shape == q.shape and made.is_contiguous() and torch.equal(made, attention_in_blocks(q, k, v))
+    error, allowed = (made.double() - exact).abs(), (rounded.double() - exact).abs()
+    assert error.max() <= 2 * allowed.max() and error.mean() <= 1.1 * allowed.mean()
+
+
+def test_the_operator_is_one():
+    q, k, v = drawn(1, 300, 2, 16)
+    torch.library.opcheck(attention_in_blocks, (q, k, v))
+
+
+@pytest.mark.parametrize("layout", ["tokens", "pictures"])
+@torch.no_grad()
+def test_a_processor_gives_what_diffusers_does(layout, monkeypatch):
+    monkeypatch.setattr(blockwise, "SLOW", True)
+    torch.manual_seed(0)
+    # as in autoencoders, and as in transformer blocks
+    others = {"residual_connection": True, "norm_num_groups": 8, "rescale_output_factor": 2}
+    attn = Attention(64, heads=2, dim_head=32, bias=True, **(others if layout == "pictures" else {})).bfloat16()
+    x = torch.randn((2, 64, 16, 18) if layout == "pictures" else (2, 288, 64)).bfloat16()
+    short = x[..., :2].contiguous() if layout == "pictures" else x[:, :32]
+    attn.set_processor(FusedAttnProcessor())
+    calls = []
+    monkeypatch.setattr(blockwise, "attention_in_blocks", lambda *a: calls.append(a) or attention_in_blocks(*a))
+    made, few = attn(x), attn(short)
+    assert len(calls) == 1
+    attn.set_processor(AttnProcessor2_0())
+    stock, wide = attn(x), copy.deepcopy(attn).double()(x.double())
+    assert (made.double() - wide).abs().max() <= 2 * (stock.double() - wide).abs().max()
+    assert torch.equal(few, attn(short))
+
+
+def test_it_serves_no_other_type_device_or_gradient(monkeypatch):
+    monkeypatch.setattr(blockwise, "SLOW", True)
+    hidden = torch.zeros(1, 300, 8, dtype=torch.bfloat16)
+    assert blockwise.serves(hidden, 300) and not blockwise.serves(hidden, 64)
+    assert not blockwise.serves(hidden.float(), 300) and not blockwise.serves(hidden.to("meta"), 300)
+    assert not blockwise.serves(hidden.requires_grad_(), 300)
+    with torch.no_grad():
+        assert blockwise.serves(hidden, 300)
