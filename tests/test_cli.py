@@ -48,7 +48,9 @@ def test_sampling_a_run_folder_imports_what_its_networks_need(tmp_path, data, mo
     loaded = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
     assert {"torch", "semantica.model.uvit", "diffusers.models.modeling_utils"} <= loaded
     heavy = {"diffusers.pipelines.pipeline_utils", "diffusers.models.autoencoders", "diffusers.guiders"}
-    heavy |= {"diffusers.loaders.lora_base", "scipy", "matplotlib", "onnxruntime", "semantica.train.loop"}
+    heavy |= {"diffusers.loaders.lora_base", "matplotlib", "onnxruntime", "semantica.train.loop"}
+    # diffusers imports peft where that is installed, and peft asks for scipy
+    heavy |= set() if "peft" in loaded else {"scipy"}
     assert not loaded & heavy
 
 
