@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from semantica.benchmarks.harness.process import Entrant
+from semantica.benchmarks.harness.sources import stale
 from semantica.benchmarks.kernels.public import split
+from semantica.benchmarks.sampling import command
 from semantica.benchmarks.unets import suite
 from semantica.benchmarks.unets.contenders import CONTENDERS, Build, builder_of, rungs
 from semantica.benchmarks.unets.models import contents, operations
@@ -65,6 +67,19 @@ def test_races_of_a_folder(folder):
         "tiny UNet 8x8, 4 steps batch 2", "tiny decoder 8x8 batch 1", "tiny decoder 8x8 batch 2",
     ]  # fmt: skip
     assert "denoiser" in names["tiny UNet 8x8, 1 steps batch 1"] and "denoiser" not in names["tiny decoder 8x8 batch 1"]
+    bench.closing.close()
+
+
+def test_what_is_kept_says_how_it_was_measured_and_of_which_code(folder, monkeypatch):
+    made = []
+    monkeypatch.setattr(command, "measure", lambda config, bench, kind: made.append(bench))
+    assert main(["bench", "sample", "--models", str(folder), "--quick"]) == 0
+    (bench,) = made
+    race = next(iter(bench.races))
+    # of the stock ones nothing is ours, so that what was wrong stays so
+    assert bench.quick and bench.code(race, "plain") == {}
+    code = {"impl": "denoiser", **bench.code(race, "denoiser")}
+    assert not stale(code) and stale(code | {"kernel_hash": "of another version"})
     bench.closing.close()
 
 

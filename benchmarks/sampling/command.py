@@ -130,6 +130,7 @@ def sample_public(config: SamplingConfig, models: tuple[str, ...]) -> int:
         names=(*(rungs("unet") if config.ladder else asked or raced), *config.impl),
         device=config.device_kind(),
         ladder=config.ladder,
+        quick=config.quick,
         stages=config.stages,
         # the first call of each was before
         protocol=Protocol(warmup=0, least=least, most=max(least, 50), seconds=0.0 if config.quick else config.seconds),
