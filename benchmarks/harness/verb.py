@@ -121,7 +121,7 @@ def measure(config: Outputs, bench: "Bench", kind: table.Kind) -> None:
     for row in bench.wrong:
         which = " ".join(filter(None, (row["problem"], row.get("direction"), row["impl"])))
         print(f"WRONG, not timed: {which}: {row['reason']}")
-    for heading, shown in bench.tables().items():
+    for heading, shown in bench.tables(rows).items():
         print(f"\n{heading}")
         table.show(*shown)
     if config.html is not None:
