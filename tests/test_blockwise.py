@@ -81,3 +81,12 @@ def test_what_has_a_gradient_stays_with_pytorch(which, monkeypatch):
     assert grad.isfinite().all() and grad.any()
     with torch.no_grad():
         assert blockwise.serves(attn, x, 300)
+
+
+@torch.no_grad()
+def test_an_exported_program_is_of_pytorchs_operators(monkeypatch):
+    monkeypatch.setattr(blockwise, "SLOW", True)
+    attn, x = Attention(8, heads=2, dim_head=8).bfloat16(), torch.zeros(1, 300, 8, dtype=torch.bfloat16)
+    attn.set_processor(FusedAttnProcessor())
+    targets = {str(node.target) for node in torch.export.export(attn, (x,)).graph.nodes}
+    assert "aten.scaled_dot_product_attention.default" in targets and not any("semantica" in name for name in targets)

@@ -17,10 +17,13 @@ SLOW = bool(ABLE.get("avx512_bf16")) and not ABLE.get("amx_bf16")
 def serves(attn: nn.Module, hidden: Tensor, keys: int) -> bool:
     """Whether `attention_in_blocks` is the faster one for an attention of activations like these.
 
-    It has no gradient of either mode: neither what comes in nor a parameter, such as a LoRA's, may want one.
+    It has no gradient of either mode: neither what comes in nor a parameter, such as a LoRA's, may want one. Nor may it
+    stand in an exported program, which other machines run, and other runtimes.
     """
     here = SLOW and hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and keys >= FEWEST
-    return here and not dispatch.transformed() and not dispatch.differentiable((hidden, *attn.parameters()))
+    if not here or torch.compiler.is_exporting() or dispatch.transformed():
+        return False
+    return not dispatch.differentiable((hidden, *attn.parameters()))
 
 
 @torch.library.custom_op("semantica::attention_in_blocks", mutates_args=(), device_types="cpu")
