@@ -24,13 +24,13 @@ START=120
 LOAN=1800
 TABLE='
 first  doctor          30 what the machine has, and what will run on it
-first  tests          110 the tests that need a GPU, both kinds of kernels among them
+first  tests          130 the tests that need a GPU, both kinds of kernels among them
 first  memcheck       100 reads and writes past the end of a tensor, in every kernel
 first  racecheck      140 threads of a block that meet without a barrier, in every kernel
-first  compiled        60 registers, spills and access widths, as compiled there
+first  compiled        85 registers, spills and access widths, as compiled there
 second norm           140 group_norm beside its rivals, Triton and CUDA
 second attention       60 cross_attention beside its rivals
-second sample         300 whole runs of `small`, every engine raced
+second sample         260 whole runs of `small`, every engine raced
 third  train          250 training steps of `small`, from a plain loop to the trainer
 third  nccl            75 one process under torchrun with NCCL: DDP, then the same run under FSDP
 third  export          80 a bundle in bf16, checked against the network, and pictures of it by every engine
