@@ -86,3 +86,6 @@ def test_unknown_models_are_one_line(capsys):
     assert main(["bench", "kernels", "--quick", "--models", "sd-9"]) == 2
     said = capsys.readouterr().err
     assert "--models sd-9: neither one of sd-1.5" in said and said.count("\n") == 1
+    # their calls would be added up
+    assert main(["bench", "kernels", "--quick", "--models", "sd-1.5,elsewhere/sd-1.5"]) == 2
+    assert "two are called alike" in capsys.readouterr().err

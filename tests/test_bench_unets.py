@@ -85,7 +85,12 @@ def test_what_is_kept_says_how_it_was_measured_and_of_which_code(folder, monkeyp
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [(("--models", "sd-1.5,tiny"), "by themselves"), (("--models", "sd-1.5", "--only", "fast"), "--only fast: choose")],
+    [
+        (("--models", "sd-1.5,tiny"), "by themselves"),
+        (("--models", "sd-1.5", "--only", "fast"), "--only fast: choose"),
+        (("--models", "sd-1.5,elsewhere/sd-1.5"), "two are called alike"),
+        (("--models", "sd-1.5", "--only", "denoiser", "--stages", "decoder"), "none of these runs such a stage"),
+    ],
 )
 def test_mistakes_are_one_line(options, reason, capsys):
     assert main(["bench", "sample", "--quick", *options]) == 2

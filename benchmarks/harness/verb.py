@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,6 +61,12 @@ def need(*packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise UserError(f'{package} is missing: pip install "semantica-diffusion[bench]"')
+
+
+def named_apart(models: Sequence[str]) -> None:
+    """Raises `UserError` for two of --models that rows would not tell from each other."""
+    if len({Path(model).name for model in models}) < len(models):
+        raise UserError(f"--models {','.join(models)}: two are called alike, and so would be their rows")
 
 
 def measured(path: Path, bench: "Bench") -> dict:

@@ -114,7 +114,7 @@ class UNetBench(Bench):
         for model, stage, batch in itertools.product(self.models, self.stages, self.batches):
             names = [n for n in self.names if stage == "unet" or n not in CONTENDERS or not CONTENDERS[n].unet_only]
             names = [n for n in names if stage == "unet" or n != "+ condition once"]
-            for steps in self.steps if stage == "unet" else (1,):
+            for steps in (self.steps if stage == "unet" else (1,)) if names else ():
                 side, called = size_of(model), Path(model).name
                 runs = f"UNet {side}x{side}, {steps} steps" if stage == "unet" else f"decoder {side}x{side}"
                 race = (f"{called} {runs} batch {batch}",)
