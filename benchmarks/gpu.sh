@@ -24,17 +24,18 @@ START=120
 LOAN=1800
 TABLE='
 first  doctor          30 what the machine has, and what will run on it
-first  tests          110 the tests that need a GPU, both kinds of kernels among them
+first  tests          130 the tests that need a GPU, both kinds of kernels among them
 first  memcheck       100 reads and writes past the end of a tensor, in every kernel
 first  racecheck      140 threads of a block that meet without a barrier, in every kernel
-first  compiled        60 registers, spills and access widths, as compiled there
+first  compiled        85 registers, spills and access widths, as compiled there
 second norm           140 group_norm beside its rivals, Triton and CUDA
 second attention       60 cross_attention beside its rivals
-second sample         300 whole runs of `small`, every engine raced
+second sample         260 whole runs of `small`, every engine raced
 third  train          250 training steps of `small`, from a plain loop to the trainer
 third  nccl            75 one process under torchrun with NCCL: DDP, then the same run under FSDP
 third  export          80 a bundle in bf16, checked against the network, and pictures of it by every engine
 third  build          100 engines of that bundle, each checked, and pictures by it
+more   maps           400 attention_moments and attention_columns beside their rivals
 more   sample-base    590 whole runs of `base`, every engine raced
 more   train-base     590 training steps of `base`
 more   ladder-base    590 sampling of `base`, each optimisation in turn
@@ -42,6 +43,8 @@ more   tune-norm-1    590 launch tables for this card, beside the results: copy 
 more   tune-norm-2    590 as tune-norm-1
 more   tune-norm-3    590 as tune-norm-1
 more   tune-attention 590 as tune-norm-1
+more   tune-moments   590 as tune-norm-1
+more   tune-columns   590 as tune-norm-1
 '
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 complain() { echo "gpu.sh: $1" >&2; exit 2; }
@@ -216,6 +219,7 @@ run() {
         | tee "$OUT/compiled.txt" ;;
     norm) kernels group_norm ;;
     attention) kernels cross_attention ;;
+    maps) kernels attention_moments; kernels attention_columns ;;
     sample) sampling sample-$SMALL $SMALL "${SAMPLERS[@]}" ;;
     sample-base) sampling sample-base base "${SAMPLERS[@]}" ;;
     ladder-base) sampling ladder-base base --ladder --batch 1 --steps 20 ;;
@@ -238,6 +242,8 @@ run() {
     tune-norm-2) tuning group_norm partial apply ;;
     tune-norm-3) tuning group_norm partial_backward apply_backward ;;
     tune-attention) tuning cross_attention forward dq dkv ;;
+    tune-moments) tuning attention_moments forward dq dk df ;;
+    tune-columns) tuning attention_columns forward dq dk ;;
   esac
 }
 

@@ -136,7 +136,7 @@ void forward(const GroupNormShape& s, const T* x, T* y, float* mean, float* rstd
             const double slope = inverse * weight[c] * film;
             // of x itself: the addend moves the mean of its channel, and costs no pass
             const double middle = average - (addend ? addend[i] : 0);
-            center[to] = (float)middle;
+            center[to] = canonical(middle);
             factor[to] = canonical(slope);
             // what rounding took from the mean is given back
             offset[to] = canonical(bias[c] * film + (shift ? shift[i] : 0) + (center[to] - middle) * slope);
@@ -231,7 +231,7 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
             const int64_t i = sample * s.channels + c, unit = sample * s.groups + c / width;
             const int64_t to = order.at(sample, c);
             const float film = scale ? 1 + scale[i] : 1;
-            center[to] = mean[unit] - (addend ? addend[i] : 0);
+            center[to] = canonical(mean[unit] - (addend ? addend[i] : 0));
             inverse[to] = rstd[unit];
             factor[to] = canonical(rstd[unit] * weight[c] * film);
             offset[to] = canonical(bias[c] * film + (shift ? shift[i] : 0));
@@ -256,8 +256,8 @@ void backward(const GroupNormShape& s, const T* dy, const T* x, const float* mea
         const double r = rstd[sample * s.groups + group], count = (double)(width * s.spatial);
         for (int64_t c = group * width; c < (group + 1) * width; ++c) {
             const int64_t to = order.at(sample, c);
-            term[to] = (float)(r * plain / count);
-            slope[to] = (float)(r * r * weighted / count);
+            term[to] = canonical(r * plain / count);
+            slope[to] = canonical(r * r * weighted / count);
         }
     };
 

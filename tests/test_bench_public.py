@@ -53,6 +53,11 @@ def test_a_bench_of_models_and_what_memory_does_not_hold(monkeypatch):
     small = KernelBench(device="cpu", quick=True, models=("sd-1.5",), directions=("forward",))
     gone = [problem.case.shape for problem in bench.calls if problem.name in small.absent]
     assert gone == [(1, 256, 512, 512)] and "GiB" in str(small.absent)
+    # what is left out counts among all the calls, so that a sum without it says that it is one
+    asked = [small.asked(problem) for problem in small.calls if problem.name not in small.absent]
+    decoder = [found for found in asked if "sd-1.5 decoder, 512 px" in found["calls"]]
+    assert {found["calls_of_all"]["sd-1.5 decoder, 512 px"] for found in decoder} == {30}
+    assert sum(found["calls"]["sd-1.5 decoder, 512 px"] for found in decoder) == 29
 
 
 def test_an_evaluation_is_the_sum_over_its_calls():
@@ -60,10 +65,12 @@ def test_an_evaluation_is_the_sum_over_its_calls():
     both, one = {"UNet": 2, "decoder": 1}, {"UNet": 3}
     times = [("a", "fused", 1e3, one), ("a", "eager", 4e3, one), ("b", "fused", 5e3, both), ("b", "eager", 7e3, both)]
     times += [("b", "native", 6e3, both)]
+    row["calls_of_all"] = {"UNet": 5, "decoder": 4}
     rows = [row | dict(shape=shape, impl=impl, median_us=us, calls=calls) for shape, impl, us, calls in times]
     assert evaluations(rows) == [
         ("UNet", "group_norm", "float32", "forward", "5", "13.00", "", "26.00", "", "24.00"),
-        ("decoder", "group_norm", "float32", "forward", "1", "5.00", "6.00", "7.00", "", "6.00"),
+        # of three calls no row tells
+        ("decoder", "group_norm", "float32", "forward", "1 of 4", "5.00", "6.00", "7.00", "", "6.00"),
     ]
     assert evaluations([row | dict(shape="a", impl="fused", median_us=1.0)]) == []
 
@@ -79,3 +86,6 @@ def test_unknown_models_are_one_line(capsys):
     assert main(["bench", "kernels", "--quick", "--models", "sd-9"]) == 2
     said = capsys.readouterr().err
     assert "--models sd-9: neither one of sd-1.5" in said and said.count("\n") == 1
+    # their calls would be added up
+    assert main(["bench", "kernels", "--quick", "--models", "sd-1.5,elsewhere/sd-1.5"]) == 2
+    assert "two are called alike" in capsys.readouterr().err

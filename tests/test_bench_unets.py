@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from semantica.benchmarks.harness.process import Entrant
+from semantica.benchmarks.harness.sources import stale
 from semantica.benchmarks.kernels.public import split
+from semantica.benchmarks.sampling import command
 from semantica.benchmarks.unets import suite
 from semantica.benchmarks.unets.contenders import CONTENDERS, Build, builder_of, rungs
 from semantica.benchmarks.unets.models import contents, operations
@@ -68,9 +70,27 @@ def test_races_of_a_folder(folder):
     bench.closing.close()
 
 
+def test_what_is_kept_says_how_it_was_measured_and_of_which_code(folder, monkeypatch):
+    made = []
+    monkeypatch.setattr(command, "measure", lambda config, bench, kind: made.append(bench))
+    assert main(["bench", "sample", "--models", str(folder), "--quick"]) == 0
+    (bench,) = made
+    race = next(iter(bench.races))
+    # of the stock ones nothing is ours, so that what was wrong stays so
+    assert bench.quick and bench.code(race, "plain") == {}
+    code = {"impl": "denoiser", **bench.code(race, "denoiser")}
+    assert not stale(code) and stale(code | {"kernel_hash": "of another version"})
+    bench.closing.close()
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [(("--models", "sd-1.5,tiny"), "by themselves"), (("--models", "sd-1.5", "--only", "fast"), "--only fast: choose")],
+    [
+        (("--models", "sd-1.5,tiny"), "by themselves"),
+        (("--models", "sd-1.5", "--only", "fast"), "--only fast: choose"),
+        (("--models", "sd-1.5,elsewhere/sd-1.5"), "two are called alike"),
+        (("--models", "sd-1.5", "--only", "denoiser", "--stages", "decoder"), "none of these runs such a stage"),
+    ],
 )
 def test_mistakes_are_one_line(options, reason, capsys):
     assert main(["bench", "sample", "--quick", *options]) == 2

@@ -59,11 +59,34 @@ def test_a_processor_gives_what_diffusers_does(layout, monkeypatch):
     assert torch.equal(few, attn(short))
 
 
-def test_it_serves_no_other_type_device_or_gradient(monkeypatch):
+def test_it_serves_no_other_type_device_or_transform(monkeypatch):
     monkeypatch.setattr(blockwise, "SLOW", True)
-    hidden = torch.zeros(1, 300, 8, dtype=torch.bfloat16)
-    assert blockwise.serves(hidden, 300) and not blockwise.serves(hidden, 64)
-    assert not blockwise.serves(hidden.float(), 300) and not blockwise.serves(hidden.to("meta"), 300)
-    assert not blockwise.serves(hidden.requires_grad_(), 300)
+    attn, hidden = Attention(8).requires_grad_(False), torch.zeros(1, 300, 8, dtype=torch.bfloat16)
+    assert blockwise.serves(attn, hidden, 300) and not blockwise.serves(attn, hidden, 64)
+    assert not blockwise.serves(attn, hidden.float(), 300) and not blockwise.serves(attn, hidden.to("meta"), 300)
+    assert not torch.func.vmap(lambda a: a + blockwise.serves(attn, a, 300))(hidden).any()
+    with torch.autograd.forward_ad.dual_level():
+        assert not blockwise.serves(attn, hidden, 300)
+
+
+@pytest.mark.parametrize("which", ["activations", "a parameter"])
+def test_what_has_a_gradient_stays_with_pytorch(which, monkeypatch):
+    monkeypatch.setattr(blockwise, "SLOW", True)
+    attn = Attention(8, heads=2, dim_head=8).bfloat16().requires_grad_(False)
+    attn.set_processor(FusedAttnProcessor())
+    x = torch.randn(1, 300, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    (x if which == "activations" else attn.to_q.weight).requires_grad_()
+    attn(x).float().square().sum().backward()
+    grad = x.grad if which == "activations" else attn.to_q.weight.grad
+    assert grad.isfinite().all() and grad.any()
     with torch.no_grad():
-        assert blockwise.serves(hidden, 300)
+        assert blockwise.serves(attn, x, 300)
+
+
+@torch.no_grad()
+def test_an_exported_program_is_of_pytorchs_operators(monkeypatch):
+    monkeypatch.setattr(blockwise, "SLOW", True)
+    attn, x = Attention(8, heads=2, dim_head=8).bfloat16(), torch.zeros(1, 300, 8, dtype=torch.bfloat16)
+    attn.set_processor(FusedAttnProcessor())
+    targets = {str(node.target) for node in torch.export.export(attn, (x,)).graph.nodes}
+    assert "aten.scaled_dot_product_attention.default" in targets and not any("semantica" in name for name in targets)

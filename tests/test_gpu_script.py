@@ -3,6 +3,7 @@
 Every program that it starts is a small script which writes down how it was called.
 """
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from semantica.benchmarks import pack
 from semantica.errors import ArtifactError, UserError
+from semantica.kernels import OPERATORS
 from semantica.train.run import folder
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
@@ -112,6 +114,18 @@ def test_slices_run_in_order_once_and_a_failure_costs_only_itself(machine):
     assert done.returncode == 2
     done, calls = machine("--again", "second")
     assert slices_run(done) == list(table()["second"]) and not [line for line in calls if "--resume" in line]
+
+
+def test_every_operator_is_timed_and_its_launch_tables_tuned(machine):
+    done, calls = machine("norm", "attention", "maps", *(name for name in table()["more"] if name.startswith("tune-")))
+    assert done.returncode == 0
+    for name, operator in OPERATORS.items():
+        timed, *tuned = [line for line in calls if f"--op {name}" in line]
+        assert "bench kernels" in timed and all("bench tune" in line for line in tuned)
+        # fp32 is not timed on a GPU
+        asked = {kernel for line in tuned for kernel in re.search("--kernel (.*) --out", line)[1].split()}
+        ladders = json.loads(operator.file.with_name("ladder.json").read_text())
+        assert asked == {kernel for kernel in ladders if not kernel.endswith("_fp32")}
 
 
 def test_results_go_on_from_an_archive_on_another_machine(machine, tmp_path):

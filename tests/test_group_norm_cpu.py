@@ -150,6 +150,14 @@ def test_a_nan_stays_in_its_group_and_stays_a_nan(dtype, bits):
         inputs["bias"][5] = nan
         y = group_norm(**inputs)
         assert y[:, 5].isnan().all() and y.isnan().sum() == 2 * 16
+        # an addend is of one sample, and its group's statistics are NaN
+        inputs = GroupNormCase((2, 32, 4, 4), 4, channels_last=last, addend=True).inputs(dtype)
+        inputs["x"].requires_grad_()
+        inputs["addend"] = inputs["addend"].float()
+        inputs["addend"][0, 9] = nan
+        y = group_norm(**inputs)
+        (dx,) = torch.autograd.grad(y, inputs["x"], torch.ones_like(y))
+        assert all(a[0, 8:16].isnan().all() and a.isnan().sum() == 8 * 16 for a in (y, dx))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -66,8 +66,8 @@ class Bench:
         """What the file holds beside the rows."""
         return {}
 
-    def tables(self) -> dict[str, tuple[Sequence[str], list[tuple[str, ...]]]]:
-        """What is shown beside the rows: `{heading: (columns, lines)}`."""
+    def tables(self, rows: list[dict]) -> dict[str, tuple[Sequence[str], list[tuple[str, ...]]]]:
+        """What is shown beside the rows, which are all that the file holds: `{heading: (columns, lines)}`."""
         return {}
 
     def outcome(self, race: tuple[str, ...], name: str) -> Outcome:

@@ -54,7 +54,7 @@ def evaluations(rows: list[dict]) -> list[tuple[str, ...]]:
     """What an operator takes in one evaluation of a public model: the median of each shape times its calls, in ms.
 
     "best" takes for each shape whichever of PyTorch's ways is fastest there. An implementation that lacks a shape has
-    no sum.
+    no sum; where no row has a shape, the calls say of how many they are, and the sums are of these alone.
     """
     sums: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
@@ -69,7 +69,9 @@ def evaluations(rows: list[dict]) -> list[tuple[str, ...]]:
             times = [min((r["median_us"] for r in own if r["impl"] in names), default=None) for own in shapes.values()]
             whole = None not in times
             columns.append(f"{sum(n * t for n, t in zip(calls, times)) / 1e3:.2f}" if whole else "")
-        lines.append((what, *named, str(sum(calls)), *columns))
+        every = next(iter(shapes.values()))[0]["calls_of_all"][what]
+        timed = str(every) if sum(calls) == every else f"{sum(calls)} of {every}"
+        lines.append((what, *named, timed, *columns))
     return lines
 
 

@@ -122,7 +122,7 @@ def page(path: Path, kind: Kind, rows: list[Row], bench: "Bench") -> None:
         body = cells(columns, [row for row in rows if row[kind.by] == value], rows)
         parts.append(Part(value, columns=heads(columns), rows=tuple(body)))
     parts += [
-        Part(heading, columns=tuple(named), rows=tuple(body)) for heading, (named, body) in bench.tables().items()
+        Part(heading, columns=tuple(named), rows=tuple(body)) for heading, (named, body) in bench.tables(rows).items()
     ]
     wrong = tuple((row["problem"], row.get("direction", ""), row["impl"], row["reason"]) for row in bench.wrong)
     parts.append(Part("Wrong, not timed", columns=("problem", "direction", "implementation", "reason"), rows=wrong))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,6 +61,12 @@ def need(*packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise UserError(f'{package} is missing: pip install "semantica-diffusion[bench]"')
+
+
+def named_apart(models: Sequence[str]) -> None:
+    """Raises `UserError` for two of --models that rows would not tell from each other."""
+    if len({Path(model).name for model in models}) < len(models):
+        raise UserError(f"--models {','.join(models)}: two are called alike, and so would be their rows")
 
 
 def measured(path: Path, bench: "Bench") -> dict:
@@ -121,7 +128,7 @@ def measure(config: Outputs, bench: "Bench", kind: table.Kind) -> None:
     for row in bench.wrong:
         which = " ".join(filter(None, (row["problem"], row.get("direction"), row["impl"])))
         print(f"WRONG, not timed: {which}: {row['reason']}")
-    for heading, shown in bench.tables().items():
+    for heading, shown in bench.tables(rows).items():
         print(f"\n{heading}")
         table.show(*shown)
     if config.html is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from semantica.benchmarks.harness.table import Column, Kind, against, cells, heads, show
-from semantica.benchmarks.harness.verb import Outputs, measure, need
+from semantica.benchmarks.harness.verb import Outputs, measure, named_apart, need
 from semantica.errors import UserError
 from semantica.files import write_json
 
@@ -74,6 +74,8 @@ def kernels(config: KernelsConfig) -> int:
     part = re.fullmatch(r"(\d+)/(\d+)", config.part)
     if not part or not 1 <= int(part[1]) <= int(part[2]):
         raise UserError(f"--part {config.part!r}: give K/N with 1 <= K <= N, such as 1/3")
+    models = tuple(filter(None, config.models.split(",")))
+    named_apart(models)
     bench = KernelBench(
         ops=tuple(OPERATORS) if config.op == "all" else (config.op,),
         words=tuple(config.filter.split()),
@@ -82,7 +84,7 @@ def kernels(config: KernelsConfig) -> int:
         own=config.impl,
         quick=config.quick,
         part=(int(part[1]), int(part[2])),
-        models=tuple(filter(None, config.models.split(","))),
+        models=models,
     )
     if not bench.races and not bench.absent.keys() & {problem.name for problem in bench.calls}:
         raise UserError(f"no row has all of {config.filter!r}: see `semantica bench kernels --quick` for names")

@@ -216,14 +216,20 @@ class KernelBench(Bench):
             if (name, direction) in found.wrong:
                 return found.wrong[name, direction]
             row = found.row(name, direction, times[name], ceilings, self.clock.cache)
-            # of public models alone: how often one evaluation of each asks for it
-            calls = {"calls": self.calls[found.problem]} if self.calls else {}
-            return times[name].device, row | calls | ({"quick": True} if self.quick else {})
+            return times[name].device, row | self.asked(found.problem) | ({"quick": True} if self.quick else {})
 
         return {name: outcome(name) for name in self.races[race]}
 
-    def tables(self) -> dict:
-        lines = evaluations([row["extra_info"] for row in self.rows])
+    def asked(self, problem: Problem) -> dict[str, dict[str, int]]:
+        """Of public models alone: how often one evaluation of each asks for a problem, and for any of its operator."""
+        if not self.calls:
+            return {}
+        alike = [calls for other, calls in self.calls.items() if (other.op, other.dtype) == (problem.op, problem.dtype)]
+        calls = self.calls[problem]
+        return {"calls": calls, "calls_of_all": {what: sum(of.get(what, 0) for of in alike) for what in calls}}
+
+    def tables(self, rows: list[dict]) -> dict:
+        lines = evaluations(rows)
         return {"one evaluation of each model": (EVALUATION, lines)} if lines else {}
 
 

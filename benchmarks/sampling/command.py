@@ -2,13 +2,12 @@
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from semantica.benchmarks.harness.table import Column, Kind, against, mebibytes, milliseconds, times_by_shape
-from semantica.benchmarks.harness.verb import Outputs, measure, need
+from semantica.benchmarks.harness.verb import Outputs, measure, named_apart, need
 from semantica.benchmarks.sampling import BOUND, GUIDANCE
 from semantica.errors import UserError
 from semantica.ranges import nvtx
@@ -68,6 +67,7 @@ def sample(config: SamplingConfig) -> int:
         nvtx()
 
     models = tuple(filter(None, config.models.split(",")))
+    named_apart(models)
     if models:
         from semantica.benchmarks.kernels.public import is_public
 
@@ -85,8 +85,6 @@ def sample(config: SamplingConfig) -> int:
     # a misspelt name must not cost the races before it
     for model in models:
         check(model)
-    if len({Path(model).name for model in models}) < len(models):
-        raise UserError(f"--models {config.models}: two are called alike, and so would be their rows")
     names, absent = contenders(config, device)
     bench = SamplingBench(
         models=models,
@@ -130,10 +128,14 @@ def sample_public(config: SamplingConfig, models: tuple[str, ...]) -> int:
         names=(*(rungs("unet") if config.ladder else asked or raced), *config.impl),
         device=config.device_kind(),
         ladder=config.ladder,
+        quick=config.quick,
         stages=config.stages,
         # the first call of each was before
         protocol=Protocol(warmup=0, least=least, most=max(least, 50), seconds=0.0 if config.quick else config.seconds),
     )
+    if not bench.races:
+        bench.closing.close()
+        raise UserError(f"--only {config.only} --stages {' '.join(config.stages)}: none of these runs such a stage")
     measure(config, bench, KIND)
     return 1 if bench.wrong else 0
 

@@ -141,7 +141,7 @@ class TrainingBench(Bench):
     def more(self) -> dict:
         return {"shares": self.shares, "scaling": self.scaling}
 
-    def tables(self) -> dict:
+    def tables(self, rows: list[dict]) -> dict:
         found = {}
         if self.shares:
             rung = repr(self.shares["rung"])

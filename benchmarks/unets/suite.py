@@ -105,6 +105,7 @@ class UNetBench(Bench):
     names: tuple[str, ...]
     device: str
     ladder: bool = False
+    quick: bool = False
     stages: tuple[str, ...] = ("unet", "decoder")
     protocol: Protocol = Protocol(warmup=0, least=2, most=2, seconds=0.0)
     runs: dict[tuple[str, ...], tuple] = field(default_factory=dict)
@@ -113,7 +114,7 @@ class UNetBench(Bench):
         for model, stage, batch in itertools.product(self.models, self.stages, self.batches):
             names = [n for n in self.names if stage == "unet" or n not in CONTENDERS or not CONTENDERS[n].unet_only]
             names = [n for n in names if stage == "unet" or n != "+ condition once"]
-            for steps in self.steps if stage == "unet" else (1,):
+            for steps in (self.steps if stage == "unet" else (1,)) if names else ():
                 side, called = size_of(model), Path(model).name
                 runs = f"UNet {side}x{side}, {steps} steps" if stage == "unet" else f"decoder {side}x{side}"
                 race = (f"{called} {runs} batch {batch}",)
@@ -211,11 +212,21 @@ class UNetBench(Bench):
 
     def row(self, race: tuple[str], name: str, entrant: Raced, ceilings: dict[str, float], limit: float) -> dict:
         model, stage, batch, steps = self.runs[race]
-        op = f"{stage}_ladder" if self.ladder else stage
         direction = f"guidance {GUIDANCE}" if stage == "unet" else "decode"
-        named = (op, name, *race, f"batch {batch}", entrant.built["arithmetic"], direction)
+        named = (self.op(race), name, *race, f"batch {batch}", entrant.built["arithmetic"], direction)
         row = store.row(named, entrant.times, self.device, steps * operations(model, stage, batch), ceilings)
         row |= {"evaluation_us": row["median_us"] / steps, "rel_error": entrant.error, "half_error": limit / LEEWAY}
         row |= {"build_s": entrant.built["seconds"], **entrant.facts}
-        ours = self.ladder or not (switches := switches_of(name, stage)) or switches.fused
-        return row | {"kernel_hash": source_hash(op, row["arch"]) if ours else None}
+        row |= {"quick": True} if self.quick else {}
+        return row | {"kernel_hash": None, **self.code(race, name)}
+
+    def op(self, race: tuple[str]) -> str:
+        _, stage, *_ = self.runs[race]
+        return f"{stage}_ladder" if self.ladder else stage
+
+    def code(self, race: tuple[str], name: str) -> dict:
+        op, arch = self.op(race), store.environment(self.device)["arch"]
+        switches = switches_of(name, self.runs[race][1])
+        # of the user's own functions nobody knows what they are made of
+        ours = self.ladder or switches is None or switches.fused
+        return {"op": op, "arch": arch, "kernel_hash": source_hash(op, arch)} if ours else {}

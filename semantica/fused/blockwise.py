@@ -1,7 +1,9 @@
 """Attention of many tokens in bf16 on a CPU, a block of queries at a time, by PyTorch's own matrix products."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from semantica.kernels import dispatch
 
 # logits that are there at a time: they stay in the cache between the two products, and each product is large
 LOGITS = 1 << 20
@@ -12,10 +14,16 @@ ABLE = torch.cpu.get_capabilities()
 SLOW = bool(ABLE.get("avx512_bf16")) and not ABLE.get("amx_bf16")
 
 
-def serves(hidden: Tensor, keys: int) -> bool:
-    """Whether `attention_in_blocks` is the faster one for activations like these; it has no gradient."""
+def serves(attn: nn.Module, hidden: Tensor, keys: int) -> bool:
+    """Whether `attention_in_blocks` is the faster one for an attention of activations like these.
+
+    It has no gradient of either mode: neither what comes in nor a parameter, such as a LoRA's, may want one. Nor may it
+    stand in an exported program, which other machines run, and other runtimes.
+    """
     here = SLOW and hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and keys >= FEWEST
-    return here and not (torch.is_grad_enabled() and hidden.requires_grad)
+    if not here or torch.compiler.is_exporting() or dispatch.transformed():
+        return False
+    return not dispatch.differentiable((hidden, *attn.parameters()))
 
 
 @torch.library.custom_op("semantica::attention_in_blocks", mutates_args=(), device_types="cpu")

@@ -120,7 +120,7 @@ class FusedAttnProcessor(AttnProcessor2_0):
         tokens, mask = encoder_hidden_states, attention_mask
         if tokens is None and mask is None and plain(attn):
             count = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states[0, 0].numel()
-            if blockwise.serves(hidden_states, count):
+            if blockwise.serves(attn, hidden_states, count):
                 return attend_itself(attn, hidden_states)
         if tokens is None or not serves(attn, hidden_states, tokens, mask):
             return super().__call__(attn, hidden_states, tokens, mask, temb, **kwargs)

@@ -19,7 +19,7 @@ HOW = {
     "residual block": "fused: norms, SiLU, time embedding",
     "norm": "fused",
     "cross-attention": "fused on GPUs, PyTorch's on CPUs",
-    "self-attention": "PyTorch's; in bf16 on CPUs without AMX by blocks of queries",
+    "self-attention": "PyTorch's; in bf16 on CPUs with AVX-512 and no AMX by blocks of queries",
 }
 
 
