@@ -17,20 +17,21 @@ def drawn(batch, tokens, heads, dim, count=3):
     return [torch.randn(batch, tokens, heads, dim, generator=g).bfloat16() for _ in range(count)]
 
 
+@pytest.mark.parametrize("factor", [1, 12])
 @pytest.mark.parametrize("tokens, heads, dim", [(257, 3, 40), (1100, 2, 80), (300, 5, 64)])
-def test_it_is_attention(tokens, heads, dim, monkeypatch):
+def test_it_is_as_accurate_as_pytorchs_kernel(tokens, heads, dim, factor, monkeypatch):
+    """Also where logits are large: bf16 has no digits for what is behind their point."""
     # several blocks, the last one shorter
     monkeypatch.setattr(blockwise, "LOGITS", 1 << 16)
     q, k, v = drawn(2, tokens, heads, dim)
-    q, v = q * 2, v + 1
-    exact = F.scaled_dot_product_attention(*(a.double().transpose(1, 2) for a in (q, k, v))).transpose(1, 2)
-    # what any attention does that keeps logits and weights in bf16
-    logits = (q.transpose(1, 2) * dim**-0.5) @ k.permute(0, 2, 3, 1)
-    rounded = (logits.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+    q = (q * factor).contiguous()
+    given = [a.transpose(1, 2) for a in (q, k, v)]
+    exact = F.scaled_dot_product_attention(*(a.double() for a in given)).transpose(1, 2)
+    stock = F.scaled_dot_product_attention(*given).transpose(1, 2)
     made = attention_in_blocks(q, k, v)
     assert made.shape == q.shape and made.is_contiguous() and torch.equal(made, attention_in_blocks(q, k, v))
-    error, allowed = (made.double() - exact).abs(), (rounded.double() - exact).abs()
-    assert error.max() <= 2 * allowed.max() and error.mean() <= 1.1 * allowed.mean()
+    error, allowed = (made.double() - exact).abs(), (stock.double() - exact).abs()
+    assert error.max() <= 3 * allowed.max() and error.mean() <= 2 * allowed.mean()
 
 
 def test_the_operator_is_one():
