@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semantica.engines import Bundle, load_engine, open_bundle
-from semantica.engines.bundle import CONDITION, DENOISE, FILES, MANIFEST, NULL, REFERENCE, WEIGHTS
+from semantica.engines.bundle import CONDITION, DECODE, DENOISE, FILES, MANIFEST, NULL, REFERENCE, WEIGHTS
 from semantica.errors import ArtifactError, UserError
 from semantica.export.config import QuantiseConfig
 from semantica.export.write import PACKAGES, new_folder
@@ -89,6 +89,8 @@ def check_bundle(bundle: Bundle) -> None:
         raise UserError(f"{bundle.folder} is {bundle.quantised} already: give the bundle that it was made from")
     if bundle.precision not in ("fp32", "fp16"):
         raise UserError(f"{bundle.folder} is {bundle.precision}, in which no CPU calibrates it: export fp32 or fp16")
+    if DECODE in bundle.manifest["files"]:
+        raise UserError(f"{bundle.folder} is of a diffusers pipeline: bundles of run folders alone are quantised so far")
     if REFERENCE not in bundle.manifest["files"]:
         raise UserError(f"{bundle.folder} has no {REFERENCE} to compare with: export the bundle again")
 

@@ -15,6 +15,7 @@ from semantica.cli import main
 from semantica.engines import load_engine, open_bundle
 from semantica.errors import UserError
 from semantica.export import calibration, parity, qdq, quantise, sensitivity
+from semantica.files import entries
 
 # quantises as ModelOpt does: what has a type after inference, by the largest value, but for nodes named like small ones
 STANDIN = """
@@ -240,8 +241,14 @@ def test_refusals_are_one_line_and_leave_nothing(bundles, standin, tmp_path, cap
     manifest = json.loads((bare / "manifest.json").read_text())
     del manifest["files"]["reference.safetensors"]
     (bare / "manifest.json").write_text(json.dumps(manifest))
+    latents = shutil.copytree(bundles["fp32"], tmp_path / "latents")
+    shutil.copyfile(latents / "denoise.onnx", latents / "decode.onnx")
+    manifest = json.loads((latents / "manifest.json").read_text())
+    manifest |= {"decode": 128, "files": entries(latents, [*manifest["files"], "decode.onnx"])}
+    (latents / "manifest.json").write_text(json.dumps(manifest))
     before = {path.name for path in tmp_path.iterdir()}
     for arguments, says in (
+        ([str(latents)], "is of a diffusers pipeline: bundles of run folders alone are quantised so far"),
         ([str(bundles["bf16"])], "is bf16, in which no CPU calibrates it: export fp32 or fp16"),
         ([str(bare)], "has no reference.safetensors"),
         ([str(tmp_path / "nowhere")], "is not a folder"),
