@@ -90,7 +90,7 @@ def check_bundle(bundle: Bundle) -> None:
     if bundle.precision not in ("fp32", "fp16"):
         raise UserError(f"{bundle.folder} is {bundle.precision}, in which no CPU calibrates it: export fp32 or fp16")
     if DECODE in bundle.manifest["files"]:
-        raise UserError(f"{bundle.folder} is of a diffusers pipeline: bundles of run folders alone are quantised so far")
+        raise UserError(f"{bundle.folder} is of a diffusers pipeline: only those of run folders are quantised so far")
     if REFERENCE not in bundle.manifest["files"]:
         raise UserError(f"{bundle.folder} has no {REFERENCE} to compare with: export the bundle again")
 

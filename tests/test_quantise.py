@@ -248,7 +248,7 @@ def test_refusals_are_one_line_and_leave_nothing(bundles, standin, tmp_path, cap
     (latents / "manifest.json").write_text(json.dumps(manifest))
     before = {path.name for path in tmp_path.iterdir()}
     for arguments, says in (
-        ([str(latents)], "is of a diffusers pipeline: bundles of run folders alone are quantised so far"),
+        ([str(latents)], "is of a diffusers pipeline: only those of run folders are quantised so far"),
         ([str(bundles["bf16"])], "is bf16, in which no CPU calibrates it: export fp32 or fp16"),
         ([str(bare)], "has no reference.safetensors"),
         ([str(tmp_path / "nowhere")], "is not a folder"),
