@@ -126,3 +126,12 @@ def test_a_process_that_waits_for_others_hears_a_signal(rank, world):
         "semantica: asked to stop, and another of the processes did not answer within 0 s: "
         "the same command continues from the newest complete checkpoint"
     ] * (rank == 0 and world == 2)
+
+
+@pytest.mark.parametrize("said, lost", [
+    ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete", True),
+    ("Application timeout caused pair closure", True),
+    ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
+])  # fmt: skip
+def test_what_gloo_says_of_a_process_that_does_not_answer_is_known(said, lost):
+    assert processes.lost(RuntimeError(said)) is lost
