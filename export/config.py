@@ -37,6 +37,8 @@ class ExportConfig:
         for name in ("levels", "steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}: give at least 1")
+        if self.ip_adapter is None and self.ip_scale != 1:
+            raise UserError("--ip-scale is nothing without --ip-adapter: give that too")
         if os.path.lexists(self.out):
             raise UserError(f"--out {self.out} exists: choose another folder")
         return self

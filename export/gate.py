@@ -76,8 +76,10 @@ class Gate:
         captured: what they were written from, maybe without its programs. Raises `ArtifactError` as `program`.
         """
         folder, problem = self.folder, self.problem
-        whole = folder if captured.precision != "bf16" else write_twin(folder)
+        whole = folder if captured.precision != "bf16" else twin_of(folder)
         try:
+            if whole != folder:
+                write_twin(folder, whole)
             bundle = open_bundle(whole)
             native = as_written(bundle)
             for name, graphs in {"onnxruntime": bundle, "native": native}.items():
@@ -93,7 +95,7 @@ class Gate:
                     self.rows[name] = row
         finally:
             if whole != folder:
-                shutil.rmtree(whole)
+                shutil.rmtree(whole, ignore_errors=True)
         return {"parity": self.rows, "bounds": vars(parity.BOUNDS[captured.precision])}
 
 
@@ -154,9 +156,13 @@ def check_headroom(record: dict[str, Any], precision: str) -> None:
         )
 
 
-def write_twin(folder: Path) -> Path:
-    """A bf16 bundle's files with fp32 types, beside it, so that ONNX Runtime can run what is written there."""
-    twin = folder.with_name(f"{folder.name}.fp32")
+def twin_of(folder: Path) -> Path:
+    """Where `write_twin` writes, beside a bundle."""
+    return folder.with_name(f"{folder.name}.fp32")
+
+
+def write_twin(folder: Path, twin: Path) -> None:
+    """A bf16 bundle's files with fp32 types, so that ONNX Runtime can run what is written there."""
     shutil.rmtree(twin, ignore_errors=True)
     twin.mkdir()
     for name in (WEIGHTS, NULL):
@@ -169,4 +175,3 @@ def write_twin(folder: Path) -> Path:
     kept = [name for name in manifest["files"] if (twin / name).is_file()]
     manifest |= {"precision": "fp32", "tokenizers": {}, "files": entries(twin, kept)}
     (twin / MANIFEST).write_text(json.dumps(manifest))
-    return twin

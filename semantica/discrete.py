@@ -71,7 +71,9 @@ class DiscreteSchedule:
             UserError: it prescribes betas, levels or predictions that are not known here.
         """
         for name in ("trained_betas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
-                     "use_lu_lambdas", "use_flow_sigmas", "thresholding", "clip_sample"):  # fmt: skip
+                     "use_lu_lambdas", "use_flow_sigmas", "thresholding", "clip_sample",
+                     # levels that are no products of betas: EDM's, and those of flow matching
+                     "sigma_min", "sigma_max", "sigma_data", "shift"):  # fmt: skip
             if config.get(name):
                 raise UserError(f"scheduler {config.get('_class_name', '')} has {name} set: this is not known here")
         names = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from semantica import native
-from semantica.errors import device_failure, first_line
+from semantica.errors import UserError, device_failure, first_line
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -266,6 +266,8 @@ def run(config: DoctorConfig) -> int:
     from rich.table import Table
     from rich.text import Text
 
+    if config.presets and config.model:
+        raise UserError("--presets and --model are a table each: give one of them")
     console = Console(soft_wrap=True, highlight=False)
     if config.presets or config.model:
         if config.model:

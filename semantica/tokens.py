@@ -5,6 +5,7 @@ from the same two files.
 """
 
 import functools
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ import numpy as np
 from semantica.errors import UserError
 from semantica.files import read_json
 
-# the two files of old, or the one that holds both; and the settings
+# the two files of old, or the one that holds both; and the settings, of which old folders have a second file
 VOCABULARY, MERGES, WHOLE, SETTINGS = "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"
-FILES = (VOCABULARY, MERGES, WHOLE, SETTINGS)
+SPECIAL = "special_tokens_map.json"
+FILES = (VOCABULARY, MERGES, WHOLE, SETTINGS, SPECIAL)
 START, END, WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 SHORT = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 # a file of merges has a megabyte; one of another kind under its name is not read into memory
@@ -42,26 +44,43 @@ class ClipTokenizer:
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self.length = config.get("model_max_length", 77)
         padding = config.get("pad_token", END)
+        if "added_tokens_decoder" not in config and (folder / SPECIAL).is_file():
+            # its word counts in folders of old: Stable Diffusion 2 pads with "!" and has the end in the other file
+            padding = read_json(folder / SPECIAL).get("pad_token", padding)
         padding = padding.get("content") if isinstance(padding, dict) else padding
-        if type(self.length) is not int or not 2 < self.length <= 1 << 16 or padding not in self.vocabulary:
+        known = isinstance(padding, str) and padding and padding in self.vocabulary
+        if type(self.length) is not int or not 2 < self.length <= 1 << 16 or not known:
             raise UserError(f"{folder / SETTINGS} has length {self.length!r} and padding {padding!r}: these are none")
         self.padding, self.start, self.end = (self.vocabulary[word] for word in (padding, START, END))
+        # the word that pads is never a part of others, nor do others join it
+        self.special = re.compile("|".join(map(re.escape, {START, END, padding})))
         self.encode = functools.lru_cache(4096)(self._encode)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """int64 `[len(texts), length]`. Raises `UserError` for something else than text."""
+        """int64 `[len(texts), length]`. Raises `UserError` for something else than text, or half a character."""
         rows = []
         for text in texts:
             if not isinstance(text, str):
                 raise UserError(f"a prompt is a {type(text).__name__}: give text")
-            inner = [number for word in split(text) for number in self.encode(word)][: self.length - 2]
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(f"a prompt holds bytes that are no text in UTF-8: {text!r}")
+            inner = [number for word in self.words(text) for number in self.encode(word)][: self.length - 2]
             row = [self.start, *inner, self.end]
             rows.append(row + [self.padding] * (self.length - len(row)))
         return np.array(rows, np.int64).reshape(-1, self.length)
 
+    def words(self, text: str) -> Iterator[str]:
+        """Special words as they stand, and those of `split` between them."""
+        done = 0
+        for found in self.special.finditer(text):
+            yield from split(text[done : found.start()])
+            yield found.group()
+            done = found.end()
+        yield from split(text[done:])
+
     def _encode(self, word: str) -> list[int]:
         """The numbers of one word: its bytes, the pair that was learned first merged until there is none left."""
-        if word in (START, END):
+        if word in (START, END) or self.special.fullmatch(word):
             return [self.vocabulary[word]]
         parts = [BYTES[byte] for byte in word.encode()]
         parts[-1] += WORD

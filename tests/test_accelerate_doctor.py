@@ -80,6 +80,10 @@ def test_bad_folders_are_one_line(tmp_path, capsys):
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"down_block_types": ["Nothing"] * 4}))
     assert "config.json makes no AutoencoderKL: Nothing does not exist" in said(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": [], "vae": ["diffusers", 3], "other": ["x"]}))
+    assert "nothing to replace" in said(tmp_path)
+    assert main(["doctor", "--presets", "--model", str(tmp_path)]) == 2
+    assert "--presets and --model are a table each" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")

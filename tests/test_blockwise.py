@@ -34,6 +34,12 @@ def test_it_is_as_accurate_as_pytorchs_kernel(tokens, heads, dim, factor, monkey
     assert error.max() <= 3 * allowed.max() and error.mean() <= 2 * allowed.mean()
 
 
+@pytest.mark.parametrize("shape", [(0, 8, 2, 16), (1, 0, 2, 16)])
+def test_nothing_gives_nothing(shape):
+    nothing = torch.zeros(shape, dtype=torch.bfloat16)
+    assert attention_in_blocks(nothing, nothing, nothing).shape == shape
+
+
 def test_the_operator_is_one():
     q, k, v = drawn(1, 300, 2, 16)
     torch.library.opcheck(attention_in_blocks, (q, k, v))

@@ -5,7 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection, MultiIPAdapterImageProjection
@@ -281,6 +287,9 @@ def test_sizes_of_sdxl_are_of_the_latents_unless_told(model):
     (lambda: sd(prediction_type="sample").denoiser(), "prediction 'sample' is none of epsilon, v_prediction"),
     (lambda: sd(rescale_betas_zero_snr=True).denoiser(), "it needs v_prediction"),
     (lambda: sd().denoiser().schedule.grid(0), "0 sampling steps"),
+    (lambda: UNetDenoiser(unet(time_cond_proj_dim=8), None), "an embedding of the guidance scale"),
+    (lambda: DiscreteSchedule.from_scheduler(EDMEulerScheduler().config, SIZE), "sigma_min set"),
+    (lambda: DiscreteSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler().config, SIZE), "shift set"),
 ])  # fmt: skip
 def test_what_it_does_not_know_is_one_line(wrong, message):
     with pytest.raises(UserError, match=message):

@@ -1,6 +1,7 @@
 """Bundles of diffusers' pipelines: through the gate, and sampled where torch cannot be imported."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,10 @@ from semantica.cli import main
 from semantica.engines import load_engine, open_bundle
 from semantica.engines.bundle import MANIFEST
 from semantica.export import gate
+from semantica.export.builders.tensorrt import BUILDER
+from semantica.export.config import ExportConfig
+from semantica.export.gate import Gate
+from semantica.export.program import Captured
 from semantica.files import entries
 from semantica.fused.conditioned import PreparedAttnProcessor
 from semantica.pipelines.bundle import BundlePipeline
@@ -120,6 +125,29 @@ def test_a_bundle_that_was_changed_or_is_asked_for_more_is_one_line(made, tmp_pa
         (broken / MANIFEST).write_text(json.dumps(manifest | change))
         with pytest.raises(UserError, match=message):
             open_bundle(broken)
+    # what a tokenizer would read without a hash
+    shutil.copytree(path, tmp_path / "more")
+    (tmp_path / "more/tokenizer/special_tokens_map.json").write_text('{"pad_token": "a"}')
+    with pytest.raises(UserError, match="special_tokens_map.json has no hash"):
+        open_bundle(tmp_path / "more")
+    del manifest["files"]["tokenizer/vocab.json"]
+    (tmp_path / "more/tokenizer/special_tokens_map.json").unlink()
+    (tmp_path / "more" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="vocab.json has no hash"):
+        open_bundle(tmp_path / "more")
+
+
+def test_a_twin_that_fails_half_way_is_gone(tmp_path):
+    gate = Gate.__new__(Gate)
+    gate.folder, gate.problem = tmp_path / "bundle", None
+    with pytest.raises(FileNotFoundError):
+        gate.files(Captured("bf16", *(None,) * 4, (), ()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--ip-scale is nothing without --ip-adapter"):
+        ExportConfig(tmp_path, tmp_path / "out", ip_scale=0.5).check()
 
 
 def test_a_faulty_decoder_is_refused(made):
@@ -159,3 +187,8 @@ def test_an_ip_adapter_goes_into_the_graphs(foreign, tmp_path, precision):
         assert np.abs(actual - expected).max() < 0.05
         other, _ = images(folder, path, inputs, (weights, 0.0))
         assert np.abs(other - expected).max() > 10 * np.abs(actual - expected).max()
+
+
+def test_tensorrt_refuses_what_it_would_build_without_a_decoder(made):
+    with pytest.raises(UserError, match="is of a diffusers pipeline, which tensorrt does not build so far"):
+        BUILDER.check(open_bundle(made[1]))

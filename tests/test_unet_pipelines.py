@@ -56,6 +56,44 @@ def test_prompts_become_the_numbers_of_transformers(foreign, tmp_path):
         ClipTokenizer(path)
 
 
+@pytest.mark.parametrize("settings, special", [
+    ({"pad_token": "!"}, None),
+    ({"pad_token": "<|endoftext|>"}, {"pad_token": "!"}),
+    ({"pad_token": "<|endoftext|>"}, {"pad_token": {"content": "!", "lstrip": False, "normalized": True,
+                                                    "rstrip": False, "single_word": False}}),
+    ({"pad_token": "<|endoftext|>", "added_tokens_decoder": {}}, {"pad_token": "!"}),
+], ids=["SDXL's second", "SD 2", "SD 2 with more", "newer"])  # fmt: skip
+def test_padding_and_its_word_within_prompts_are_those_of_transformers(foreign, tmp_path, settings, special):
+    path = foreign.tokenizer(tmp_path / "t")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | settings))
+    if special:
+        (path / "special_tokens_map.json").write_text(json.dumps(special))
+    theirs, own = CLIPTokenizer.from_pretrained(path), ClipTokenizer(path)
+    prompts = [*TEXTS, "a cat", "a cat! of 1987!", "!", "wow !! x!y", "!!<|endoftext|>!"]
+    expected = theirs(prompts, padding="max_length", truncation=True, max_length=own.length)["input_ids"]
+    assert own(prompts).tolist() == expected
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        own(["a \udcff"])
+
+
+def test_callbacks_see_the_timesteps_of_their_solver(foreign, tmp_path):
+    pipe, seen = UNetPipeline.load(foreign.write(tmp_path / "model", "sd")), []
+    for solver in ("dpmpp_2m", "ddim"):
+        given = {"num_inference_steps": 4, "seed": 0, "solver": solver, "guidance_scale": 1.0}
+        pipe("a", **given, callback_on_step_end=lambda _, i, t, kept: seen.append(int(t)) or kept)
+    # DPM-Solver++ of diffusers counts the end of a run too
+    assert seen == [801, 601, 401, 201, 751, 501, 251, 1]
+
+
+def test_sdxl_folders_that_do_not_say_so_have_zeros_for_the_empty_prompt(foreign, tmp_path):
+    path = foreign.write(tmp_path / "model", "xl")
+    index = json.loads((path / "model_index.json").read_text())
+    del index["force_zeros_for_empty_prompt"]
+    (path / "model_index.json").write_text(json.dumps(index))
+    assert not UNetPipeline.load(path).unet.blank["text"].tokens.any()
+
+
 def stock(kind, folder, **more):
     own = {} if kind != "variations" else {"feature_extractor": CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})}  # fmt: skip
@@ -142,6 +180,16 @@ def test_what_cannot_be_sampled_is_one_line(foreign, tmp_path, picture, capsys):
     assert "asks for ['mine', 'Backdoor'] as unet" in said("--prompt", "x", model=broken)
     (broken / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3Pipeline"}))
     assert "holds a 'StableDiffusion3Pipeline'" in said("--prompt", "x", model=broken)
+    for part, change, message in (
+        ("unet", {"sample_size": [8, 12]}, "only squares are sampled"),
+        ("vae", {"latents_mean": [0.1] * 4}, "latents_mean or latents_std"),
+    ):
+        other = tmp_path / part
+        shutil.copytree(path, other)
+        config = other / part / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        assert message in said("--prompt", "x", model=other)
+    assert "--guidance is nan: give a number" in said("--prompt", "x", "--guidance", "nan")
     assert "is no safetensors file" in said("--prompt", "x", "--ip-adapter", str(tmp_path / "no.bin"))
     assert not (tmp_path / "o.png").exists()
     assert isinstance(load_pipeline(path, "cpu"), UNetPipeline)

@@ -6,7 +6,7 @@ from typing import Any
 from semantica import cache
 from semantica.engines import BACKENDS, Bundle, Engine, load_engine
 from semantica.engines.built import FORMAT, VERSION, engine_folder
-from semantica.engines.bundle import CONDITION, DENOISE, MANIFEST, read_manifest
+from semantica.engines.bundle import CONDITION, DECODE, DENOISE, MANIFEST, read_manifest
 from semantica.errors import ArtifactError, UserError
 from semantica.export.builders import Builder, _process
 
@@ -32,6 +32,8 @@ class TensorRTBuilder(Builder):
         return arch
 
     def check(self, bundle: Bundle) -> None:
+        if DECODE in bundle.manifest["files"]:
+            raise UserError(f"{bundle.folder} is of a diffusers pipeline, which {self.backend} does not build so far")
         attention = bundle.manifest["graphs"][DENOISE]["nodes"].get("Attention", 0)
         if bundle.precision == "fp32" and attention:
             raise UserError(f"{bundle.folder} is fp32, for which {self.backend} has no attention: export fp16 or bf16")

@@ -11,6 +11,7 @@ from typing import Any
 
 from semantica.errors import UserError
 from semantica.files import sha256
+from semantica.tokens import FILES as TOKENIZER
 from semantica.tokens import SETTINGS
 
 FORMAT, VERSION = "semantica-bundle", 1
@@ -145,6 +146,11 @@ def open_bundle(folder: str | Path) -> Bundle:
     if missing:
         raise UserError(f"{folder / MANIFEST} does not name {', '.join(missing)}: export the bundle again")
     check_files(folder, manifest["files"])
+    for name in (name for names in manifest.get("tokenizers", {}).values() for name in names):
+        # a tokenizer reads what it finds
+        for path in (folder / name / file for file in TOKENIZER):
+            if f"{name}/{path.name}" not in manifest["files"] and (path.exists() or path.is_symlink()):
+                raise UserError(f"{path} has no hash in {MANIFEST}: remove it, or make the folder again")
     return Bundle(folder, manifest)
 
 

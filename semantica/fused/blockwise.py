@@ -37,6 +37,8 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     q `[B, N, H, D]`; k, v `[B, M, H, D]`. Returns `[B, N, H, D]`, contiguous.
     """
+    if not q.numel():
+        return q.new_empty(q.shape)
     batch, queries, heads, dim = q.shape
     tokens, width = k.shape[1], dim + ALIGNED - dim % ALIGNED
     # one more column: what is taken off the logits of a query, times 1

@@ -161,6 +161,8 @@ def refuse(unet: UNet2DConditionModel) -> None:
         said = f"addition_embed_type {config.addition_embed_type!r}"
     elif config.encoder_hid_dim_type not in (None, "text_proj", "ip_image_proj"):
         said = f"encoder_hid_dim_type {config.encoder_hid_dim_type!r}"
+    elif config.time_cond_proj_dim is not None:
+        said = "an embedding of the guidance scale"
     elif unet.class_embedding is not None:
         said = "class labels"
     elif config.in_channels != config.out_channels:

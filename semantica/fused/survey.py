@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -44,7 +45,8 @@ def survey(folder: Path) -> list[Row]:
         raise UserError(f"{folder} is not a folder: give a pipeline or a model that diffusers saved")
     if (folder / "model_index.json").is_file():
         index = read(folder / "model_index.json")
-        places = {name: folder / name for name, entry in index.items() if isinstance(entry, list) and entry[1]}
+        # a library and a class; nulls stand for what a pipeline does without
+        places = {name: folder / name for name, entry in index.items() if pair(entry)}
         found = [row for name, place in places.items() for row in component(name, place, *index[name])]
     else:
         config = read(folder / "config.json")
@@ -52,6 +54,11 @@ def survey(folder: Path) -> list[Row]:
     if not any(row.count for row in found):
         raise UserError(f"{folder} holds no model of diffusers with GroupNorms or cross-attention: nothing to replace")
     return found
+
+
+def pair(entry: Any) -> bool:
+    """Whether an entry of an index names a library and a class."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
 
 
 def read(path: Path) -> dict:

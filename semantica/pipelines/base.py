@@ -181,7 +181,9 @@ class VariationPipeline(ABC):
     @contextmanager
     def watched(self, settings: Sampling, callback: Callable | None) -> Iterator[Callable[[int, Array], Array] | None]:
         """What the loop calls after each step of a run, if anything."""
-        times = self.array(schedule_of(self.scheduler_config).grid(settings.steps)[0])
+        # a schedule of timesteps visits others for another solver
+        config = {**self.scheduler_config, "solver": settings.solver}
+        times = self.array(schedule_of(config).grid(settings.steps)[0])
 
         def on_step(i: int, z: Array) -> Array:
             return callback(self, i, times[i], {"latents": z}).get("latents", z)

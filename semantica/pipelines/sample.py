@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,9 @@ class SampleConfig:
         for name in ("n", "steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}: give at least 1")
+        for name in ("guidance", "ip_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give a number")
         if not self.image and not self.prompt:
             raise UserError("--image and --prompt are empty: give at least one picture or prompt")
         if self.image and self.prompt and len(self.image) not in (1, len(self.prompt)):

@@ -70,6 +70,10 @@ class UNetPipeline(NetworkPipeline):
         with readable(folder):
             unet, vae = accelerate(part_of(folder, "unet")), accelerate(part_of(folder, "vae"))
             side = unet.config.sample_size
+            if type(side) is not int:
+                raise UserError(f"{folder / 'unet'} has sample_size {side!r}: only squares are sampled")
+            if vae.config.latents_mean is not None or vae.config.latents_std is not None:
+                raise UserError(f"{folder / 'vae'} has latents_mean or latents_std: this is not known here")
             schedule = DiscreteSchedule.from_scheduler(read_json(folder / SCHEDULER), side)
             encoders: dict[str, nn.Module] = {}
             numbers = [n for n in ("", "_2") if f"tokenizer{n}" in KINDS[index["_class_name"]]]
@@ -200,4 +204,6 @@ def blank(encoder: ClipTexts | ClipPictures, index: Mapping[str, Any]) -> Stream
     if isinstance(encoder, ClipPictures):
         return encoder.blank()
     empty = encoder(encoder.prepare([""]))
-    return empty.map(torch.zeros_like) if index.get("force_zeros_for_empty_prompt") else empty
+    # the default of SDXL's pipeline; the other has no such option
+    zeros = index.get("force_zeros_for_empty_prompt", index["_class_name"] == "StableDiffusionXLPipeline")
+    return empty.map(torch.zeros_like) if zeros else empty
