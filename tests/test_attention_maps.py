@@ -162,7 +162,9 @@ def examine(words, arch):
     from semantica.kernels.attention_columns.specimens import specimens as columns
     from semantica.kernels.attention_moments.specimens import specimens
 
-    for planned in launches((specimens, columns), words):
+    found = list(launches((specimens, columns), words))
+    assert found, words
+    for planned in found:
         row = inspect("", planned, arch)
         name = f"{row['kernel']} {planned.constants}"
         assert "error" not in row and row["shared_bytes"] <= SHARED and row["atomics"] == 0, (name, row.get("error"))
