@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from semantica.kernels import dispatch
-from semantica.kernels.attention_moments.op import attention_map, check, normalised
+from semantica.kernels.attention_moments.op import attention_map, check, normalised, with_gradient
 from semantica.kernels.cross_attention.op import fused, widen
 
 
@@ -103,10 +102,6 @@ def _(dc, q, k, lse, tokens, lengths, needs):
     return [a.new_empty(a.shape) if need else q.new_empty(0) for a, need in given]
 
 
-def save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def backward(ctx, dc):
     # past the dispatcher the kernel comes first
     q, k, lse = ctx.needs_input_grad[-5:-2]
@@ -114,22 +109,7 @@ def backward(ctx, dc):
     return dq if q else None, dk if k else None, dlse if lse else None, None, None
 
 
-op.register_autograd(backward, setup_context=save)
-
-
-class Fused(torch.autograd.Function):
-    """The op with its gradients, past torch's dispatcher: see `dispatch.direct`."""
-
-    @staticmethod
-    def forward(ctx, kernel, *inputs):
-        output = kernel(*inputs)
-        save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return None, *backward(ctx, gradient)
+run = with_gradient(op, backward)
 
 
 dispatch.register_triton(
@@ -172,11 +152,7 @@ def attention_columns(
     if dispatch.transformed():
         with torch.autocast(q.device.type, enabled=False):
             return attention_columns_ref(q, k, lse, tokens, lengths, q_weight)
-    arguments = normalised(q, q_weight), k, lse, tokens if tokens.ndim == 2 else tokens[None], lengths
-    kernel = dispatch.direct(op, arguments)
-    if kernel is None:
-        return op(*arguments)
-    return Fused.apply(kernel, *arguments) if dispatch.differentiable(arguments) else kernel(*arguments)
+    return run(normalised(q, q_weight), k, lse, tokens if tokens.ndim == 2 else tokens[None], lengths)
 
 
 def checked_tokens(tokens: Tensor | Sequence[int], q: Tensor, k: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The map P is never stored. Its moments are what training-free steering reads: ma
 with features (1, x, y, x^2, y^2, xy), its pooled appearance with activations (Epstein et al., arXiv 2306.00986).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -153,8 +153,34 @@ def _(dm, q, k, lse, features, lengths, needs):
     return [a.new_empty(a.shape) if need else q.new_empty(0) for a, need in given]
 
 
-def save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+def with_gradient(op, backward) -> Callable[..., Tensor]:
+    """Give an op that saves all its inputs its gradient; returns what calls it, past torch's dispatcher where it may.
+
+    backward: `(ctx, gradient) -> gradients of the inputs`. See `dispatch.direct`.
+    """
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, kernel, *inputs):
+            ctx.save_for_backward(*inputs)
+            return kernel(*inputs)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, gradient):
+            return None, *backward(ctx, gradient)
+
+    def run(*arguments: Tensor | None) -> Tensor:
+        kernel = dispatch.direct(op, arguments)
+        if kernel is None:
+            return op(*arguments)
+        return Fused.apply(kernel, *arguments) if dispatch.differentiable(arguments) else kernel(*arguments)
+
+    op.register_autograd(backward, setup_context=save)
+    return run
 
 
 def backward(ctx, dm):
@@ -166,22 +192,7 @@ def backward(ctx, dm):
     return dq if q else None, dk if k else None, dlse if lse else None, df if features else None, None
 
 
-op.register_autograd(backward, setup_context=save)
-
-
-class Fused(torch.autograd.Function):
-    """The op with its gradients, past torch's dispatcher: see `dispatch.direct`."""
-
-    @staticmethod
-    def forward(ctx, kernel, *inputs):
-        output = kernel(*inputs)
-        save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return None, *backward(ctx, gradient)
+run = with_gradient(op, backward)
 
 
 dispatch.register_triton(
@@ -235,11 +246,7 @@ def attention_moments(
     if dispatch.transformed():
         with torch.autocast(q.device.type, enabled=False):
             return attention_moments_ref(q, k, lse, features, lengths, q_weight)
-    arguments = normalised(q, q_weight), k, lse, features if features.ndim == 3 else features[None], lengths
-    kernel = dispatch.direct(op, arguments)
-    if kernel is None:
-        return op(*arguments)
-    return Fused.apply(kernel, *arguments) if dispatch.differentiable(arguments) else kernel(*arguments)
+    return run(normalised(q, q_weight), k, lse, features if features.ndim == 3 else features[None], lengths)
 
 
 def check(q, k, lse, lengths, q_weight):
