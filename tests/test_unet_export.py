@@ -37,7 +37,7 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "transformers", "diffusers", "tokenizers"):
+        if name.partition(".")[0] in ("torch", "transformers", "diffusers"):
             raise ImportError(name)
 
 sys.meta_path.insert(0, Absent())
