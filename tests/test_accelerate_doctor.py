@@ -67,9 +67,9 @@ def test_bad_folders_are_one_line(tmp_path, capsys):
         return out.err
 
     assert "is not a folder" in said(tmp_path / "nowhere")
-    assert "is no configuration of diffusers" in said(tmp_path)
+    assert "config.json cannot be read as JSON (FileNotFoundError)" in said(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    assert "holds no object" in said(tmp_path)
+    assert "config.json holds a list: expected a JSON object" in said(tmp_path)
     written(tmp_path, {"vae": (AutoencoderTiny, {})})
     assert "nothing to replace" in said(tmp_path)
     written(tmp_path, {"vae": (AutoencoderKL, MODELS["sd-1.5"].vae)})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from semantica.condition import Condition
 from semantica.errors import UserError
-from semantica.fused.processors import HEAD_DIMS, text_stream
+from semantica.fused.processors import HEAD_DIMS, around, text_stream
 from semantica.kernels import cross_attention
 from semantica.kernels.cross_attention.op import fused
 
@@ -60,18 +60,9 @@ class PreparedAttnProcessor(nn.Module):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        condition, shape = encoder_hidden_states, hidden_states.shape
-        residual, hidden = hidden_states, hidden_states
-        if hidden.ndim == 4:
-            hidden = hidden.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            hidden = attn.group_norm(hidden.transpose(1, 2)).transpose(1, 2)
-        query = attn.to_q(hidden).unflatten(-1, (attn.heads, -1))
-        out = self.attend(query, condition.keys[self.index], condition.values[self.index], condition.sizes)
-        out = attn.to_out[1](attn.to_out[0](out.flatten(2)))
-        if len(shape) == 4:
-            out = out.transpose(1, 2).reshape(shape)
-        return (out + residual if attn.residual_connection else out) / attn.rescale_output_factor
+        made = encoder_hidden_states
+        keys, values = made.keys[self.index], made.values[self.index]
+        return around(attn, hidden_states, lambda query, _: self.attend(query, keys, values, made.sizes))
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """`[B, N, H, D]`: all streams in one pass where the fused operator serves, else one after the other."""

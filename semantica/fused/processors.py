@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
@@ -49,7 +49,6 @@ def attend(
     Returns:
         `[B, N, C]`.
     """
-    query = attn.to_q(hidden).unflatten(-1, (attn.heads, -1))
     sizes = [key.shape[1] for key, _ in streams]
     keys, values = (torch.cat(part, 1) if len(part) > 1 else part[0] for part in zip(*streams))
     keys, values = (a.unflatten(-1, (attn.heads, -1)) for a in (keys, values))
@@ -59,23 +58,39 @@ def attend(
     if any(gate != 1 for gate in gates):
         shape = len(hidden), attn.heads
         factors = torch.stack([hidden.new_full(shape, gate, dtype=torch.float32) for gate in gates], 1)
-    out = cross_attention(query, keys, values, sizes, lengths, factors).flatten(2)
-    out = attn.to_out[1](attn.to_out[0](out))
-    return (out + hidden if attn.residual_connection else out) / attn.rescale_output_factor
+    return around(attn, hidden, lambda query, _: cross_attention(query, keys, values, sizes, lengths, factors))
 
 
 def attend_itself(attn: Attention, hidden: Tensor) -> Tensor:
-    """Self-attention, a block of queries at a time; `hidden [B, N, C]`, or `[B, C, *spatial]` as in autoencoders."""
-    residual, shape = hidden, hidden.shape
+    """Self-attention, a block of queries at a time; `hidden` as for `around`."""
+
+    def inner(query: Tensor, tokens: Tensor) -> Tensor:
+        key, value = (project(tokens).unflatten(-1, (attn.heads, -1)) for project in (attn.to_k, attn.to_v))
+        return blockwise.attention_in_blocks(query, key, value)
+
+    return around(attn, hidden, inner)
+
+
+def around(attn: Attention, hidden: Tensor, inner: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What diffusers has around every attention: norm and projections, the shape of a picture, the residual.
+
+    Args:
+        hidden: `[B, N, C]`, or `[B, C, *spatial]` as in autoencoders.
+        inner: from queries `[B, N, H, D]`, and the tokens `[B, N, C]` that they were made of, to `[B, N, H, D]`.
+
+    Returns:
+        As `hidden`.
+    """
+    tokens, shape = hidden, hidden.shape
     if hidden.ndim == 4:
-        hidden = hidden.flatten(2).transpose(1, 2)
+        tokens = tokens.flatten(2).transpose(1, 2)
     if attn.group_norm is not None:
-        hidden = attn.group_norm(hidden.transpose(1, 2)).transpose(1, 2)
-    qkv = (project(hidden).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
-    out = attn.to_out[1](attn.to_out[0](blockwise.attention_in_blocks(*qkv).flatten(2)))
+        tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
+    out = inner(attn.to_q(tokens).unflatten(-1, (attn.heads, -1)), tokens).flatten(2)
+    out = attn.to_out[1](attn.to_out[0](out))
     if len(shape) == 4:
         out = out.transpose(1, 2).reshape(shape)
-    return (out + residual if attn.residual_connection else out) / attn.rescale_output_factor
+    return (out + hidden if attn.residual_connection else out) / attn.rescale_output_factor
 
 
 def text_stream(attn: Attention, tokens: Tensor) -> tuple[Tensor, Tensor]:

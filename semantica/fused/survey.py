@@ -1,6 +1,5 @@
 """What `accelerate` would do to a folder of diffusers: from its configurations alone, no weight is read."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from semantica.errors import UserError, first_line
-from semantica.files import UNSAFE
+from semantica.files import UNSAFE, read_json
 from semantica.fused.accelerate import check
 from semantica.fused.parts import walk
 
@@ -44,12 +43,12 @@ def survey(folder: Path) -> list[Row]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a pipeline or a model that diffusers saved")
     if (folder / "model_index.json").is_file():
-        index = read(folder / "model_index.json")
+        index = read_json(folder / "model_index.json")
         # a library and a class; nulls stand for what a pipeline does without
         places = {name: folder / name for name, entry in index.items() if pair(entry)}
         found = [row for name, place in places.items() for row in component(name, place, *index[name])]
     else:
-        config = read(folder / "config.json")
+        config = read_json(folder / "config.json")
         found = component(folder.name, folder, "diffusers", config.get("_class_name", ""))
     if not any(row.count for row in found):
         raise UserError(f"{folder} holds no model of diffusers with GroupNorms or cross-attention: nothing to replace")
@@ -61,16 +60,6 @@ def pair(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
 
 
-def read(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no configuration of diffusers: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no configuration of diffusers: it holds no object")
-    return content
-
-
 def component(name: str, place: Path, library: str, kind: str) -> list[Row]:
     known = getattr(diffusers, kind, None) if library == "diffusers" else None
     if not (isinstance(known, type) and issubclass(known, ModelMixin)):
@@ -78,7 +67,7 @@ def component(name: str, place: Path, library: str, kind: str) -> list[Row]:
         own = library not in ("diffusers", "transformers")
         return [Row(name, kind, "all", 0, f"not looked at: {library} is code of its own")] if own else []
     refuse_pickles(place)
-    config = read(place / "config.json")
+    config = read_json(place / "config.json")
     try:
         with torch.device("meta"):
             model = known.from_config(config)
