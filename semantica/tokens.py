@@ -8,12 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer
-from tokenizers.models import BPE
-from tokenizers.normalizers import NFC, Lowercase, Replace
-from tokenizers.normalizers import Sequence as Normalizers
-from tokenizers.pre_tokenizers import ByteLevel, Split
-from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
 from semantica.errors import UserError, first_line
 from semantica.files import read_json
@@ -56,15 +50,10 @@ class ClipTokenizer:
             raise UserError(f"{folder / SETTINGS} has length {self.length!r} and padding {padding!r}: these are none")
         self.padding, self.start, self.end = (vocabulary[word] for word in (padding, START, END))
         try:
-            model = BPE(vocabulary, pairs, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END)
+            self.model = byte_pairs(vocabulary, pairs, padding)
         # the library has no error of its own
         except Exception as error:
             raise UserError(f"{folder} is no tokenizer of CLIP: {first_line(error)}") from error
-        self.model = Tokenizer(model)
-        self.model.normalizer = Normalizers([NFC(), Replace(Regex(r"\s+"), " "), Lowercase()])
-        self.model.pre_tokenizer = PreTokenizers([Split(Regex(WORDS), "removed", invert=True), ByteLevel(False)])
-        # the word that pads is never a part of others, nor do others join it
-        self.model.add_special_tokens([AddedToken(word, special=True) for word in (START, END, padding)])
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """int64 `[len(texts), length]`. Raises `UserError` for something else than text, or half a character."""
@@ -96,3 +85,22 @@ def read_model(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]]]:
     if not isinstance(vocabulary, dict) or not isinstance(lines, list):
         raise UserError(f"{folder} is no tokenizer of CLIP: it has no vocabulary or no merges")
     return vocabulary, [tuple(line.split() if isinstance(line, str) else line) for line in lines]
+
+
+def byte_pairs(vocabulary: dict[str, int], pairs: list[tuple[str, ...]], padding: str):
+    """A `tokenizers.Tokenizer` as transformers makes it for CLIP."""
+    # here, as bundles of pictures have no use for it
+    from tokenizers import AddedToken, Regex, Tokenizer
+    from tokenizers.models import BPE
+    from tokenizers.normalizers import NFC, Lowercase, Replace
+    from tokenizers.normalizers import Sequence as Normalizers
+    from tokenizers.pre_tokenizers import ByteLevel, Split
+    from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+
+    model = BPE(vocabulary, pairs, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END)
+    made = Tokenizer(model)
+    made.normalizer = Normalizers([NFC(), Replace(Regex(r"\s+"), " "), Lowercase()])
+    made.pre_tokenizer = PreTokenizers([Split(Regex(WORDS), "removed", invert=True), ByteLevel(False)])
+    # the word that pads is never a part of others, nor do others join it
+    made.add_special_tokens([AddedToken(word, special=True) for word in (START, END, padding)])
+    return made
