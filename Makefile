@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off --no-compile -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt semantica/nvcc.py $(wildcard csrc/*.* csrc/cuda/*)
 
+# a process for each core, whole files at a time, since tests of a file share what they prepare
+SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 # pip compiles nothing, which halves the install; so what is imported must be kept compiled, whatever the shell says
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -16,10 +19,10 @@ demo: $(VENV)/installed
 	$(BIN)/semantica demo
 
 test: $(VENV)/installed-test
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q $(SPREAD) -m "not slow"
 
 test-slow: $(VENV)/installed-slow
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q $(SPREAD) -m slow
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -41,11 +44,11 @@ $(VENV)/installed: $(SOURCES) $(VENV)/created
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) 'semantica-diffusion[pairs,test]'
+	$(PIP) 'semantica-diffusion[pairs,serve,test]'
 	touch $@
 
 # Ray, ModelOpt, and TensorRT-RTX, which builds engines for consumer GPUs and needs none: too large for the quick tests
 $(VENV)/installed-slow: $(VENV)/installed-test
-	$(PIP) 'semantica-diffusion[ray,quantise]'
+	$(PIP) 'semantica-diffusion[ray,serve-ray,quantise]'
 	[ "$$(uname -sm)" != "Linux x86_64" ] || $(PIP) 'semantica-diffusion[tensorrt-rtx]'
 	touch $@

@@ -6,11 +6,15 @@ from typing import Annotated
 
 import tyro
 
-from semantica.benchmarks.harness.table import Column, as_markdown, cells, heads, show
+from semantica.benchmarks.finetuning.table import KIND as TUNING
+from semantica.benchmarks.harness.table import REFUSED, Column, as_markdown, cells, heads, refused, show
 from semantica.benchmarks.kernels import command as bench_kernels
 from semantica.benchmarks.kernels import tune_command as bench_tune
 from semantica.benchmarks.loading import command as bench_loading
+from semantica.benchmarks.quality import edits as bench_edits
+from semantica.benchmarks.quality import guiders as bench_guiders
 from semantica.benchmarks.sampling import command as bench_sample
+from semantica.benchmarks.serving import command as bench_serve
 from semantica.benchmarks.training import command as bench_train
 from semantica.benchmarks.training import tables as training_tables
 from semantica.benchmarks.unets.table import KIND as UNETS
@@ -23,7 +27,11 @@ USAGE = """usage: semantica bench kernels [options]           time the operators
        semantica bench sample --ladder             the plain pipeline, then each optimisation added in turn
        semantica bench sample --models sd-1.5      a public UNet and its decoder, or those of a diffusers folder
        semantica bench train [options]             time training steps: ladder, MFU, each operator's share
+       semantica bench train --models sd-1.5       fine-tuning of a public UNet, whole and by LoRA
        semantica bench loading [options]           samples a second from one worker, decoders and what they lose
+       semantica bench serve [options]             a server under load: throughput, latency, memory
+       semantica bench guiders [options]           figures of ways of guidance, on drawn pictures
+       semantica bench edits [options]             figures of edits by scores (sds, dds, cds), on drawn pictures
        semantica bench compare A.json B.json       ratios of time, with the band of noise
        semantica bench table FILE.json ...         the rows as Markdown, stale ones marked
        semantica bench tune --op group_norm        tune an operator's launch table on the GPU at hand
@@ -63,7 +71,7 @@ COMPARED = (
     Column("now us", "{now_us:.1f}"),
     Column("ratio", "{ratio:.3f}"),
     Column("noise", "{low:.2f} - {high:.2f}"),
-    Column("machine", "{machine:.2f}"),
+    Column("machine", lambda row, rows: "" if row["machine"] is None else f"{row['machine']:.2f}"),
     Column("", "{verdict}"),
 )
 
@@ -95,7 +103,7 @@ def compare(config: CompareConfig) -> int:
 
 
 def table(config: TableConfig) -> int:
-    """Print Markdown, a table for each kind of row.
+    """Print Markdown, a table for each kind of row, and what was not timed.
 
     Raises:
         UserError: no file, or one that is not ours.
@@ -108,10 +116,15 @@ def table(config: TableConfig) -> int:
     if not config.files:
         raise UserError("give at least one results file")
     rows = [row for path in config.files for row in store.rows(path)]
+    wrong = [row for path in config.files for row in store.refused(store.read(path))]
     if config.summary:
         rows = [row for row in rows if row["op"] not in KINDS]
+        # races of operators alone have a direction
+        wrong = [row for row in wrong if "direction" in row]
+        if not rows:
+            raise UserError("--summary is of operators' rows, and there are none: leave it out")
     # a table for each machine and version: what they measured is not one figure
-    for machine in dict.fromkeys(map(machine_of, rows)):
+    for machine in dict.fromkeys(map(machine_of, [*rows, *wrong])):
         own = [row for row in rows if machine_of(row) == machine]
         if config.summary:
             print(markdown(COLUMNS, summary(own)))
@@ -119,6 +132,8 @@ def table(config: TableConfig) -> int:
                 print(f"\nOne evaluation of each model:\n\n{markdown(EVALUATION, lines)}")
         else:
             every(own)
+        if lines := [refused(row) for row in wrong if machine_of(row) == machine]:
+            print(f"\nWrong, not timed:\n\n{markdown(REFUSED, lines)}")
         print("\n{}, torch {}, triton {}.\n".format(*machine))
     for path in () if config.summary else config.files:
         scaled = store.read(path).get("semantica", {}).get("scaling")
@@ -129,7 +144,8 @@ def table(config: TableConfig) -> int:
 
 
 def machine_of(row: dict) -> tuple:
-    return row["device"], row["torch"], row["triton"]
+    # what was refused by earlier versions does not say where
+    return tuple(row.get(field, "unknown") for field in ("device", "torch", "triton"))
 
 
 def every(rows: list[dict]) -> None:
@@ -145,12 +161,16 @@ def every(rows: list[dict]) -> None:
 
 # rows of whole runs have columns of their own; all others are operators'
 KINDS = {"sample": bench_sample.KIND, "sample_ladder": bench_sample.KIND, "train": training_tables.KIND}
+KINDS |= {"finetune": TUNING}
 KINDS |= dict.fromkeys(("unet", "unet_ladder", "decoder", "decoder_ladder"), UNETS)
 VERBS = {
     "kernels": (bench_kernels.KernelsConfig, bench_kernels.kernels),
     "sample": (bench_sample.SamplingConfig, bench_sample.sample),
     "train": (bench_train.TrainingConfig, bench_train.train),
     "loading": (bench_loading.LoadingConfig, bench_loading.loading),
+    "serve": (bench_serve.ServeBenchConfig, bench_serve.serve),
+    "edits": (bench_edits.EditsConfig, bench_edits.edits),
+    "guiders": (bench_guiders.GuidersConfig, bench_guiders.guiders),
     "compare": (CompareConfig, compare),
     "table": (TableConfig, table),
     "tune": (bench_tune.TuneConfig, bench_tune.tune),

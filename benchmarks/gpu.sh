@@ -189,14 +189,32 @@ from semantica.benchmarks.sampling.models import folder_of
 folder_of(sys.argv[1], pathlib.Path(sys.argv[2]))' $SMALL "$OUT/.model"
   semantica export --model "$OUT/.model/$SMALL" --out "$OUT/.bundle" --precision "$1" --levels $LEVELS --steps $STEPS
 }
+# whether an engine can be asked for here; what it lacks is written down, since the slice goes on without it
+able() {
+  local lacks
+  lacks=$("$PYTHON" -P -c '
+import sys
+from semantica.engines import BACKENDS
+name, device = sys.argv[1:]
+lacks = BACKENDS[name].why_not()
+if not lacks and (name, device) == ("onnxruntime", "cuda"):
+    import onnxruntime
+    there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    lacks = "" if there else "this ONNX Runtime has no CUDA"
+print(lacks)' "$1" "$DEVICE")
+  [[ -z $lacks ]] || { echo "left out: $1 ($lacks)" | tee -a "$OUT/left-out.txt"; return 1; }
+}
 pictures() {
+  local device=$DEVICE
+  # its engines are for processors alone
+  [[ $1 != inductor ]] || device=cpu
   [[ -e $OUT/picture.png ]] || "$PYTHON" -P -c '
 import sys
 import numpy, PIL.Image
 pixels = numpy.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=numpy.uint8).repeat(64, 0).repeat(64, 1)
 PIL.Image.fromarray(pixels).save(sys.argv[1])' "$OUT/picture.png"
   semantica sample --model "$OUT/.bundle" --image "$OUT/picture.png" --out "$OUT/pictures-$1.png" --engine "$1" \
-    --device $DEVICE -n 2 --steps $STEPS
+    --device $device -n 2 --steps $STEPS
 }
 
 run() {
@@ -219,7 +237,11 @@ run() {
         | tee "$OUT/compiled.txt" ;;
     norm) kernels group_norm ;;
     attention) kernels cross_attention ;;
-    maps) kernels attention_moments; kernels attention_columns ;;
+    maps)
+      # one that is wrong costs the other nothing
+      local op code=0
+      for op in attention_moments attention_columns; do kernels $op || code=$?; done
+      return $code ;;
     sample) sampling sample-$SMALL $SMALL "${SAMPLERS[@]}" ;;
     sample-base) sampling sample-base base "${SAMPLERS[@]}" ;;
     ladder-base) sampling ladder-base base --ladder --batch 1 --steps 20 ;;
@@ -228,16 +250,23 @@ run() {
     nccl) nccl ;;
     export)
       bundle "$([[ $DEVICE == cuda ]] && echo bf16 || echo fp32)"
-      # a backend that is not installed says so in one line, and the next has its turn
-      local engine
-      for engine in torch torch-compile onnxruntime; do pictures $engine || [[ $? -eq 2 ]]; done ;;
+      # one that fails has not stopped the next, and is no success
+      local engine code=0
+      for engine in torch torch-compile onnxruntime; do
+        if able $engine; then pictures $engine || code=$?; fi
+      done
+      return $code ;;
     build)
       bundle "$([[ $DEVICE == cuda ]] && echo bf16 || echo fp32)"
-      local backend code
+      local backend code=0
       for backend in "${BACKENDS[@]}"; do
-        code=0; semantica build "$OUT/.bundle" --backend $backend || code=$?
-        case $code in 0) pictures $backend ;; 2) ;; *) return $code ;; esac
-      done ;;
+        able $backend || continue
+        # one that is there was checked when it was built
+        compgen -G "$OUT/.bundle/engines/$backend-*" > /dev/null \
+          || semantica build "$OUT/.bundle" --backend $backend || { code=$?; continue; }
+        pictures $backend || code=$?
+      done
+      return $code ;;
     tune-norm-1) tuning group_norm resident resident_backward merge merge_backward ;;
     tune-norm-2) tuning group_norm partial apply ;;
     tune-norm-3) tuning group_norm partial_backward apply_backward ;;

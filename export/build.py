@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from semantica.engines import BACKENDS, Bundle, open_bundle
-from semantica.engines.built import FORMAT, SOURCES, VERSION, engine_folder
-from semantica.engines.bundle import MANIFEST, REFERENCE
+from semantica.engines.built import FORMAT, VERSION, engine_folder, sources
+from semantica.engines.bundle import DECODE, MANIFEST, REFERENCE
 from semantica.errors import ArtifactError, UserError
 from semantica.export import builders
 from semantica.export.config import BuildConfig
 from semantica.export.write import new_folder
 from semantica.files import entries
+from semantica.progress import phase
 
 UNVERIFIED = "not compared with the network: there is no such GPU here"
 
@@ -47,17 +48,20 @@ def build(config: BuildConfig) -> Path:
         raise UserError(f"{out} exists: remove it to build again")
     began = time.perf_counter()
     with tidy(out.parent), new_folder(out) as folder:
+        with phase(f"build: {backend} for {arch}"):
+            built = make(folder)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "backend": backend,
             "arch": arch,
-            **make(folder),
-            "onnx": {name: bundle.manifest["files"][name]["sha256"] for name in SOURCES},
+            **built,
+            "onnx": {name: bundle.manifest["files"][name]["sha256"] for name in sources(bundle)},
             "seconds": round(time.perf_counter() - began, 1),
         }
         manifest["files"] = entries(folder, sorted(path.name for path in folder.iterdir()))
-        manifest |= verify(builder, bundle, folder, manifest)
+        with phase("build: compare with the network"):
+            manifest |= verify(builder, bundle, folder, manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     print(f"{backend} engine for {arch} in {out}, {size / 2**20:.1f} MiB, {manifest['seconds']} s")
@@ -88,7 +92,10 @@ def verify(builder: builders.Builder, bundle: Bundle, folder: Path, manifest: di
         raise UserError(f"{bundle.folder} has no {REFERENCE} to compare with: export the bundle again")
     from semantica.export import parity
 
-    row = parity.compare(engine, parity.load_problem(bundle), engine.arithmetic)
+    problem = parity.load_problem(bundle)
+    if DECODE in bundle.graphs and problem.images is None:
+        raise UserError(f"{bundle.folder} has no pictures to compare its decoder with: export the bundle again")
+    row = parity.compare(engine, problem, engine.arithmetic)
     said = parity.failures(row, parity.bounds_of(bundle))
     if said:
         backend = manifest["backend"]

@@ -27,6 +27,10 @@ class ExportConfig:
     """IP-Adapter (.safetensors) that goes into the graphs, of a diffusers pipeline."""
     ip_scale: float = 1.0
     """How much the IP-Adapter's picture weighs."""
+    lora: Path | None = None
+    """LoRA (.safetensors) that is added to the weights of a diffusers pipeline; needs the package peft."""
+    lora_scale: float = 1.0
+    """How much the LoRA weighs."""
     levels: int = 64
     """Noise levels at which the bundle is compared with the fp32 network."""
     steps: int = 20
@@ -39,6 +43,8 @@ class ExportConfig:
                 raise UserError(f"--{name} is {getattr(self, name)}: give at least 1")
         if self.ip_adapter is None and self.ip_scale != 1:
             raise UserError("--ip-scale is nothing without --ip-adapter: give that too")
+        if self.lora is None and self.lora_scale != 1:
+            raise UserError("--lora-scale is nothing without --lora: give that too")
         if os.path.lexists(self.out):
             raise UserError(f"--out {self.out} exists: choose another folder")
         return self

@@ -1,6 +1,6 @@
 """The gate: an artifact exists only after it agreed with the fp32 network, at every noise level and over whole runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ BATCHES = (1, 2)
 class Bounds:
     """The largest errors that pass. v is of order 1, images are in [-1, 1].
 
-    Keys, values and embedding: `condition`, the largest error of an array over its largest value. v: `maximum` and
-    `mean` of the absolute error over all levels. `psnr`: of the images of whole runs, the worst one, in dB.
+    Keys, values, embedding and decoded latents: `condition`, the largest error of an array over its largest value.
+    v: `maximum` and `mean` of the absolute error over all levels. `psnr`: of the images of whole runs, the worst one,
+    in dB.
     """
 
     condition: float
@@ -68,7 +69,8 @@ class Problem:
 
     inputs: by name, prepared condition pictures `[B, 3, S, S]` and what else the encoders take. levels: log-SNRs;
     z: `[levels, 3, R, R]`; noise: `[B, 3, R, R]`. condition: of the inputs. v: `[levels, 3, R, R]`.
-    made: `[B, 3, R, R]` images of a whole run.
+    made: `[B, 3, R, R]` images of a whole run. images: where that made latents, what the decoder makes of them, brought
+    to unit size.
     """
 
     inputs: dict[str, Tensor]
@@ -80,6 +82,7 @@ class Problem:
     condition: Condition
     v: Tensor
     made: Tensor
+    images: Tensor | None = None
 
 
 class Network:
@@ -149,8 +152,14 @@ def given_fields(schedule: AnySchedule, levels: int, steps: int, channels: int) 
 
 
 @torch.no_grad()
-def make_problem(network: Network, schedule: AnySchedule, levels: int, steps: int) -> Problem:
-    """The inputs, and what the network makes of them."""
+def make_problem(
+    network: Network,
+    schedule: AnySchedule,
+    levels: int,
+    steps: int,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> Problem:
+    """The inputs, and what the network makes of them; decode: of one that samples latents, from these to images."""
     given, count = given_fields(schedule, levels, steps, network.unet.sample_shape[0]), max(BATCHES)
     encoders = encoders_of(network.encoder)
     others = {name: part.examples(count) for name, part in encoders.items() if not hasattr(part, "image_size")}
@@ -158,13 +167,20 @@ def make_problem(network: Network, schedule: AnySchedule, levels: int, steps: in
     condition = network.condition(inputs)
     v = at_levels(network, given["z"], given["levels"], condition, count)
     made = whole_run(network, given["noise"], condition, schedule, given["settings"])
-    return Problem(inputs, **given, schedule=schedule, condition=condition, v=v, made=made)
+    images = None if decode is None else decode(of_unit_size(made))
+    return Problem(inputs, **given, schedule=schedule, condition=condition, v=v, made=made, images=images)
+
+
+def of_unit_size(latents: Tensor) -> Tensor:
+    """As runs of trained networks end with."""
+    return latents / latents.std()
 
 
 def save_problem(problem: Problem, path: Path) -> None:
     """Keep the network's answers, so that engines built later are compared with the same fp32 network."""
     condition = problem.condition
     arrays = {"v": problem.v, "made": problem.made, "emb": condition.emb}
+    arrays |= {} if problem.images is None else {"images": problem.images}
     for kind, kept in (("k", condition.keys), ("v", condition.values)):
         arrays |= {f"{kind}.{i}": array for i, array in enumerate(kept)}
     # pictures are drawn again
@@ -182,7 +198,8 @@ def load_problem(bundle: Bundle) -> Problem:
     blocks = range(bundle.shapes["blocks"])
     keys, values = (tuple(arrays[f"{kind}.{i}"] for i in blocks) for kind in "kv")
     condition = Condition(keys, values, arrays["emb"], None, bundle.sizes)
-    return Problem(inputs, **given, schedule=schedule, condition=condition, v=arrays["v"], made=arrays["made"])
+    answers = {name: arrays.get(name) for name in ("v", "made", "images")}
+    return Problem(inputs, **given, schedule=schedule, condition=condition, **answers)
 
 
 def at_levels(denoiser, z: Tensor, levels: Tensor, condition: Condition, batch: int) -> Tensor:
@@ -247,6 +264,8 @@ def compare(engine: Any, problem: Problem, arithmetic: str) -> dict[str, Any]:
         made = whole_run(engine, problem.noise[:batch], condition, problem.schedule, problem.settings)
         finite = finite and bool(v.isfinite().all()) and bool(made.isfinite().all())
         worst["psnr_db"] = min(worst["psnr_db"], psnr(made, problem.made[:batch]))
+    if problem.images is not None and getattr(engine, "decoder", None) is not None:
+        worst["decode_error"] = decode_error(engine, problem)
     return {
         "arithmetic": arithmetic,
         "batches": batches,
@@ -256,6 +275,14 @@ def compare(engine: Any, problem: Problem, arithmetic: str) -> dict[str, Any]:
         **worst,
         "worst_logsnr": float(problem.levels[worst_level]),
     }
+
+
+def decode_error(engine: Any, problem: Problem) -> float:
+    """Largest error of decoded latents over the largest value; infinite where something is not finite."""
+    latents = given_to(engine, of_unit_size(problem.made))
+    made = torch.cat([as_torch(engine.decode(latents[i : i + 1])) for i in range(len(latents))])
+    error = (made - problem.images).abs().max() / problem.images.abs().max()
+    return float(error.nan_to_num(torch.inf, posinf=torch.inf))
 
 
 def matching(a: Condition, b: Condition) -> Iterator[tuple[Tensor, ...]]:
@@ -279,6 +306,7 @@ def failures(row: dict[str, Any], bounds: Bounds) -> list[str]:
         ("v_max_error", bounds.maximum, row["v_max_error"] > bounds.maximum),
         ("v_mean_error", bounds.mean, row["v_mean_error"] > bounds.mean),
         ("psnr_db", bounds.psnr, row["psnr_db"] < bounds.psnr),
+        ("decode_error", bounds.condition, row.get("decode_error", 0.0) > bounds.condition),
     ):
         if worse:
             said.append(f"{key} {row[key]:.3g} (bound {bound:g})")

@@ -93,9 +93,9 @@ class Captured:
 
 
 def in_precision(module: nn.Module, precision: str) -> nn.Module:
-    """A frozen copy in evaluation mode; of fp32 modules the module itself."""
+    """A frozen copy in evaluation mode; of a module that is in the precision, itself."""
     module = module.eval().requires_grad_(False)
-    if precision == "fp32":
+    if all(weight.dtype == DTYPES[precision] for weight in module.parameters()):
         return module
     # a denoiser over another network knows what of it stays fp32
     if hasattr(module, "in_precision"):
@@ -106,7 +106,7 @@ def in_precision(module: nn.Module, precision: str) -> nn.Module:
 
 @torch.no_grad()
 def capture(unet: nn.Module, encoder: nn.Module, precision: str) -> Captured:
-    """Export both halves of a pipeline whose modules are fp32 and on the CPU.
+    """Export both halves of a pipeline whose modules are fp32, or in the precision, and on the CPU.
 
     Raises:
         UserError: an encoder's streams have lengths of their own in each sample.
@@ -120,6 +120,8 @@ def capture(unet: nn.Module, encoder: nn.Module, precision: str) -> Captured:
     if condition.lengths is not None:
         raise UserError("streams whose length differs from sample to sample cannot be exported: a bundle's are fixed")
     pairs, emb = half(*inputs.values())
+    # as engines hand them over: what is compiled ahead of time reads inputs in the strides of its examples, unasked
+    pairs = [tuple(array.contiguous() for array in pair) for pair in pairs]
     with quiet(), Decomposed():
         shapes = ((batch,) * len(inputs),)
         program = torch.export.export(half, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
@@ -138,8 +140,7 @@ def capture_decoder(
     vae: nn.Module, decode: Callable[[nn.Module, Tensor], Tensor], shape: tuple[int, ...], precision: str
 ) -> tuple[nn.Module, ExportedProgram]:
     """An autoencoder in a precision, and its decoder as a program; shape: of one sample of latents."""
-    # one that was trained with larger activations than fp16 holds says so
-    narrow = in_precision(vae, "fp32" if precision == "fp16" and vae.config.force_upcast else precision)
+    narrow = in_precision(vae, precision)
     batch = {0: Dim("batch", min=1, max=FOREIGN_BATCH)}
     with quiet(), Decomposed():
         half = Decode(narrow, decode)
@@ -163,7 +164,9 @@ def decompositions() -> dict:
 
     def cross_attention(q, k, v, sizes, lengths, gates, q_weight, return_lse=False):
         assert lengths is None and gates is None and not return_lse, "a bundle's streams are whole and fixed"
-        reference = by_heads if len(sizes) > 1 and len(set(sizes)) == 1 else cross_attention_ref
+        # one attention node, because TensorRT-RTX 1.7 crashes on two parallel ones
+        several = by_heads if len(set(sizes)) == 1 else by_length
+        reference = several if len(sizes) > 1 else cross_attention_ref
         return reference(q, k, v, sizes, None, None, q_weight), q.new_empty((0,), dtype=torch.float32)
 
     ops = torch.ops.semantica
@@ -207,16 +210,35 @@ class Decomposed(TorchFunctionMode):
 def by_heads(q: Tensor, k: Tensor, v: Tensor, sizes: list[int], lengths: None, gates: None, q_weight: Tensor) -> Tensor:
     """The reference for streams of one size: a single attention in which each stream is a head more.
 
-    `[B, H, S * M, D]` is `[B, H * S, M, D]` without a copy. One attention node, because TensorRT-RTX 1.7 crashes on two
-    parallel ones in bf16.
+    `[B, H, S * M, D]` is `[B, H * S, M, D]` without a copy.
     """
     streams, size = len(sizes), sizes[0]
-    q = F.rms_norm(q, q.shape[-1:], q_weight.to(q.dtype), RMS_EPS).transpose(1, 2)  # [B, H, N, D]
+    q = normed(q, q_weight).transpose(1, 2)  # [B, H, N, D]
     batch, heads, queries, dim = q.shape
     q = q[:, :, None].expand(-1, -1, streams, -1, -1).reshape(batch, heads * streams, queries, dim)
     k, v = (a.transpose(1, 2).reshape(batch, heads * streams, size, dim) for a in (k, v))
     o = F.scaled_dot_product_attention(q, k, v).reshape(batch, heads, streams, queries, dim)
     return o.sum(2).transpose(1, 2)
+
+
+def by_length(
+    q: Tensor, k: Tensor, v: Tensor, sizes: list[int], lengths: None, gates: None, q_weight: Tensor | None
+) -> Tensor:
+    """The reference for streams of several sizes: attention to the longest, two products and a softmax for the others,
+    whose scores are few (an IP-Adapter has 4 or 16 tokens)."""
+    q, k, v = (a.transpose(1, 2) for a in (normed(q, q_weight), k, v))  # [B, H, length, D]
+    longest, out = sizes.index(max(sizes)), None
+    for i, (k_i, v_i) in enumerate(zip(k.split(list(sizes), 2), v.split(list(sizes), 2))):
+        if i == longest:
+            o = F.scaled_dot_product_attention(q, k_i, v_i)
+        else:
+            o = (q * q.shape[-1] ** -0.5 @ k_i.transpose(2, 3)).softmax(-1) @ v_i
+        out = o if out is None else out + o
+    return out.transpose(1, 2)
+
+
+def normed(q: Tensor, weight: Tensor | None) -> Tensor:
+    return q if weight is None else F.rms_norm(q, q.shape[-1:], weight.to(q.dtype), RMS_EPS)
 
 
 @contextlib.contextmanager

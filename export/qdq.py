@@ -90,10 +90,10 @@ def insert(model: ir.Model, scales: Mapping[str, float]) -> None:
 
 def quantised(graph: ir.Graph, before: ir.Node, value: ir.Value, scale: float) -> ir.Value:
     """A tensor rounded to int8 and back, for nodes from `before` on."""
-    name = value.name
+    name, dtype = value.name, value.dtype.numpy()
     # of the tensor's own type, as the older definitions of both operators ask for
     constants = [
-        constant_of(graph, f"{name}.scale", np.array(scale, value.dtype.numpy())),
+        constant_of(graph, f"{name}.scale", np.array(max(scale, least_scale(dtype)), dtype)),
         constant_of(graph, f"{name}.zero", np.array(0, np.int8)),
     ]
     down = ir.node("QuantizeLinear", [value, *constants], name=f"{name}.quantize")
@@ -124,11 +124,18 @@ def stored(graph: ir.Graph, before: ir.Node, weight: ir.Value, axis: int) -> ir.
 def rounded(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """A weight's int8 values, and its scales `[channels]` in the weight's type; values times scales are the weight."""
     others = tuple(i for i in range(weight.ndim) if i != axis)
-    # a scale of zero would divide by it
-    least = np.finfo(weight.dtype).tiny
-    scale = np.maximum(np.abs(weight).max(others).astype(np.float64) / LIMIT, least).astype(weight.dtype)
+    largest = np.abs(weight).max(others).astype(np.float64)
+    scale = np.maximum(largest / LIMIT, least_scale(weight.dtype)).astype(weight.dtype)
+    # subnormal scales, of fp16 channels below 0.008, have few digits: none may be so small that it cuts values off
+    cuts = largest > (LIMIT + 0.5) * scale.astype(np.float64)
+    scale = np.where(cuts, np.nextafter(scale, weight.dtype.type(1)), scale)
     wide = scale.astype(np.float64).reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
     return np.clip(np.rint(weight / wide), -LIMIT, LIMIT).astype(np.int8), scale
+
+
+def least_scale(dtype: np.dtype) -> float:
+    """Above zero, by which would be divided, wherever it is used: of fp32 subnormal numbers may be flushed to it."""
+    return max(float(np.finfo(dtype).smallest_subnormal), float(np.finfo(np.float32).tiny))
 
 
 def constant_of(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
@@ -147,8 +154,9 @@ def prune(graph: ir.Graph) -> None:
         del graph.initializers[name]
 
 
-def save(models: Mapping[str, ir.Model], weights_file: Path) -> None:
-    """Write graphs under their names beside one file with the weights of all of them; scales stay in the graphs."""
+def save(models: Mapping[str, ir.Model], weights_file: Path) -> dict[str, torch.Tensor]:
+    """Write graphs under their names beside one file with the weights of all of them, which are returned; scales stay
+    in the graphs."""
     weights: dict[str, torch.Tensor] = {}
     for model in models.values():
         for name, value in model.graph.initializers.items():
@@ -160,3 +168,4 @@ def save(models: Mapping[str, ir.Model], weights_file: Path) -> None:
     save_file(weights, weights_file)
     for name, model in models.items():
         graphs.save(model, weights_file.with_name(name), weights, weights_file)
+    return weights

@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semantica.engines import Bundle, load_engine, open_bundle
-from semantica.engines.bundle import CONDITION, DECODE, DENOISE, FILES, MANIFEST, NULL, REFERENCE, WEIGHTS
+from semantica.engines.bundle import (
+    CONDITION,
+    DECODE,
+    DENOISE,
+    FOR_ONNX_RUNTIME,
+    MANIFEST,
+    NULL,
+    REFERENCE,
+    WEIGHTS,
+)
 from semantica.errors import ArtifactError, UserError
 from semantica.export.config import QuantiseConfig
-from semantica.export.write import PACKAGES, new_folder
+from semantica.export.write import PACKAGES, contents, new_folder
 from semantica.files import entries
 
 if TYPE_CHECKING:
@@ -44,6 +53,7 @@ def quantise(config: QuantiseConfig) -> Path:
 
     from semantica.export import parity
     from semantica.export.calibration import draw
+    from semantica.export.gate import as_written
 
     began = time.perf_counter()
     if config.images is None:
@@ -55,17 +65,23 @@ def quantise(config: QuantiseConfig) -> Path:
         manifest |= write_graphs(bundle, calibration, config, folder)
         for name in (NULL, REFERENCE):
             shutil.copyfile(bundle.folder / name, folder / name)
-        manifest["files"] = entries(folder, (*FILES, REFERENCE))
+        manifest["files"] = entries(folder, contents(folder))
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        made = open_bundle(folder)
-        engine, bounds = load_engine(made, "onnxruntime", "cpu"), parity.bounds_of(made)
-        row = parity.compare(engine, parity.load_problem(bundle), engine.arithmetic)
-        if said := parity.failures(row, bounds):
-            raise ArtifactError(
-                f"in {config.mode} the network differs from fp32: {'; '.join(said)}; nothing was written: "
-                f"a --target above {config.target:g} quantises fewer layers"
-            )
-        manifest |= {"parity": {"onnxruntime": row}, "bounds": vars(bounds)}
+        made, problem, rows = open_bundle(folder), parity.load_problem(bundle), {}
+        bounds = parity.bounds_of(made)
+        # the graphs as ONNX Runtime takes them, and as every other runtime does
+        for name, graphs in {"onnxruntime": made, "native": as_written(made)}.items():
+            if graphs == made and rows:
+                continue
+            engine = load_engine(graphs, "onnxruntime", "cpu")
+            row = rows[name] = parity.compare(engine, problem, engine.arithmetic)
+            if said := parity.failures(row, bounds):
+                raise ArtifactError(
+                    f"in {config.mode} the network differs from fp32: {'; '.join(said)}; nothing was written: "
+                    f"a --target above {config.target:g} quantises fewer layers"
+                )
+        row = rows["onnxruntime"]
+        manifest |= {"parity": rows, "bounds": vars(bounds)}
         manifest["seconds"] = round(time.perf_counter() - began, 1)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     print(f"v max error {row['v_max_error']:.2g}, mean {row['v_mean_error']:.2g}, images {row['psnr_db']:.1f} dB")
@@ -96,7 +112,8 @@ def check_bundle(bundle: Bundle) -> None:
 
 
 def write_graphs(bundle: Bundle, calibration: "Calibration", config: QuantiseConfig, folder: Path) -> dict[str, Any]:
-    """Both graphs and the file of their weights; returns what the manifest says of them and of their making.
+    """Both graphs, in ONNX Runtime's form too where that is another, and the file of their weights; returns what the
+    manifest says of them and of their making.
 
     The half that makes conditions stays as it is: it runs once for each picture, and the denoiser in every step.
     """
@@ -104,6 +121,7 @@ def write_graphs(bundle: Bundle, calibration: "Calibration", config: QuantiseCon
 
     from semantica.export import onnx as graph
     from semantica.export import qdq, sensitivity
+    from semantica.export.onnx_runtime import with_layer_norms
 
     # what is tried lies in a folder of its own, gone at the end
     with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -121,11 +139,14 @@ def write_graphs(bundle: Bundle, calibration: "Calibration", config: QuantiseCon
         together = sensitivity.decibels(judge.error(taken))
         model = ir.load(scratch / DENOISE)
         qdq.insert(model, taken)
-        qdq.save({CONDITION: ir.load(bundle.folder / CONDITION), DENOISE: model}, folder / WEIGHTS)
+        written = {CONDITION: ir.load(bundle.folder / CONDITION), DENOISE: model}
+        weights, counted = qdq.save(written, folder / WEIGHTS), graph.node_counts(model)
+        for name, own in written.items():
+            if with_layer_norms(own):
+                graph.save(own, folder / FOR_ONNX_RUNTIME[name], weights, folder / WEIGHTS)
     share = sum(layer.products for layer in layers if layer.node in taken) / sum(layer.products for layer in layers)
     return {
-        "graphs": bundle.manifest["graphs"]
-        | {DENOISE: {"nodes": graph.node_counts(model), "types": graph.types(model)}},
+        "graphs": bundle.manifest["graphs"] | {DENOISE: {"nodes": counted, "types": graph.types(model)}},
         "quantisation": {
             "mode": config.mode,
             "what": f"{len(taken)} of {len(layers)} layers, {share:.0%} of their products",

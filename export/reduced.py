@@ -5,7 +5,7 @@ missing. So matrix products, convolutions, attention and norms are computed here
 once, everything else in the narrow type itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,12 +102,17 @@ class ReducedNetwork:
         return self.runners["denoise"].run(z, logsnr, pairs, condition.emb)
 
     def headroom(self) -> dict[str, Any]:
-        """How far the largest activations stay below the type's largest number, and the nodes that come closest."""
-        limit = torch.finfo(next(iter(self.runners.values())).narrow).max
-        rows = [(peak, name, module) for r in self.runners.values() for name, (module, peak) in r.peaks.items()]
-        rows.sort(reverse=True)
-        return {
-            "type_max": limit,
-            "headroom": limit / max(rows[0][0], 1e-30),
-            "largest": [{"node": name, "module": module, "value": peak} for peak, name, module in rows[:5]],
-        }
+        """As the function of this name, of both programs."""
+        return headroom(list(self.runners.values()))
+
+
+def headroom(runners: Sequence[Reduced]) -> dict[str, Any]:
+    """How far the largest activations stay below the type's largest number, and the nodes that come closest."""
+    limit = torch.finfo(runners[0].narrow).max
+    rows = [(peak, name, module) for r in runners for name, (module, peak) in r.peaks.items()]
+    rows.sort(reverse=True)
+    return {
+        "type_max": limit,
+        "headroom": limit / max(rows[0][0], 1e-30),
+        "largest": [{"node": name, "module": module, "value": peak} for peak, name, module in rows[:5]],
+    }

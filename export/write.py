@@ -13,8 +13,10 @@ from semantica.engines import bundle
 from semantica.engines.bundle import CONDITION, DECODE, DENOISE, FOR_ONNX_RUNTIME, MANIFEST, NULL, REFERENCE, WEIGHTS
 from semantica.errors import UserError
 from semantica.export.config import ExportConfig
-from semantica.files import entries, written
+from semantica.files import aside_of, entries, written
+from semantica.lock import locked
 from semantica.pipelines.kinds import foreign
+from semantica.progress import phase
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -27,39 +29,55 @@ def export(config: ExportConfig) -> Path:
         ArtifactError: an artifact computes something else than the network; nothing is kept.
     """
     config.check()
+    check_packages()
+    return write(config, load(config))
+
+
+def check_packages() -> None:
+    """Raises `UserError` where a package that export needs is missing."""
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
         how = 'pip install "semantica-diffusion[export]"'
         raise UserError(f"export needs {', '.join(absent)}, not installed here: {how}")
 
+
+def write(config: ExportConfig, pipeline) -> Path:
+    """`export` of a pipeline in fp32 that is there already; what the configuration says of the model's parts is not
+    read again, but for its tokenizers."""
     from semantica.export.gate import Gate
     from semantica.export.program import capture
 
-    pipeline = load(config)
+    latent = hasattr(pipeline, "vae")
     began = time.perf_counter()
     with new_folder(config.out) as folder:
-        captured = capture(pipeline.unet, pipeline.encoder, config.precision)
+        with phase("export: the model's programs"):
+            captured = capture(pipeline.unet, pipeline.encoder, config.precision)
         autoencoder = None
-        if foreign(config.model):
+        if latent:
             from semantica.export.foreign import copy_tokenizers, decoder
             from semantica.export.foreign import describe as describe_foreign
 
-            manifest, autoencoder = describe_foreign(config, pipeline, captured), decoder(pipeline, config.precision)
+            manifest = describe_foreign(config, pipeline, captured)
+            autoencoder, manifest["decoder"] = decoder(pipeline, config.precision)
             copy_tokenizers(config, manifest, folder)
         else:
             manifest = describe(config, pipeline, captured)
-        manifest |= write_graphs(captured, folder, autoencoder)
+            save_tokenizers(pipeline, manifest, folder)
+        with phase("export: graphs and weights"):
+            manifest |= write_graphs(captured, folder, autoencoder)
         manifest["files"] = entries(folder, contents(folder))
         (folder / MANIFEST).write_text(json.dumps(manifest | {"parity": {}}, indent=1))
-        schedule = pipeline.scheduler if autoencoder else pipeline.scheduler.schedule
-        compared = captured.sizes, folder, config.levels, config.steps, pipeline.decode if autoencoder else None
+        schedule = pipeline.scheduler if latent else pipeline.scheduler.schedule
+        compared = captured.sizes, folder, config.levels, config.steps, pipeline.decode if latent else None
         gate = Gate(pipeline.unet, pipeline.encoder, schedule, *compared)
-        manifest |= gate.program(captured)
+        with phase(f"export: compare {config.precision} with the network at {config.levels} noise levels"):
+            manifest |= gate.program(captured)
         # the files hold the weights now, and engines will hold them once more
         captured, autoencoder = captured.without_programs(), None
         # programs refer to themselves in circles
         gc.collect()
-        manifest |= gate.files(captured)
+        with phase("export: compare the files with the network"):
+            manifest |= gate.files(captured)
         manifest["files"] |= entries(folder, [REFERENCE])
         manifest["seconds"] = round(time.perf_counter() - began, 1)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -72,14 +90,15 @@ def export(config: ExportConfig) -> Path:
 def load(config: ExportConfig):
     """The pipeline of a run folder, or of a folder of diffusers, in fp32."""
     if not foreign(config.model):
-        if config.ip_adapter is not None:
-            raise UserError(f"--ip-adapter goes with the folder of a diffusers pipeline, {config.model} is none")
+        for option, given in (("ip-adapter", config.ip_adapter), ("lora", config.lora)):
+            if given is not None:
+                raise UserError(f"--{option} goes with the folder of a diffusers pipeline, {config.model} is none")
         from semantica.pipelines.variations import SemanticaPipeline
 
         return SemanticaPipeline.from_pretrained(config.model)
     from semantica.pipelines.unets import UNetPipeline
 
-    return UNetPipeline.load(config.model, config.ip_adapter, config.ip_scale)
+    return UNetPipeline.load(config.model, config.ip_adapter, config.ip_scale, config.lora, config.lora_scale)
 
 
 def contents(folder: Path) -> list[str]:
@@ -92,11 +111,12 @@ def new_folder(out: Path) -> Iterator[Path]:
     """An empty folder that takes the name `out` at the end, and is gone after any failure.
 
     Raises:
-        UserError: the place cannot be written to, or was taken meanwhile.
+        UserError: the place cannot be written to, was taken meanwhile, or another process is making the same.
     """
+    taken = f"another process makes {out}: wait for it, or choose another name"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with written(out, existing="refuse") as folder:
+        with locked(aside_of(out, "lock"), taken), written(out, existing="refuse") as folder:
             folder.mkdir()
             yield folder
     except OSError as error:
@@ -127,9 +147,29 @@ def describe(config: ExportConfig, pipeline, captured) -> dict:
             "emb": unet.emb_dim,
         },
         "model": {name: to_plain(getattr(pipeline, name)) for name in ("unet", "encoder", "scheduler")},
+        **sights(encoders),
         # pictures alone go without saying
         **(inputs if len(encoders) > 1 or not side else {}),
     }
+
+
+def sights(encoders: dict) -> dict[str, dict]:
+    """How each encoder sees a picture, where that is not its whole middle square, resized by a bicubic filter."""
+    seen = {name: part.sight for name, part in encoders.items() if hasattr(part, "sight")}
+    named = {name: sight._asdict() for name, sight in seen.items() if sight.interpolation is not None}
+    return {"sight": named} if named else {}
+
+
+def save_tokenizers(pipeline, manifest: dict, folder: Path) -> None:
+    """The tokenizers of encoders that have one, into a bundle and its manifest."""
+    from semantica.model.conditioner import encoders_of
+
+    for name, part in encoders_of(pipeline.encoder).items():
+        if hasattr(part, "tokenizer"):
+            place = f"tokenizer_{name}"
+            (folder / place).mkdir()
+            part.tokenizer.save(folder / place)
+            manifest.setdefault("tokenizers", {})[name] = [place]
 
 
 def write_graphs(captured, folder: Path, autoencoder=None) -> dict:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from semantica.kernels import cuda, launch
 
@@ -126,6 +127,38 @@ def transformed() -> bool:
 def differentiable(arguments: tuple) -> bool:
     """Whether a result of these must know where it came from."""
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
+def with_gradient(op: Any, save: Callable, backward: Callable) -> Callable:
+    """Give an op its gradient; returns what calls it, past torch's dispatcher where it may: see `direct`.
+
+    Args:
+        op: of `torch.library.custom_op`.
+        save: `(ctx, inputs, outputs)`; keeps what the backward needs.
+        backward: `(ctx, *gradients)` to the gradients of the inputs, once differentiable. `ctx.needs_input_grad` is to
+            be counted from its end: past the dispatcher the kernel comes before the inputs.
+    """
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, kernel, *inputs):
+            outputs = kernel(*inputs)
+            save(ctx, inputs, outputs)
+            return outputs
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, *gradients):
+            return None, *backward(ctx, *gradients)
+
+    def run(*arguments: Any) -> Any:
+        kernel = direct(op, arguments)
+        if kernel is None:
+            return op(*arguments)
+        return Fused.apply(kernel, *arguments) if differentiable(arguments) else kernel(*arguments)
+
+    op.register_autograd(backward, setup_context=save)
+    return run
 
 
 def lazy_kernel(

@@ -11,6 +11,8 @@ _EXPORTS = {
     "UViT": "semantica.model.uvit",
     "ViTEncoder": "semantica.model.vit",
     "PretrainedEncoder": "semantica.model.pretrained",
+    "WordEncoder": "semantica.model.words",
+    "ClipTextEncoder": "semantica.model.clip",
     "register_encoder": "semantica.model.encoders",
     "Conditioner": "semantica.model.conditioner",
     "SemanticaScheduler": "semantica.sampling.scheduler",

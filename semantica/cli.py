@@ -1,7 +1,9 @@
 """The `semantica` command: a table of verbs, each imported only when it runs."""
 
+import io
 import os
 import sys
+from collections.abc import Callable
 
 from semantica import __version__
 from semantica.errors import ArtifactError, UserError, device_failure
@@ -45,10 +47,16 @@ register_verb(
     "semantica.pipelines.sample:SampleConfig",
 )
 register_verb(
+    "edit",
+    "change a picture from one condition to another",
+    "semantica.editing.command:edit",
+    "semantica.editing.command:EditConfig",
+)
+register_verb(
     "export",
-    "turn a run into a bundle of ONNX graphs, checked against the network",
-    "semantica.export.write:export",
-    "semantica.export.config:ExportConfig",
+    "turn a run into a bundle of ONNX graphs, checked against the network, or into one file that samples",
+    "semantica.export.products:run",
+    "semantica.export.products:ProductsConfig",
 )
 register_verb(
     "quantise",
@@ -63,10 +71,22 @@ register_verb(
     "semantica.export.config:BuildConfig",
 )
 register_verb(
+    "serve",
+    "an HTTP server that clients of OpenAI's image API can use",
+    "semantica.serving.command:serve",
+    "semantica.serving.command:ServeConfig",
+)
+register_verb(
     "evaluate",
     "figures for a run, or for a folder of pictures made elsewhere",
     "semantica.benchmarks.quality.evaluate:evaluate",
     "semantica.benchmarks.quality.evaluate:EvaluateConfig",
+)
+register_verb(
+    "sweep",
+    "ablations: train and evaluate a grid of settings, continue it, write a page",
+    "semantica.benchmarks.quality.sweep.command:sweep",
+    "semantica.benchmarks.quality.sweep.command:SweepConfig",
 )
 register_verb(
     "bench",
@@ -89,6 +109,9 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 1 for a failed check, 2 for a mistake in what was asked for."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # names of files need not be text, and no command ends for having named one; standard error does the same
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         return 0
@@ -98,8 +121,13 @@ def main(arguments: list[str] | None = None) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in VERBS:
         return fail(f"unknown verb {name!r}: choose one of {', '.join(VERBS)}", 2)
+    return answered(lambda: VERBS[name](name, rest))
+
+
+def answered(work: Callable[[], int]) -> int:
+    """The exit code of what is done, or of what went wrong in it, which is then said in one line."""
     try:
-        code = VERBS[name](name, rest)
+        code = work()
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -111,6 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
         if (message := device_failure(error)) is None:
             raise
         return fail(message, 1)
+    except PermissionError as error:
+        # such as a bundle's weights, which safetensors writes for their owner alone
+        return fail(f"{error.filename} may not be used by this user ({error.strerror}): see its owner and mode", 2)
     except BrokenPipeError:
         # who read the output has left, and whatever is still buffered must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -29,6 +29,14 @@ def repeat_each(array: Array, times: int, axis: int = 0) -> Array:
     return np.repeat(array, times, axis) if isinstance(array, np.ndarray) else array.repeat_interleave(times, axis)
 
 
+def full(lengths: Array, sizes: Sequence[int]) -> Array:
+    """Like lengths `[B, S]`, of streams that are there whole."""
+    made = lengths * 0
+    for stream, size in enumerate(sizes):
+        made[:, stream] += size
+    return made
+
+
 @dataclass(frozen=True)
 class Stream:
     """The output of one encoder.
@@ -94,22 +102,24 @@ class Condition:
         return Condition(keys, values, self.emb, None, sizes)
 
     def join(self, null: "Condition") -> "Condition":
-        """Both branches of guidance as one batch `[2 B, ...]`: this condition first, then the null one, filled up.
+        """Both branches of guidance as one batch `[2 B, ...]`: this condition first, then the other one, filled up
+        where it is a null one.
 
         Raises:
             UserError: as `fill`.
         """
-        null, sizes = null.fill(self.sizes), self.sizes
+        null, sizes, emb = null.fill(self.sizes), self.sizes, self.emb
+        if null.emb.ndim > emb.ndim:
+            # time-step guidance of some blocks has an embedding for each of them
+            emb = repeat_each(emb[:, None], null.emb.shape[1], 1)
         keys, values, emb = (
             tuple(concatenate(pair) for pair in zip(self.keys, null.keys)),
             tuple(concatenate(pair) for pair in zip(self.values, null.values)),
-            concatenate((self.emb, null.emb)),
+            concatenate((emb, null.emb)),
         )
-        lengths = self.lengths
-        if lengths is not None:
-            # the null token stands at every place
-            full = lengths * 0
-            for stream, size in enumerate(sizes):
-                full[:, stream] += size
-            lengths = concatenate((lengths, full))
-        return Condition(keys, values, emb, lengths, sizes)
+        if self.lengths is None and null.lengths is None:
+            return Condition(keys, values, emb, None, sizes)
+        # a null token stands at every place
+        own = full(null.lengths, sizes) if self.lengths is None else self.lengths
+        other = full(self.lengths, sizes) if null.lengths is None else null.lengths
+        return Condition(keys, values, emb, concatenate((own, other)), sizes)

@@ -18,6 +18,11 @@ CLASS = "DiscreteSchedule"
 PREDICTIONS = ("epsilon", "v_prediction")
 BETAS = ("scaled_linear", "linear")
 SPACINGS = (None, "leading", "trailing", "linspace")
+# what schedulers of diffusers may have set that is not known here: how they run, and how a model was trained, such as
+# on levels that are no products of betas: EDM's, and those of flow matching
+OF_RUNS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "thresholding",
+           "clip_sample")  # fmt: skip
+OF_TRAINING = ("trained_betas", "use_flow_sigmas", "sigma_min", "sigma_max", "sigma_data", "shift", "snr_shift_scale")
 # what diffusers' multistep solvers take for a last alpha^2 of 0, whose log-SNR would be infinite
 LEAST = 2.0**-24
 # log-SNR of such a level for solvers that diffusers gives the 0 itself: alpha is 2e-9
@@ -58,6 +63,11 @@ class DiscreteSchedule:
                 raise UserError(
                     f"noise schedule: {name} {getattr(self, name)!r} is none of {', '.join(filter(None, known))}"
                 )
+        numbers = (self.beta_start, self.beta_end, self.count, self.offset)
+        if not all(isinstance(n, int | float) for n in numbers) or int(self.count) != self.count:
+            raise UserError(f"noise schedule: betas, their number and the offset are {numbers}: give numbers")
+        if not 0 <= self.offset < self.count:
+            raise UserError(f"noise schedule: offset {self.offset} of {self.count} timesteps: give one of them")
         if not 0 < self.beta_start <= self.beta_end < 1 or self.count < 2:
             raise UserError(f"noise schedule: {self.count} betas from {self.beta_start} to {self.beta_end} are none")
         if self.zero_snr and self.prediction == "epsilon":
@@ -70,12 +80,11 @@ class DiscreteSchedule:
         Raises:
             UserError: it prescribes betas, levels or predictions that are not known here.
         """
-        for name in ("trained_betas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
-                     "use_lu_lambdas", "use_flow_sigmas", "thresholding", "clip_sample",
-                     # levels that are no products of betas: EDM's, and those of flow matching
-                     "sigma_min", "sigma_max", "sigma_data", "shift"):  # fmt: skip
-            if config.get(name):
-                raise UserError(f"scheduler {config.get('_class_name', '')} has {name} set: this is not known here")
+        for names, instead in ((OF_RUNS, "set it to false there for runs without it"), (OF_TRAINING, "use diffusers")):
+            for name in names:
+                if config.get(name):
+                    kind = config.get("_class_name", "")
+                    raise UserError(f"scheduler {kind} has {name} set: this is not known here; {instead}")
         names = {
             "prediction": "prediction_type",
             "betas": "beta_schedule",
@@ -130,7 +139,7 @@ class DiscreteSchedule:
         if spacing == "linspace":
             found = np.linspace(0, last, points).round() if points > 1 else np.zeros(1)
         elif spacing == "leading":
-            found = np.arange(points) * (self.count // points) + self.offset
+            found = np.minimum(np.arange(points) * (self.count // points) + self.offset, last)
         else:
             found = np.arange(self.count, 0, -self.count / steps).round()[::-1] - 1
         return found[::-1][:steps].astype(np.int64)

@@ -150,8 +150,13 @@ def cpp() -> Iterator[tuple[str, str, Status]]:
 
 
 def operators() -> Iterator[tuple[str, str, Status]]:
+    import torch
+
     from semantica import kernels
 
+    lacks = native.no_triton() if torch.cuda.is_available() and installed("triton") else None
+    if lacks is not None:
+        yield "triton", f"it compiles no kernel for the first time here: {lacks}", "problem"
     for name, devices in kernels.implementations().items():
         for device, (implementation, reason) in devices.items():
             yield f"{name}, {device}", f"{implementation} ({reason})", "ok"

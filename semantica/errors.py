@@ -1,5 +1,7 @@
-"""Errors whose message is meant for the person at the keyboard, and what a failing GPU means for that person."""
+"""What is said to the person at the keyboard: errors, warnings that come once, and what a failing GPU means."""
 
+import functools
+import logging
 import re
 
 
@@ -15,6 +17,12 @@ class ArtifactError(RuntimeError):
 
     The command line prints the message and exits with code 1.
     """
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning in the log, the first time in a process that it is given; others that differ are others."""
+    logging.getLogger("semantica").warning(message)
 
 
 def first_line(error: BaseException) -> str:

@@ -13,10 +13,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from semantica.errors import UserError
 from semantica.files import written
+from semantica.pixels import to_planes
+from semantica.pixels import to_uint8 as to_uint8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +28,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 1024**3 // 4 // 3
 MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 ORIENTATION = 0x0112
+# of texts under the rows of a contact sheet
+TEXT_HEIGHT, TEXT_LINES = 12, 2
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -175,11 +179,13 @@ def fit(
     return np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image)
 
 
-def cut(pixels: np.ndarray, size: int, *, x: float = 0.5, y: float = 0.5, zoom: float = 1.0) -> np.ndarray:
+def cut(
+    pixels: np.ndarray, size: int, *, x: float = 0.5, y: float = 0.5, zoom: float = 1.0, interpolation: str = "bicubic"
+) -> np.ndarray:
     """`fit` for training, on uint8 `[H, W, 3]`: several times as fast, the square's place and side in whole pixels.
 
-    The same antialiased bicubic filter in 8 bits, by torch's vectorised loops. A square that has the wanted size is not
-    resized, and shares memory with `pixels`.
+    The same antialiased filter in 8 bits, by torch's vectorised loops, which know "bilinear" and "bicubic": the latter
+    serves for others. A square that has the wanted size is not resized, and shares memory with `pixels`.
     """
     import torch
 
@@ -191,19 +197,9 @@ def cut(pixels: np.ndarray, size: int, *, x: float = 0.5, y: float = 0.5, zoom: 
         return square
     # channels-last in memory, which is what has the fast loops
     planes = torch.from_numpy(square).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
-    resized = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
+    mode = "bilinear" if interpolation == "bilinear" else "bicubic"
+    resized = torch.nn.functional.interpolate(planes, (size, size), mode=mode, antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
-
-
-def to_planes(images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-    """uint8 `[B, S, S, 3]`, or a list of `[S, S, 3]`, to contiguous float32 `[B, 3, S, S]` in [-1, 1]."""
-    pixels = images if isinstance(images, np.ndarray) else np.stack(images)
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
-        raise ValueError(f"expected uint8 [B, S, S, 3], got {pixels.dtype} {list(pixels.shape)}")
-    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
-    planes /= 127.5
-    planes -= 1
-    return planes
 
 
 def to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> "Tensor":
@@ -213,32 +209,47 @@ def to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> "Tensor":
     return torch.from_numpy(to_planes(images))
 
 
-def to_uint8(images: "np.ndarray | Tensor") -> np.ndarray:
-    """Floats `[B, 3, S, S]` in [-1, 1] to uint8 `[B, S, S, 3]`: rounded to nearest, clamped. Inverts `to_tensor`."""
-    if isinstance(images, np.ndarray):
-        pixels = ((images + 1) * np.float32(127.5)).round().clip(0, 255)
-        return pixels.transpose(0, 2, 3, 1).astype(np.uint8)
-    pixels = images.detach().float().add(1).mul(127.5).round().clamp(0, 255)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
-
-
-def grid(rows: Sequence[Sequence[np.ndarray]], *, gap: int = 2, apart: int = 0) -> Image.Image:
+def grid(
+    rows: Sequence[Sequence[np.ndarray]], *, gap: int = 2, apart: int = 0, texts: Sequence[str] = ()
+) -> Image.Image:
     """A contact sheet on white: `rows[r][c]` uint8 `[S, S, 3]`, all of one size; rows may differ in length.
 
-    `gap` pixels part the pictures, `apart` more set the first column off from the others.
+    `gap` pixels part the pictures, `apart` more set the first column off from the others. texts: one under each row,
+    cut to the lines that fit there.
     """
     if not rows or not all(len(row) for row in rows):
         raise ValueError("a contact sheet needs at least one picture in every row")
     height, width = rows[0][0].shape[:2]
     columns = max(len(row) for row in rows)
     margin = apart if columns > 1 else 0
-    shape = (len(rows) * (height + gap) + gap, columns * (width + gap) + gap + margin, 3)
+    pitch = height + gap + (TEXT_LINES * TEXT_HEIGHT if texts else 0)
+    shape = (len(rows) * pitch + gap, columns * (width + gap) + gap + margin, 3)
     sheet = np.full(shape, 255, np.uint8)
     for r, row in enumerate(rows):
         for c, picture in enumerate(row):
-            top, left = gap + r * (height + gap), gap + c * (width + gap) + (margin if c else 0)
+            top, left = gap + r * pitch, gap + c * (width + gap) + (margin if c else 0)
             sheet[top : top + height, left : left + width] = picture
-    return Image.fromarray(sheet)
+    made = Image.fromarray(sheet)
+    if texts:
+        pen, font = ImageDraw.Draw(made), ImageFont.load_default(TEXT_HEIGHT - 2)
+        for r, text in enumerate(texts):
+            for i, line in enumerate(wrapped(text, shape[1] - 2 * gap, font)):
+                pen.text((gap, gap + r * pitch + height + i * TEXT_HEIGHT), line, (0, 0, 0), font)
+    return made
+
+
+def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """A text as lines that fit a width in pixels; of a longer one the first lines, which end in dots."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > TEXT_LINES:
+        lines = [*lines[: TEXT_LINES - 1], f"{lines[TEXT_LINES - 1]} ..."]
+    return lines
 
 
 def save_png(image: Image.Image | np.ndarray, path: str | os.PathLike) -> None:

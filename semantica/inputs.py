@@ -12,6 +12,8 @@ from semantica.errors import UserError
 
 # the input of the one encoder that fills every stream
 SINGLE = "image"
+# the input of texts beside it, or alone
+TEXT = "text"
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,18 @@ def prepare_inputs(makers: Mapping[str, Callable[[list], Array]], inputs: Any) -
         inputs: `{name: values}`, or the values alone where the only input is `image`. Values are one value (a picture,
             a text), a list of values (one sample each; a nested list is several values for one sample), an array that
             was prepared before (`[B, 3, S, S]` in [-1, 1] for pictures, `[B, K, 3, S, S]` for K of them in each
-            sample), or a `Stream` that was encoded before.
+            sample), a `Stream` that was encoded before, or None for an input that is absent.
 
     Raises:
         UserError: an input is missing or unknown, has no values, or another number of samples than the others.
     """
     values = by_name(inputs, makers)
-    prepared = {name: prepare_one(make, values[name], name) for name, make in makers.items()}
-    if len({samples_in(value) for value in prepared.values()}) > 1:
-        said = ", ".join(f"{samples_in(value)} of {name}" for name, value in prepared.items())
+    prepared = {n: None if values[n] is None else prepare_one(make, values[n], n) for n, make in makers.items()}
+    there = {name: samples_in(value) for name, value in prepared.items() if value is not None}
+    if not there:
+        raise UserError(f"the condition has no {' and no '.join(makers)}: give at least one")
+    if len({*there.values()}) > 1:
+        said = ", ".join(f"{count} of {name}" for name, count in there.items())
         raise UserError(f"condition has {said}: give as many samples of each")
     return prepared
 
@@ -85,14 +90,16 @@ def alone(value: Any) -> bool:
 def samples_in(value: Prepared | Mapping[str, Prepared]) -> int:
     """Samples of one prepared input, or of all of them."""
     if isinstance(value, Mapping):
-        return samples_in(next(iter(value.values())))
+        return samples_in(next(each for each in value.values() if each is not None))
     if isinstance(value, Several):
         return len(value.counts)
     return len(value.tokens if isinstance(value, Stream) else value)
 
 
-def rows_of(value: Prepared, start: int, stop: int) -> Prepared:
-    """Some samples of one prepared input, one after another."""
+def rows_of(value: Prepared | None, start: int, stop: int) -> Prepared | None:
+    """Some samples of one prepared input, one after another; None of an absent one."""
+    if value is None:
+        return None
     if isinstance(value, Several):
         first, last = sum(value.counts[:start]), sum(value.counts[:stop])
         return Several(value.values[first:last], value.counts[start:stop])

@@ -43,10 +43,23 @@ def why_no_c() -> str:
     compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
     if shutil.which(compiler) is None:
         return f"not built, and there is no C++ compiler ({compiler!r} is not found): install g++ or clang++, {AGAIN}"
-    headers = Path(sysconfig.get_path("include"))
-    if not (headers / "Python.h").is_file():
-        return f"not built, and Python.h is not in {headers}: install Python's headers (python3-dev), {AGAIN}"
+    if missing := no_headers():
+        return f"not built, and {missing}, {AGAIN}"
     return f"not built when semantica was installed, though {compiler!r} is here now: install semantica again"
+
+
+def no_headers() -> str | None:
+    headers = Path(sysconfig.get_path("include"))
+    if (headers / "Python.h").is_file():
+        return None
+    return f"Python.h is not in {headers}: install Python's headers (python3-dev)"
+
+
+def no_triton() -> str | None:
+    """What Triton lacks here to launch a kernel: it builds the launcher in C, at first use."""
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return "there is no C compiler: install gcc or clang, or set CC"
+    return no_headers()
 
 
 def why_no_cuda() -> str:

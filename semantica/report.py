@@ -32,6 +32,7 @@ svg { max-width: 100%; height: auto } p.note { color: #555 } code { background: 
 <tr>{% for cell in part.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% for row in part.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endif %}
+{% if part.link %}<p><a href="{{ part.link }}">{{ part.link }}</a></p>{% endif %}
 {% if part.png %}<img class="pixels" alt="{{ part.alt }}" src="data:image/png;base64,{{ part.png }}">{% endif %}
 {% if part.svg %}{{ part.svg | safe }}{% endif %}
 {% endfor %}</body></html>
@@ -40,7 +41,7 @@ svg { max-width: 100%; height: auto } p.note { color: #555 } code { background: 
 
 @dataclass(frozen=True)
 class Part:
-    """One section: a heading, then whichever of text, table, picture and plot are given."""
+    """One section: a heading, then whichever of text, table, link, picture and plot are given."""
 
     heading: str = ""
     text: str = ""
@@ -49,6 +50,7 @@ class Part:
     rows: tuple[tuple[str, ...], ...] = ()
     png: str = ""
     alt: str = ""
+    link: str = ""
     svg: str = ""
 
 
@@ -72,8 +74,10 @@ def plot(curves: dict[str, tuple[list[float], list[float]]], x_label: str, y_lab
     return svg(figure)
 
 
-def roofline(points: dict[str, tuple[list[float], list[float]]], copy_gbps: float, matrix_tflops: float) -> "Figure":
-    """Achieved rates under the two measured ceilings.
+def roofline(
+    points: dict[str, tuple[list[float], list[float]]], copy_gbps: float | None, matrix_tflops: float | None
+) -> "Figure":
+    """Achieved rates under the two measured ceilings, which are not drawn where one of them is None.
 
     Args:
         points: `{name: (operations per byte, TFLOP/s)}`.
@@ -84,12 +88,13 @@ def roofline(points: dict[str, tuple[list[float], list[float]]], copy_gbps: floa
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
-    ridge = matrix_tflops * 1e3 / copy_gbps
-    found = [value for x, _ in points.values() for value in x]
-    low, high = min(*found, ridge) / 2, max(*found, ridge) * 2
-    ceiling = [(low, low * copy_gbps / 1e3), (ridge, matrix_tflops), (high, matrix_tflops)]
-    label = f"ceilings: copy {copy_gbps:.4g} GB/s, matrix product {matrix_tflops:.3g} TFLOP/s"
-    axes.plot(*zip(*ceiling), color="black", linewidth=1, label=label)
+    if copy_gbps is not None and matrix_tflops is not None:
+        ridge = matrix_tflops * 1e3 / copy_gbps
+        found = [value for x, _ in points.values() for value in x]
+        low, high = min(*found, ridge) / 2, max(*found, ridge) * 2
+        ceiling = [(low, low * copy_gbps / 1e3), (ridge, matrix_tflops), (high, matrix_tflops)]
+        label = f"ceilings: copy {copy_gbps:.4g} GB/s, matrix product {matrix_tflops:.3g} TFLOP/s"
+        axes.plot(*zip(*ceiling), color="black", linewidth=1, label=label)
     for (name, (x, y)), marker in zip(points.items(), itertools.cycle("osD^vP*X")):
         axes.plot(x, y, marker, label=name, markersize=5, alpha=0.7)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that must be moved", ylabel="TFLOP/s")
@@ -100,12 +105,12 @@ def roofline(points: dict[str, tuple[list[float], list[float]]], copy_gbps: floa
 
 
 def bars(
-    panels: dict[str, tuple[dict[str, tuple[float, float, float]], float]], label: str, floor_label: str
+    panels: dict[str, tuple[dict[str, tuple[float, float, float]], float | None]], label: str, floor_label: str
 ) -> "Figure":
     """Horizontal bars, a panel for each problem.
 
     Args:
-        panels: `{problem: ({name: (median, low, high)}, floor)}`; the floor is drawn as a line.
+        panels: `{problem: ({name: (median, low, high)}, floor)}`; the floor is drawn as a line, where there is one.
         label: of the values.
     """
     from matplotlib.figure import Figure
@@ -120,14 +125,17 @@ def bars(
         axes.barh(names, medians, xerr=errors, color="#6b9bc3", error_kw={"elinewidth": 1})
         for name, median in values.items():
             axes.annotate(f" {median[0]:.4g}", (median[2], name), va="center", fontsize=8)
-        axes.axvline(floor, color="black", linewidth=1, linestyle="--", label=floor_label)
+        if floor is not None:
+            axes.axvline(floor, color="black", linewidth=1, linestyle="--", label=floor_label)
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_title(problem, fontsize=10, loc="left")
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     every[-1].set_xlabel(label, fontsize=9)
-    figure.legend(*every[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center")
+    legends = (axes.get_legend_handles_labels() for axes in every)
+    if any(found := next((legend for legend in legends if legend[0]), ())):
+        figure.legend(*found, frameon=False, fontsize=8, loc="outside lower center")
     return figure
 
 

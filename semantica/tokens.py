@@ -4,12 +4,14 @@ Byte-pair encoding of Radford et al., arXiv 2103.00020, section 2.4: the numbers
 from the same files.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from semantica.errors import UserError, first_line
+from semantica.errors import UserError, first_line, warn_once
 from semantica.files import read_json
 
 # the two files of old, or the one that holds both; and the settings, of which old folders have a second file
@@ -48,6 +50,7 @@ class ClipTokenizer:
         known = isinstance(padding, str) and padding and padding in vocabulary
         if type(self.length) is not int or not 2 < self.length <= 1 << 16 or not known:
             raise UserError(f"{folder / SETTINGS} has length {self.length!r} and padding {padding!r}: these are none")
+        self.pad_token, self.numbers = padding, frozenset(numbers)
         self.padding, self.start, self.end = (vocabulary[word] for word in (padding, START, END))
         try:
             self.model = byte_pairs(vocabulary, pairs, padding)
@@ -63,9 +66,44 @@ class ClipTokenizer:
                 raise UserError(f"a prompt is a {type(text).__name__}: give text")
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise UserError(f"a prompt holds bytes that are no text in UTF-8: {text!r}")
-            row = [self.start, *self.model.encode(text, add_special_tokens=False).ids[: self.length - 2], self.end]
+            made, room = self.model.encode(text, add_special_tokens=False), self.length - 2
+            if len(made.ids) > room:
+                rest = text[made.offsets[room][0] :]
+                # both tokenizers of SDXL find it
+                warn_once(f"a prompt has {len(made.ids)} tokens, {room} are read; left out: {rest!r}")
+            row = [self.start, *made.ids[:room], self.end]
             rows.append(row + [self.padding] * (self.length - len(row)))
         return np.array(rows, np.int64).reshape(-1, self.length)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one prompt as numbers."""
+        return (self.length,)
+
+    def tokens_of(self, prompt: str, words: str) -> tuple[int, ...]:
+        """Places in a prompt's row that one or several words in succession have, wherever they stand in it.
+
+        Raises:
+            UserError: they are not in the prompt, or behind its part that is read.
+        """
+        wanted = words.split()
+        pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, wanted)) + r"(?!\w)"
+        spans = [found.span() for found in re.finditer(pattern, prompt, re.IGNORECASE)] if wanted else []
+        if not spans:
+            raise UserError(f"{words!r} is not in the prompt {prompt!r}: choose words of it")
+        offsets = self.model.encode(prompt, add_special_tokens=False).offsets
+        # after the word that starts every row
+        found = [i + 1 for i, (a, b) in enumerate(offsets) if any(a < stop and b > start for start, stop in spans)]
+        read = tuple(place for place in found if place < self.length - 1)
+        if not read:
+            raise UserError(f"{words!r} stands behind the {self.length - 2} tokens that are read of {prompt!r}")
+        return read
+
+    def save(self, folder: Path) -> None:
+        """Write what `ClipTokenizer(folder)` reads."""
+        self.model.save(str(folder / WHOLE))
+        settings = {"model_max_length": self.length, "pad_token": self.pad_token}
+        (folder / SETTINGS).write_text(json.dumps(settings))
 
 
 def read_model(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]]]:

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,12 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+# the cores are shared between the processes of a run, and between what each of these starts
+if several := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // several))
+    # a bench that a test starts is no part of the run: pytest-benchmark would time nothing
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
+
 # the same examples on every machine, and no example fails because a machine is slow
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
@@ -18,12 +25,13 @@ settings.load_profile("repeatable")
 
 @pytest.fixture
 def interpreted():
-    """A function that runs pytest on a file of this folder where Triton interprets its kernels: none may be skipped.
+    """A function that runs pytest on a file of this folder where Triton interprets its kernels: none may be skipped or
+    fail. It gives how many there were.
 
     Triton reads the switch when it is imported, hence a process of its own.
     """
 
-    def interpreted(path: str, *options: str) -> None:
+    def interpreted(path: str, *options: str) -> int:
         here = Path(__file__).parent
         # -P: the root of the repository must not be on sys.path
         command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / path), *options]
@@ -32,6 +40,7 @@ def interpreted():
         )
         summary = (done.stdout.strip().splitlines() or [""])[-1]
         assert done.returncode == 0 and " passed" in summary and "skipped" not in summary, done.stdout + done.stderr
+        return int(re.search(r"(\d+) passed", summary)[1])
 
     return interpreted
 
@@ -128,6 +137,16 @@ def foreign():
     return module
 
 
+@pytest.fixture(scope="session")
+def served():
+    """The module `served.py` of this folder, which runs servers in threads."""
+    pytest.importorskip("fastapi")
+    spec = importlib.util.spec_from_file_location("served", Path(__file__).parent / "served.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def cuda(pretend, monkeypatch):
     """Two CUDA devices that are not there, in place of torch's: see `pretend.py`."""
@@ -165,9 +184,7 @@ def save_tower():
 def make_run():
     """A function that writes a small run folder whose network is random throughout."""
 
-    def make(
-        folder: Path, streams: tuple[str, ...] = ("image",), conditioning: str = "both", encoder=None
-    ) -> Path:
+    def make(folder: Path, streams: tuple[str, ...] = ("image",), conditioning: str = "both", encoder=None) -> Path:
         import torch
 
         from semantica import SemanticaPipeline, SemanticaScheduler, UViT, ViTEncoder

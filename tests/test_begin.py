@@ -3,18 +3,28 @@
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from semantica import SemanticaPipeline, UserError
-from semantica.train.build import build
+from semantica.model.conditioner import Conditioner
+from semantica.model.uvit import UViT
+from semantica.model.words import WordEncoder
+from semantica.pipelines.networks import NetworkPipeline
+from semantica.train import loop, setup
+from semantica.train.build import begin_with, build
 from semantica.train.config import TrainConfig, ema_decay
+from semantica.train.data.folders import scan
+from semantica.train.data.heldout import held_out_batches
 from semantica.train.loop import train
+from semantica.train.preemption import Stop
 from semantica.train.processes import World
 from semantica.train.run import checkpoint
 from semantica.train.run.folder import Run
@@ -88,6 +98,28 @@ def test_another_model_is_refused_before_anything_is_written(photos, tmp_path, p
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+def test_a_run_whose_texts_have_no_encoder_of_their_own_is_told_so(monkeypatch):
+    """As networks that were put together by hand, whose one encoder fills every stream."""
+    words = WordEncoder.learn(["a red ring"])
+    unet = UViT(image_size=8, channels=(8,), depths=(1,), width=16, depth=1, heads=1, streams={"text": words.token_dim})
+    found = SimpleNamespace(unet=unet, encoder=words)
+    monkeypatch.setattr(NetworkPipeline, "load", lambda source: found)
+    with pytest.raises(UserError, match="reads texts by another WordEncoder than this run: give --text-encoder x"):
+        begin_with("x", unet, Conditioner({"text": words}))
+
+
+def test_whether_a_run_goes_on_is_what_the_first_process_sees(photos, tmp_path, monkeypatch):
+    """A file system may show the checkpoints to another one later, which then must not look for --init."""
+
+    def reached(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(World, "from_main", lambda self, work: True)
+    monkeypatch.setattr(setup, "alignment", reached)
+    with pytest.raises(InterruptedError):
+        train(config(photos, tmp_path / "run", init="/no/such/run"))
+
+
 def test_averages_of_good_weights_do_not_forget_them(photos, tmp_path):
     given = config(photos, tmp_path, init="somewhere", ema=0.99)
     assert [ema_decay(given, step) for step in (0, 5)] == [0.99, 0.99]
@@ -119,6 +151,114 @@ def test_several_averages_are_kept_continued_and_published(photos, tmp_path):
             assert all(alike) == (kind != "ema_")
     with pytest.raises(UserError, match="made with --ema-also"):
         train(dataclasses.replace(straight, steps=3, ema_also=()))
+
+
+def test_a_run_that_saved_nothing_binds_to_nothing(photos, tmp_path, monkeypatch):
+    """A GPU that was full at the first step asks for a smaller batch: the same folder has to take it."""
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    (data / "g0" / "broken.jpg").write_text("no picture")
+    settings = config(data, tmp_path / "run")
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="the GPU's memory is full"):
+        patched.setattr(loop, "backward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+        train(settings)
+    assert (tmp_path / "run" / "config.json").is_file()
+    train(dataclasses.replace(settings, data=str(photos), batch=2, steps=1))
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["train"]["batch"] == 2 and not (tmp_path / "run" / "bad_samples.jsonl").exists()
+    with pytest.raises(UserError, match="was made with --batch 2, not 4"):
+        train(dataclasses.replace(settings, data=str(photos)))
+
+
+def test_a_model_without_checkpoints_is_not_trained_over(photos, tmp_path, published):
+    """The same command would begin at step 0, forget the log, and replace the model in the end."""
+    out = shutil.copytree(published, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    settings = config(photos, out, seed=5, lr=3e-3, steps=3)
+    with pytest.raises(UserError, match="run has a model and no checkpoint to go on from: .* --init .*run to begin"):
+        train(settings)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    train(dataclasses.replace(settings, out=tmp_path / "more", init=str(out), steps=1))
+
+
+def test_frozen_encoders_are_those_that_the_run_was_made_with(photos, tmp_path, save_tower):
+    """No checkpoint has their weights: what lies under a name may have changed since."""
+    for name in ("seen", "aligned"):
+        save_tower(tmp_path / name, "dinov2")
+    settings = config(
+        photos, tmp_path / "run", steps=1, encoder=str(tmp_path / "seen"), encoder_size=28, repa=0.5,
+        repa_encoder=str(tmp_path / "aligned"),
+    )  # fmt: skip
+    train(settings)
+    for name, option in (("seen", "encoder"), ("aligned", "repa-encoder")):
+        path = tmp_path / name / "model.safetensors"
+        before = path.read_bytes()
+        save_file({key: value + 1 for key, value in load_file(path).items()}, path, {"format": "pt"})
+        with pytest.raises(UserError, match=f"the weights of --{option} .*{name} changed since .*: choose another"):
+            train(dataclasses.replace(settings, steps=2))
+        path.write_bytes(before)
+    # one from before runs knew their encoders goes on
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["encoders"].keys() == {"encoder", "repa_encoder"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps({k: v for k, v in record.items() if k != "encoders"}))
+    train(dataclasses.replace(settings, steps=2))
+
+
+def test_tensorboard_shows_each_step_once(photos, tmp_path):
+    """A run goes on from a checkpoint, behind which the start before had logged."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = config(photos, tmp_path / "run", steps=3, save_every=1, keep=3)
+    train(settings)
+    for folder in checkpoint.folders(tmp_path / "run" / "checkpoints")[1:]:
+        shutil.rmtree(folder)
+    train(settings)
+    # whole once the run is over, though this process goes on
+    shown = accumulator.EventAccumulator(str(tmp_path / "run" / "logs"))
+    shown.Reload()
+    assert [event.step for event in shown.Scalars("loss")] == [1, 2, 3]
+
+
+def test_pictures_held_out_that_prove_broken_are_named(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "val")
+    whole = (photos / "g1" / "2.png").read_bytes()
+    # its header is sound
+    (tmp_path / "val" / "g1" / "2.png").write_bytes(whole[: len(whole) // 2])
+    train(config(photos, tmp_path / "run", steps=1, val=str(tmp_path / "val")))
+    (line,) = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"] == "g1/2.png"
+
+
+def test_what_is_found_bad_is_written_down_before_its_step_is_saved(photos, tmp_path):
+    """A run that goes on from there does not see those samples again."""
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    for path in sorted(data.glob("*/0.png")):
+        # whole as far as its header goes
+        path.write_bytes(path.read_bytes()[:1500])
+    steps = iter(range(1, 9))
+
+    class Third(Stop):
+        def __call__(self) -> bool:
+            return next(steps) == 3
+
+    train(config(data, tmp_path / "run", steps=8, log_every=100, save_every=100, held_out=0.0), Third())
+    named = [json.loads(line)["path"] for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert len(named) > 1 and {path.split("/")[1] for path in named} == {"0.png"}
+    assert newest(tmp_path / "run").name == "step-00000003" and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_held_out_samples_are_of_the_groups_that_they_show(photos, tmp_path):
+    """Also where a whole group proves broken, and others take its place."""
+    found = held_out_batches(scan(photos, "folders"), 0, 32, 32, torch.device("cpu"))
+    seen = [(group, target.mean((1, 2))) for b in found for group, target in zip(b["group"], b["target"])]
+    colours = {name: torch.stack([mean for group, mean in seen if group == name]).mean(0) for name, _ in seen}
+    shutil.copytree(photos, tmp_path / "val")
+    for path in (tmp_path / "val" / "g0").iterdir():
+        path.write_bytes(path.read_bytes()[:1500])
+    (batch,) = held_out_batches(scan(tmp_path / "val", "folders"), 0, 32, 32, torch.device("cpu"))
+    nearest = [min(colours, key=lambda g: (colours[g] - t.mean((1, 2))).abs().sum()) for t in batch["target"]]
+    assert batch["group"] == nearest and len({*nearest}) == 5
 
 
 class StandIn:

@@ -180,7 +180,7 @@ def test_the_verb_from_end_to_end(tmp_path):
     assert seen.returncode == 0 and "own:eager_too" in seen.stdout + seen.stderr
     assert bench("compare", "o.json", "o.json", "--fail", "1").returncode == 0
     table = bench("table", "o.json").stdout.splitlines()
-    assert table[0].startswith("| operator |") and len([line for line in table if "| eager |" in line]) == 2
+    assert table[0].startswith("| operator |") and len([line for line in table if "| eager (quick) |" in line]) == 2
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

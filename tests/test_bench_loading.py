@@ -120,7 +120,7 @@ def test_the_verdict_is_of_all_figures(row, said):
 def test_what_does_not_go_with_it_is_one_line(capsys):
     for options, message in (
         (["--sustained", "0"], "--sustained is 0"),
-        (["--sustained", "5", "--processes", "1"], "leave out --processes"),
+        (["--sustained", "5", "--processes", "1"], "--processes says nothing to --sustained"),
         (["--data", "x"], "--data is for --sustained"),
     ):
         assert main(["bench", "train", *options]) == 2

@@ -12,13 +12,14 @@ import torch
 from semantica import SemanticaPipeline, SemanticaScheduler, UViT, ViTEncoder
 from semantica.benchmarks import bench
 from semantica.benchmarks.harness import race as timing
-from semantica.benchmarks.harness import sources, store
+from semantica.benchmarks.harness import sources, store, table
 from semantica.benchmarks.harness.process import Process, Wrong
 from semantica.benchmarks.kernels import command as bench_kernels
 from semantica.benchmarks.sampling import models as sample_models
 from semantica.benchmarks.sampling import suite
-from semantica.benchmarks.sampling.contenders import CONTENDERS, Build, builder_of, ladder_names
+from semantica.benchmarks.sampling.contenders import CONTENDERS, Build, Contender, builder_of, ladder_names
 from semantica.benchmarks.sampling.race import BOUND, GUIDANCE, ModelRace, judge, psnr
+from semantica.benchmarks.sampling.worker import Server
 from semantica.cli import main
 from semantica.engines import BACKENDS
 
@@ -287,3 +288,19 @@ def test_every_backend_is_raced_on_every_device_that_runs_it():
             names = {backend.name, f"{backend.name}-{device}"} & CONTENDERS.keys()
             raced = [row for name in names if (row := CONTENDERS[name]).device in ("", device) and row.raced]
             assert raced and all(row.bundle in ("", *precisions) for row in raced), (backend.name, device)
+
+
+def test_the_memory_of_who_allocates_past_torch_is_not_made_up(tmp_path, monkeypatch):
+    assert {name for name, contender in CONTENDERS.items() if contender.outside} == {
+        name for name, contender in CONTENDERS.items() if contender.bundle and contender.device == "cuda"
+    }
+    for name, array in zip(("images", "noise"), sample_models.contents(0, 1, 32, 32)):
+        np.save(tmp_path / f"{name}.npy", array)
+    for outside in (False, True):
+        stub = Contender(lambda build: (lambda *inputs: inputs[1], "fp16"), outside=outside)
+        monkeypatch.setitem(CONTENDERS, "stub", stub)
+        server = Server(tmp_path)
+        server.build("stub", "nowhere", "cpu", True, None, False)
+        answer = server.sample(1, 1.0)
+        assert (answer["peak_bytes"] is None) == outside
+        assert bool(table.mebibytes("peak", "peak_bytes").cell(answer, [])) != outside

@@ -1,6 +1,7 @@
 """Which rows are stale: those whose code has changed, wherever it lies and however it is laid out, and no others."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -12,14 +13,16 @@ from semantica import nvcc
 from semantica.benchmarks.harness import sources
 from semantica.benchmarks.harness.sources import (
     SOURCES,
+    UNETS,
     combined,
     files_of,
     fingerprint,
+    hash_of,
     kernel_hash,
     source_hash,
     stale,
 )
-from semantica.benchmarks.kernels.implementations import OURS
+from semantica.benchmarks.harness.store import OURS
 from semantica.kernels import OPERATORS, Operator, cuda, launch
 
 CODE = '''"""A module."""
@@ -85,7 +88,7 @@ def test_a_source_that_is_not_there_is_an_error(monkeypatch, tmp_path):
         files_of("semantica.modle")
     monkeypatch.setitem(SOURCES, "sample", ("semantica.model", "semantica.nothing"))
     with pytest.raises(ModuleNotFoundError, match="semantica.nothing"):
-        source_hash.__wrapped__("sample", "x86_64")
+        source_hash("sample", "x86_64")
     (tmp_path / "empty_room").mkdir()
     (tmp_path / "empty_room" / "cases.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
@@ -107,6 +110,45 @@ def test_hashes_of_whole_runs_cover_what_they_go_through():
     # mining and the case table are no part of any run
     assert not {"pages"} & rooms("train") and not {"cases.py", "specimens.py"} & names("train")
     assert SOURCES["scaling"] == SOURCES["train"]
+
+
+def test_public_unets_in_torch_depend_on_no_engine():
+    rooms = {path.parent.name for name in UNETS for path in files_of(name)}
+    assert {"fused", "group_norm", "sampling"} <= rooms and not {"engines", "export", "builders"} & rooms
+    # a user's own function goes through everything
+    for impl, modules in {"accelerate": UNETS, **dict.fromkeys(("inductor", "a.b:c"), SOURCES["unet"])}.items():
+        for op in ("unet", "decoder"):
+            assert source_hash(op, "x86_64", impl) == hash_of(modules, "x86_64"), impl
+    assert len({hash_of(modules, "x86_64") for modules in (UNETS, SOURCES["unet"])}) == 2
+
+
+def test_a_changed_engine_leaves_the_rows_of_torch_fresh(tmp_path, monkeypatch):
+    rows = [
+        {"op": op, "impl": impl, "arch": "x86_64", "kernel_hash": source_hash(op, "x86_64", impl)}
+        for op in ("unet", "unet_ladder", "decoder")
+        for impl in ("accelerate", "denoiser-eager", "onnxruntime", "inductor")
+    ]
+    assert not any(map(stale, rows))
+
+    # no file is parsed twice
+    read = functools.cache(fingerprint)
+    monkeypatch.setattr(sources, "fingerprint", read)
+
+    def changed(name: str) -> set[tuple[str, str]]:
+        """Rows that are stale once a package has a file more."""
+        (tmp_path / "more.py").write_text("new = True")
+        more = lambda module: files_of(module) + [tmp_path / "more.py"] * (module == name)  # noqa: E731
+        with monkeypatch.context() as patch:
+            patch.setattr(sources, "files_of", more)
+            patch.setattr(sources, "hash_of", hash_of.__wrapped__)
+            return {(row["op"], row["impl"]) for row in rows if stale(row)}
+
+    every = {(row["op"], row["impl"]) for row in rows}
+    engines = {(op, impl) for op in ("unet", "decoder") for impl in ("onnxruntime", "inductor")}
+    for name in ("semantica.export", "semantica.engines", "semantica.benchmarks.unets.engines"):
+        assert changed(name) == engines, name
+    for name in UNETS:
+        assert changed(name) == every, name
 
 
 class Moved(Operator):
@@ -171,10 +213,13 @@ def test_rows_of_cuda_kernels_are_stale_once_their_sources_changed_and_no_others
         return {name for name, row in old.items() if stale(row)}
 
     def whole() -> str:
-        return source_hash.__wrapped__("sample", "sm_90")
+        return hash_of.__wrapped__(SOURCES["sample"], "sm_90")
+
+    def processor() -> str:
+        return hash_of.__wrapped__(SOURCES["sample"], "x86_64")
 
     kernel.write_text("a")
-    old, run, on_cpu = rows(), whole(), source_hash.__wrapped__("sample", "x86_64")
+    old, run, on_cpu = rows(), whole(), processor()
     kernel.write_text("b")
     # while the table leaves every call to Triton
     assert changed(old) == {"cuda"} and whole() == run
@@ -187,4 +232,4 @@ def test_rows_of_cuda_kernels_are_stale_once_their_sources_changed_and_no_others
     # the module knows what it was built from, whatever lies in the checkout by now
     built = SimpleNamespace(build_info=lambda: {"sources": nvcc.digest([kernel])})
     monkeypatch.setattr(cuda, "_cuda", built)
-    assert not changed(old) and source_hash.__wrapped__("sample", "x86_64") == on_cpu
+    assert not changed(old) and processor() == on_cpu

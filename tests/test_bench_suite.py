@@ -6,11 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from semantica.benchmarks.harness import process, progress
+from semantica import progress
+from semantica.benchmarks.harness import process
 from semantica.benchmarks.harness.process import Entrant, Wrong
 from semantica.benchmarks.harness.race import Protocol
+from semantica.benchmarks.harness.suite import run as run_suite
 from semantica.benchmarks.harness.table import Column, as_markdown, cells
+from semantica.benchmarks.kernels import suite
+from semantica.benchmarks.kernels.implementations import Implementation
+from semantica.benchmarks.kernels.problems import problems
+from semantica.benchmarks.kernels.suite import KernelBench
+from semantica.errors import ArtifactError
 
 BENCHMARKS = Path(process.__file__).parents[1]
 TOY = """
@@ -40,17 +48,57 @@ def test_plain_pytest_runs_a_suite(tmp_path):
         ("a b", [0.5, 0.25]),
         ("c", [0.5, 0.25]),
     ]
-    reason = {"problem": "a b", "direction": "forward", "impl": "broken", "reason": "it is wrong"}
-    assert content["semantica"] == {"wrong": [reason], "absent": {"x": "why"}}
+    (wrong,) = content["semantica"]["wrong"]
+    assert [wrong[k] for k in ("problem", "direction", "impl", "reason")] == ["a b", "forward", "broken", "it is wrong"]
+    assert wrong["device"] and wrong["quick"] is False and content["semantica"]["absent"] == {"x": "why"}
     # once for all rows of a race
-    assert (
-        done.stdout.count("ran a b forward (1 of 2)") == 1 and "ran c backward (2 of 2, about 0 s left)" in done.stdout
-    )
+    assert done.stdout.count("ran a b forward (1 of 2)") == 1 and "ran c backward (2 of 2, about " in done.stdout
     assert [line for line in done.stderr.splitlines() if line.startswith(("timed", "WRONG"))] == [
         "timed  a-b-forward-quick",
         "WRONG  a-b-forward-broken",
         "timed  c-backward-quick",
     ]
+
+
+def test_a_gpu_that_a_fault_took_ends_the_bench_and_calls_nobody_else_wrong(monkeypatch):
+    bench, kept = KernelBench(ops=("group_norm",), device="cpu", quick=True), []
+    races = list(bench.races)
+    assert len(races) > 2
+
+    def run(race, what):
+        if race != races[0]:
+            suite.usable("one of them", "cuda")
+        return dict.fromkeys(bench.races[race], "it raised")
+
+    def gone(device=None):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore of it")
+
+    monkeypatch.setattr(bench, "run", run)
+    bench.keep = kept.append
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    suite.usable("healthy", "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    suite.usable("a processor", "cpu")
+    words = r"^one of them has left the GPU unusable \(CUDA error: an illegal memory access was enc.*before is kept"
+    with pytest.raises(ArtifactError, match=words) as said:
+        run_suite(bench)
+    # what came before is stored, and nothing of the rest
+    wrong = kept[-1]["semantica"]["wrong"]
+    assert "\n" not in str(said.value) and {(row["problem"], row["direction"]) for row in wrong} == {races[0]}
+
+
+def test_a_fault_of_one_implementation_asks_for_the_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(suite, "usable", lambda name, device: asked.append((name, device)))
+    problem = problems("cpu", quick=True)[0]
+
+    def faulty(**arguments):
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    race = suite.ProblemRace(problem, [Implementation("faulty", problem.op, lambda: faulty)], ("forward",))
+    race.check("faulty", "forward")
+    assert asked == [(f"faulty of {problem.name}", "cpu")]
+    assert race.wrong["faulty", "forward"].startswith("RuntimeError: Triton Error [CUDA]: an illegal memory access")
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,10 @@ def test_rungs_are_cumulative_and_the_last_has_everything():
 def test_only_some_rungs_are_raced_with_the_plain_loop():
     ladder = tuple(rungs("cuda"))
     assert chosen("", ladder) == ladder
-    assert chosen(" + recorded, strong,", ladder) == ("plain", "strong", "+ recorded") == chosen(
-        "plain,strong,+ recorded", ladder
+    assert (
+        chosen(" + recorded, strong,", ladder)
+        == ("plain", "strong", "+ recorded")
+        == chosen("plain,strong,+ recorded", ladder)
     )
 
 
@@ -82,8 +84,10 @@ def test_another_loss_is_wrong(losses, arithmetic, reason):
         ("resident_backward_kernel", "group_norm"),
         ("dkv_kernel", "attention"),
         ("void semantica::forward_kernel<__nv_bfloat16, 8, true>(semantica::Problem, semantica::Plan)", "group_norm"),
-        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>",
-         "optimizer and averages"),
+        (
+            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>",
+            "optimizer and averages",
+        ),
         ("Memcpy DtoD (Device -> Device)", "the rest"),
         ("aten::comm_thing", "the rest"),
     ],
@@ -306,7 +310,7 @@ def test_a_race_of_two_rungs(tmp_path):
         (("--preset", "huge"), "huge"),
         (("--processes", "1", "0"), "--processes is 1 0"),
         (("--device", "cpu", "--only", "strong,faster"), "--only faster: choose some of plain, strong, + channels"),
-        (("--sustained", "2", "--only", "strong"), "leave out --processes, --only"),
+        (("--sustained", "2", "--only", "strong"), "--only says nothing to --sustained"),
     ],
 )
 def test_mistakes_are_one_line(options, reason, capsys):

@@ -10,7 +10,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders import AutoGuidance, ClassifierFreeGuidance
+from diffusers.hooks import LayerSkipConfig
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -21,6 +22,7 @@ from semantica.engines import bundle as bundle_module
 from semantica.engines.base import GraphEngine
 from semantica.engines.built import open_built
 from semantica.files import entries
+from semantica.sampling.guiders import IndependentCondition, TimeStep, WeakModel
 from semantica.sampling.loop import Denoiser
 from semantica.solvers import alpha_sigma
 
@@ -191,12 +193,52 @@ def test_hooks_where_the_engine_allows_them(bundles, picture):
     assert seen == [(i, 1 - i / 4, np.ndarray) for i in range(4)]
     expected = network(image, interval=(0.3, 1.0), **settings).images
     np.testing.assert_allclose(network(image, guider=guider, **settings).images, expected, rtol=0, atol=1e-5)
-    with pytest.raises(UserError, match="engine 'onnxruntime' takes no guider: use guidance_scale and interval"):
-        onnxruntime(image, guider=guider, **settings)
+    # one that only mixes predictions needs no network in torch
+    np.testing.assert_allclose(onnxruntime(image, guider=guider, **settings).images, expected, rtol=0, atol=1e-5)
     compiled = SemanticaPipeline.from_bundle(bundles["fp32"], "torch-compile")
-    for hook in ({"guider": guider}, {"callback_on_step_end": watch}):
-        with pytest.raises(UserError, match="engine 'torch-compile' takes no guider and no callback"):
-            compiled(image, **hook, **settings)
+    changes = AutoGuidance(2.0, auto_guidance_config=LayerSkipConfig([0], fqn="transformer_blocks"))
+    for pipeline, backend in ((onnxruntime, "onnxruntime"), (compiled, "torch-compile")):
+        with pytest.raises(UserError, match=f"engine '{backend}' takes no guider that changes the network"):
+            pipeline(image, guider=changes, **settings)
+    with pytest.raises(UserError, match="engine 'torch-compile' takes no callback"):
+        compiled(image, callback_on_step_end=watch, **settings)
+
+
+def test_guiders_that_make_arrays_run_on_every_engine(bundles, small_run, picture):
+    """Independent condition and time-step guidance: no torch, no null condition, the images of the run folder."""
+    image = Image.open(picture)
+    images, settings = [image, image.rotate(90)], dict(num_inference_steps=4, guidance_scale=3.0, output_type="np")
+    run, engines = SemanticaPipeline.from_pretrained(small_run), {}
+    run.set_progress_bar_config(disable=True)
+    for name in ("onnxruntime", "torch"):
+        engines[name] = SemanticaPipeline.from_bundle(bundles["fp32"], name)
+    others = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), image.rotate(180)]
+    levels = np.linspace(-15, 15, 7, dtype=np.float32)
+    with torch.no_grad():
+        temb = run.unet.embedding(torch.from_numpy(levels)).numpy()
+    np.testing.assert_allclose(engines["onnxruntime"].engine.embedding(levels), temb, rtol=0, atol=1e-4)
+    for guider in (IndependentCondition(), IndependentCondition(others), TimeStep(1.0, 0.5), WeakModel):
+        of = [guider(pipe) if guider is WeakModel else guider for pipe in (run, *engines.values())]
+        expected = run(images, guider=of[0], seed=1, **settings).images
+        for pipeline, own in zip(engines.values(), of[1:]):
+            np.testing.assert_allclose(pipeline(images, guider=own, seed=1, **settings).images, expected, atol=1e-4)
+    # only blocks that are at hand can see noise one by one
+    guider = TimeStep(1.0, 0.0, blocks=1)
+    expected = run(images, guider=guider, seed=1, **settings).images
+    found = engines["torch"](images, guider=guider, seed=1, **settings).images
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    pipeline = engines["onnxruntime"]
+    for guider, said in (
+        (IndependentCondition(noise=True), "a bundle's encoder gives no tokens"),
+        (TimeStep(blocks=1), "some blocks is for U-ViTs in torch"),
+        (WeakModel(run), "a run folder and a bundle"),
+    ):
+        with pytest.raises(UserError, match=said):
+            pipeline(images, guider=guider, **settings)
+    # both branches count where they go through one call
+    pipeline.engine.max_batch = 1
+    with pytest.raises(UserError, match="guidance needs 2"):
+        pipeline(image, guider=TimeStep(), **settings)
 
 
 class Towards:
@@ -204,7 +246,7 @@ class Towards:
 
     needs = ("gradients",)
 
-    def predictor(self, denoiser, levels, condition, null, settings):
+    def predictor(self, denoiser, levels, condition, weak, settings):
         def predict(i, z):
             with torch.enable_grad():
                 z = z.detach().requires_grad_()

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, unknown options, one-line errors with exit code 2."""
 
+import io
 import json
 import os
 import subprocess
@@ -17,13 +18,22 @@ from semantica.train.data.config import TokensConfig
 from semantica.train.pages.command import PairsConfig
 from semantica.train.pages.config import MineConfig, ReportConfig, UrlsConfig
 
-VERBS = ("doctor", "demo", "pairs", "train", "sample", "evaluate", "export", "build")
+VERBS = ("doctor", "demo", "pairs", "train", "sample", "evaluate", "export", "build", "sweep")
 RESULTS = sorted(map(str, (Path(__file__).parents[1] / "benchmarks" / "results").glob("*/group_norm*.json")))
 
 
 def run(*arguments, **options):
     command = [sys.executable, "-P", "-m", "semantica.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_names_that_are_no_text_end_no_command(monkeypatch):
+    """As where standard output is strict UTF-8, which it is in most locales."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8"))
+    monkeypatch.setitem(cli.VERBS, "say", lambda name, rest: print(*rest) or 0)
+    assert main(["say", "bad picture g0/\udcff.png"]) == 0
+    assert written.getvalue() == b"bad picture g0/\\udcff.png\n"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +88,7 @@ def test_every_verb_has_help_and_refuses_unknown_options(verb, capsys):
     with pytest.raises(SystemExit) as left:
         main([verb, "--help"])
     assert left.value.code == 0 and f"semantica {verb}" in capsys.readouterr().out
-    needed = ["bundle"] if verb == "build" else []
+    needed = {"build": ["bundle"], "sweep": ["sweep.json"]}.get(verb, [])
     assert main([verb, *needed, "--colour", "blue"]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("semantica: ") and "--colour" in error and "\n" not in error

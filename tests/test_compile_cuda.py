@@ -86,7 +86,7 @@ def test_the_verb_lists_them_beside_tritons(sources, tmp_path, monkeypatch, caps
     found = [row["kernel"] for row in json.loads((tmp_path / "rows.json").read_text())["compiled"]]
     assert found[0] == "broken" and set(found[1:]) == {"copy_kernel", "spilling_kernel"}
     # a file that does not compile is named, and fails
-    assert 'broken.cu broken sm_90: ' in (error := capsys.readouterr().err)
+    assert "broken.cu broken sm_90: " in (error := capsys.readouterr().err)
     assert 'identifier "no_such_name" is undefined' in error
     # no compiler: said, and Triton's kernels are compiled all the same
     monkeypatch.setattr(nvcc, "compiler", lambda: (_ for _ in ()).throw(nvcc.Unusable("no CUDA compiler is here")))

@@ -26,11 +26,11 @@ SPILLS = {
 
 
 def test_interpreted_kernels_are_accurate_on_every_case(interpreted):
-    interpreted("test_kernels.py", "-k", "accurate and cross_attention and not bfloat16", "-m", "not gpu")
+    assert interpreted("test_kernels.py", "-k", "accurate and cross_attention and not bfloat16", "-m", "not gpu") > 0
 
 
 def test_interpreted_kernels_stay_in_bounds_and_repeat(interpreted):
-    interpreted("interpreted/cross_attention.py")
+    assert interpreted("interpreted/cross_attention.py") > 0
 
 
 def plans():

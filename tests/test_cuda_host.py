@@ -137,6 +137,17 @@ def test_the_same_text_compiles_for_a_gpu(tmp_path):
     assert len(kernels) > 30 and all(name.encode() in made.read_bytes() for name in kernels)
 
 
+def test_threads_that_launch_one_kernel_do_not_take_each_others_shared_memory(tmp_path):
+    """The limit is the kernel's, whoever set it last; the module lets other threads run while it launches."""
+    here, program = Path(__file__).parent, tmp_path / "launches"
+    folders = own, _ = here / "cuda_host" / "launching", here.parent / "csrc" / "cuda"
+    command = [cuda_host.COMPILER, "-std=c++17", "-O1", "-pthread", *(f"-I{folder}" for folder in folders)]
+    command += [own / "launches.cpp", "-o", program]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert subprocess.run([program], capture_output=True, text=True).stdout == "0 refused\n"
+
+
 def test_16_bit_floats_round_as_torch_does():
     every = np.arange(1 << 16, dtype=np.uint32)
     # all bf16 numbers and their neighbourhoods: ties, both sides of them; all fp16 numbers likewise; random bits

@@ -12,6 +12,7 @@ from PIL import Image
 from semantica.errors import UserError
 from semantica.images import load_image, to_tensor, to_uint8
 from semantica.train.data.batch import planes
+from semantica.train.data.draws import ORDER, generator, order
 from semantica.train.data.folders import scan
 from semantica.train.data.loading import batches
 from semantica.train.data.pairs import PATIENCE, Pairs, bad_record
@@ -193,6 +194,12 @@ def test_every_epoch_visits_each_target_once(folder):
         assert epochs[0] != [data.draw(6, i).target.ref for i in range(len(data))]
 
 
+def test_every_worker_keeps_the_order_of_an_epoch_in_few_bytes():
+    found = order(70_000, 3, 5)
+    assert np.array_equal(found, generator(3, ORDER, 5).permutation(70_000))
+    assert found.nbytes == 4 * 70_000 and order.cache_parameters()["maxsize"] == 2
+
+
 def test_conditions_are_uniform_over_the_others_of_the_group(folder):
     data = scan(folder, "folders")
     epochs = 400
@@ -310,7 +317,7 @@ def test_noise_is_standard_normal_and_each_samples_own(folder):
 def test_a_batch_is_mirrored_and_scaled_on_the_device(folder):
     dataset = pairs(scan(folder, "folders"), condition_size=16)
     batch = dataset.batch(range(5))
-    assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items() if key != "bad"} == {
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items() if key not in ("bad", "group")} == {
         "condition": (torch.float32, (5, 3, 16, 16)),
         "target": (torch.float32, (5, 3, SIDE, SIDE)),
         "noise": (torch.float32, (5, 3, SIDE, SIDE)),
@@ -319,6 +326,7 @@ def test_a_batch_is_mirrored_and_scaled_on_the_device(folder):
         "index": (torch.int64, (5,)),
     }
     items = [dataset[index] for index in range(5)]
+    assert batch["group"] == [item["group"] for item in items]
     turned = [item["target"][:, :: -1 if item["flips"][0] else 1] for item in items]
     assert {item["flips"][0] for item in items} == {True, False}
     assert torch.equal(batch["target"], to_tensor(turned)) and batch["target"].is_contiguous()

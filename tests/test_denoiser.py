@@ -25,6 +25,7 @@ from semantica.fused.denoiser import UNetDenoiser
 from semantica.sampling.compiled import CompiledDenoiser
 from semantica.sampling.guidance import Guided
 from semantica.sampling.loop import sample
+from semantica.weak import Weak
 
 TEXT, PICTURE, SIZE = 32, 24, 8
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
@@ -37,6 +38,9 @@ XL = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "transformer_layers_per_block": (1, 2), "use_linear_projection": True, "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 8 * 6 + 16,
+}  # fmt: skip
+FLAT = {
+    "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": "UNetMidBlock2D",
 }  # fmt: skip
 SD_CONFIG = BETAS | {"steps_offset": 1, "set_alpha_to_one": False}
 V_CONFIG = BETAS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -172,6 +176,46 @@ def test_runs_are_those_of_diffusers_schedulers(model, solver):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("guider", ["tsg", "icg"])
+def test_guiders_are_those_of_a_loop_that_hooks_the_timesteps_embedding(model, guider):
+    """Ours puts the noise where SDXL's embedding is added, and another prompt's keys in place of the empty one's."""
+    steps, scale, strength, denoiser = 5, 3.0, 1.5, model.denoiser("ddim")
+    z = start = randn(2, 4, SIZE, SIZE, seed=9)
+    n, arguments = (
+        randn(steps, 2, denoiser.unet.time_embedding.linear_2.out_features, seed=4),
+        model.arguments(model.streams),
+    )
+    other = model.arguments({name: stream.map(lambda a: a.flip(0)) for name, stream in model.streams.items()})
+    scheduler = DDIMScheduler.from_config(model.config)
+    scheduler.set_timesteps(steps)
+    shift = []
+    for i, t in enumerate(scheduler.timesteps):
+        own = model.unet(z, t, **arguments).sample
+
+        def perturb(module, inputs, temb, n=n[i]):
+            shift.append(strength * temb.std(-1, correction=0, keepdim=True) * n)
+            return temb + shift[-1]
+
+        hook = model.unet.time_embedding.register_forward_hook(perturb)
+        perturbed = model.unet(z, t, **arguments).sample
+        hook.remove()
+        weaker = perturbed if guider == "tsg" else model.unet(z, t, **other).sample
+        z = scheduler.step(weaker + scale * (own - weaker), t, z).prev_sample
+    settings = Sampling(steps, "ddim", guidance=scale, thresholding="none")
+    condition = denoiser.condition(model.streams)
+    if guider == "tsg":
+        temb = denoiser.embedding(torch.from_numpy(denoiser.schedule.grid(steps)[1][:steps]).float())
+        ours = strength * temb.std(-1, correction=0)[:, None, None] * n
+        torch.testing.assert_close(ours, torch.stack(shift), rtol=1e-3, atol=1e-4)
+        weak = Weak(condition, shift=ours)
+    else:
+        weak = Weak(condition, rows=torch.tensor([[1, 0]]).expand(steps, 2))
+    for net in (denoiser, CompiledDenoiser(denoiser, torch.float32, "none")):
+        made = sample(net, start, condition, None, denoiser.schedule, settings, weak=weak)
+        assert relative(made, z) < 1e-4
+
+
+@torch.no_grad()
 def test_one_call_is_the_network_at_its_timestep(model):
     denoiser, z = model.denoiser(), randn(2, 4, SIZE, SIZE, seed=9)
     at = torch.tensor([3, 700])
@@ -206,12 +250,42 @@ def test_the_compiled_copy_and_guiders_take_it(model):
     run = partial(sample, z=z, condition=condition, null=None, schedule=denoiser.schedule, settings=settings)
     expected = run(denoiser)
     fast = CompiledDenoiser(denoiser, torch.float32, compile="none")
-    assert relative(run(fast), expected) < 1e-5
+    assert relative(run(fast), expected) < 2e-5
     guided = run(denoiser, null=denoiser.null(2), guidance=Guided(ClassifierFreeGuidance(3.0)))
     assert relative(guided, expected) < 1e-5
     # without guidance one branch, in both
     alone = Sampling(5, "ddim", 1.0, thresholding="none")
     assert relative(run(fast, settings=alone), run(denoiser, settings=alone)) < 1e-5
+
+
+# convolutions before the first cross-attention but the first: two in a residual block, one more where its width
+# changes, one into the transformer or between levels
+SHARED = {
+    "SD": (unet, 3),
+    "no self-attention": (lambda: unet(only_cross_attention=True), 3),
+    "a level later": (lambda: unet(**XL | {"addition_embed_type": None}), 3 + 3),
+    "IP-Adapters": (lambda: adapted(unet()), 3),
+    "SDXL": (lambda: unet(**XL), 0),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make, shared", SHARED.values(), ids=SHARED)
+def test_branches_share_what_comes_before_the_first_cross_attention(make, shared):
+    made, rows = make(), []
+    model = adapter() if made.encoder_hid_proj else Model(made, SD_CONFIG, {"text": text(2, 1)}, {"text": text(1, 3)})
+    denoiser = model.denoiser()
+    both, joined = denoiser.condition(model.streams).join(denoiser.null(2)), denoiser.joined
+    z, levels = randn(2, 4, SIZE, SIZE, seed=9).repeat(2, 1, 1, 1), torch.tensor([1.0, -2.0]).repeat(2)
+    expected = denoiser(z, levels, both)
+    for module in denoiser.modules():
+        # both have the same ones
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    found = joined(z, levels, both)
+    assert relative(found, expected) < 2e-6 and not torch.equal(found[:2], found[2:])
+    assert rows[: shared + 2] == [4] + [2] * shared + [4] and rows.count(2) == shared
+    assert {id(p) for p in joined.parameters()} == {id(p) for p in denoiser.parameters()}
 
 
 @torch.no_grad()
@@ -277,13 +351,18 @@ def test_sizes_of_sdxl_are_of_the_latents_unless_told(model):
 
 @pytest.mark.parametrize("wrong, message", [
     (lambda: UNetDenoiser(nn.Linear(2, 2), None), "Linear is no UNet2DConditionModel"),
-    (lambda: UNetDenoiser(unet(in_channels=9), None), "9 channels in and 4 out"),
+    (lambda: UNetDenoiser(unet(in_channels=9), None), "9 channels in and 4 out, as those that inpaint"),
     (lambda: UNetDenoiser(unet(num_class_embeds=3), None), "class labels"),
     (lambda: sd().denoiser().condition({"image": text(1, 1)}), r"streams are \['image'\]: expected \['text'\]"),
     (lambda: sd().denoiser().condition({"text": Stream(torch.zeros(1, 3, 5))}), r"expected \[B, M, 32\]"),
-    (lambda: xl().denoiser().condition({"text": Stream(torch.zeros(1, 3, TEXT))}), "has no pooled vector"),
+    (lambda: xl().denoiser().condition({"text": Stream(torch.zeros(1, 3, TEXT))}), r"None: expected \(1, 16\)"),
+    (lambda: xl().denoiser().condition({"text": Stream(torch.zeros(1, 3, TEXT), torch.zeros(1, 5))}), r"\(1, 5\)"),
+    (lambda: xl().denoiser().condition({"text": text(2, 1)}, torch.zeros(2, 5)), r"time_ids have shape \(2, 5\)"),
+    (lambda: UNetDenoiser(unet(**FLAT), None), "this UNet has no cross-attention"),
+    (lambda: sd(steps_offset=1000).denoiser(), "offset 1000 of 1000 timesteps"),
+    (lambda: sd(beta_start="x").denoiser(), r"offset are \('x', .*give numbers"),
     (lambda: Model(unet(), SD_CONFIG, {}, None).denoiser().null(1), "guidance needs the empty prompt"),
-    (lambda: sd(use_karras_sigmas=True).denoiser(), "use_karras_sigmas set"),
+    (lambda: sd(use_karras_sigmas=True).denoiser(), "use_karras_sigmas set.* set it to false there"),
     (lambda: sd(prediction_type="sample").denoiser(), "prediction 'sample' is none of epsilon, v_prediction"),
     (lambda: sd(rescale_betas_zero_snr=True).denoiser(), "it needs v_prediction"),
     (lambda: sd().denoiser().schedule.grid(0), "0 sampling steps"),

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -97,6 +98,20 @@ def test_why_the_compiled_part_is_missing(case, tmp_path, monkeypatch):
     assert expected[case] in text and "install" in text and "\n" not in text
 
 
+@pytest.mark.parametrize("case", ["whole", "no compiler", "no headers"])
+def test_a_gpu_where_triton_builds_nothing_is_a_problem(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "installed", lambda name: "3.5.0")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None if case == "no compiler" else f"/usr/bin/{name}")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    if case != "no headers":
+        (tmp_path / "Python.h").touch()
+    found = [value for name, value, status in doctor.operators() if name == "triton" and status == "problem"]
+    what = {"no compiler": "there is no C compiler: install gcc", "no headers": "Python.h is not in"}
+    assert [what[case] in value for value in found] == [True] if case in what else not found
+
+
 def test_warns_of_another_owner_of_the_name(plant):
     assert list(doctor.environment()) == []
     plant("semantica", "0.9.1", "semantica\n")
@@ -141,11 +156,12 @@ def test_a_missing_extra_names_its_command(monkeypatch):
     monkeypatch.setattr(doctor, "installed", lambda name: None if name in ("onnx", "flash-attn") else "99.0")
     found = {name: (value, status) for name, value, status in doctor.optional()}
     assert found["export"] == (
-        'onnx-ir 99.0, onnxscript 99.0, onnxruntime 99.0; missing onnx: pip install "semantica-diffusion[export]"',
+        "ml_dtypes 99.0, onnx-ir 99.0, onnxscript 99.0, onnxruntime 99.0; "
+        'missing onnx: pip install "semantica-diffusion[export]"',
         "note",
     )
     assert 'pip install --no-build-isolation "semantica-diffusion[flash]"' in found["flash"][0]
-    assert found["bench"] == ("jinja2 99.0, matplotlib 99.0, pytest-benchmark 99.0", "ok")
+    assert found["bench"] == ("jinja2 99.0, matplotlib 99.0, peft 99.0, pytest-benchmark 99.0", "ok")
 
 
 def test_a_check_that_breaks_is_a_fact(monkeypatch, capsys):

@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from semantica import PretrainedEncoder, UserError, ViTEncoder
-from semantica.model.encoders import frozen_encoder
+from semantica.model.clip import ClipTextEncoder
+from semantica.model.encoders import frozen_encoder, text_encoder
 
 
 def pictures(size, batch=2):
@@ -54,6 +56,26 @@ def test_positions_are_interpolated_once(tmp_path, save_tower):
     torch.testing.assert_close(encoder(images).tokens, expected, rtol=0, atol=1e-5)
     smaller = encoder(pictures(70))
     assert smaller.tokens.shape == (2, 100, 32)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "clip", "siglip", "text"])
+def test_a_tower_that_lacks_a_weight_is_not_drawn_at_random(tmp_path, save_tower, foreign, capfd, kind):
+    if kind == "text":
+        load, folder = ClipTextEncoder.from_source, foreign.write(tmp_path / "sd", "sd")
+        path = folder / "text_encoder" / "model.safetensors"
+    else:
+        save_tower(tmp_path, kind)
+        load, folder, path = PretrainedEncoder.from_source, tmp_path, tmp_path / "model.safetensors"
+    whole = load_file(path)
+    # of CLIP's two towers that of pictures
+    name = max(name for name in whole if name.endswith(".0.mlp.fc1.weight"))
+    # of another shape, and not there
+    for changed, message in (({name: whole[name][:4]}, "no loadable safetensors"), ({}, "one of 1 missing weights")):
+        save_file({key: value for key, value in whole.items() if key != name} | changed, path, {"format": "pt"})
+        capfd.readouterr()
+        with pytest.raises(UserError, match=message) as caught:
+            load(str(folder))
+        assert "\n" not in str(caught.value) and "REPORT" not in "".join(capfd.readouterr())
 
 
 def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path, save_tower):
@@ -134,3 +156,21 @@ def test_the_encoder_of_a_run_is_loaded_frozen_and_nothing_else_is(small_run, tm
     with pytest.raises(UserError, match="cannot be loaded") as caught:
         frozen_encoder(str(copy))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [frozen_encoder, text_encoder])
+def test_a_run_folder_that_lacks_a_weight_is_refused_and_nothing_is_drawn(small_run, tmp_path, load, capfd):
+    texts = ["a red circle", "two blue squares"]
+    if load is frozen_encoder:
+        shutil.copytree(small_run / "encoder", tmp_path / "encoder")
+        name, folder = "norm.weight", tmp_path / "encoder"
+    else:
+        text_encoder("words", texts).save_pretrained(tmp_path / "encoder" / "text")
+        name, folder = "codes", tmp_path / "encoder" / "text"
+    assert load(str(tmp_path))
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if key != name}, path, {"format": "pt"})
+    capfd.readouterr()
+    with pytest.raises(UserError, match=f"has no {name}, one of 1 missing weights: copy it whole"):
+        load(str(tmp_path))
+    assert "newly initialized" not in "".join(capfd.readouterr())

@@ -32,7 +32,8 @@ def copy(web, out, pick):
 
 
 def figures(web, images, **options):
-    result = evaluate(EvaluateConfig(data=web / "val", images=images, attributes=web / "attributes.json", **options))
+    given = dict(attributes=web / "attributes.json", bootstrap=20)
+    result = evaluate(EvaluateConfig(data=web / "val", images=images, **given, **options))
     return result["figures"]
 
 
@@ -59,6 +60,24 @@ def test_a_label_that_the_data_lacks_is_refused(web, tmp_path):
     Image.new("RGB", (32, 32)).save(folder / "unheard-of" / "0.png")
     with pytest.raises(UserError, match="'unheard-of', which is no label"):
         figures(web, folder)
+
+
+def test_attributes_and_places_that_are_none_are_one_line(web, tmp_path):
+    images = copy(web, tmp_path / "made", lambda label, labels: label)
+    known, table = json.loads((web / "attributes.json").read_text()), tmp_path / "attributes.json"
+    given = dict(data=web / "val", images=images, conditions=4, bootstrap=20, attributes=table)
+    for place in (tmp_path, web / "attributes.json" / "x.json"):
+        table.write_text(json.dumps(known))
+        with pytest.raises(UserError, match=f"^--out {place} cannot be written"):
+            evaluate(EvaluateConfig(**given, out=place))
+    first = min(path.name for path in (web / "val").iterdir())
+    table.write_text(json.dumps(known | {first: 3}))
+    with pytest.raises(UserError, match=f"attributes.json says a int of group '{first}'"):
+        evaluate(EvaluateConfig(**given))
+    # what is not known of one group is no figure
+    table.write_text(json.dumps(known | {first: {"palette": known[first]["palette"], "more": 1}}))
+    row = evaluate(EvaluateConfig(**given))["figures"]["images"]
+    assert {name for name in row if name.startswith("same_")} == {"same_palette"}
 
 
 def test_options_of_sampling_say_nothing_to_pictures_that_are_there(tmp_path):
@@ -114,10 +133,12 @@ def test_the_demo_in_small_runs_and_repeats(tmp_path, monkeypatch):
     first = demo(config)
     names = {p.name for p in Path(config.out).iterdir()}
     made = {"grid.png", "engines.png", "metrics.json", "evaluation.json", "report.html"}
-    assert names == {"web", "run", "bundle"} | made
+    # the page is there where npm is
+    assert names - {"page"} == {"web", "run", "bundle"} | made
     assert set(first["figures"]) == {"model", "ignore the condition", "copy the condition", "real pictures"}
     assert first["figures"]["real pictures"]["on_topic"] >= 0.95 and len(first["goals"]) == 4
     page = (config.out / "report.html").read_text()
+    assert ('href="page/index.html"' in page) == ("page" in names) and "The model in a browser" in page
     assert "data:image/png;base64," in page and "<svg" in page and 'src="http' not in page
     weights = (config.out / "run" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     # exported again it would be the same: what is repeated here is what comes before

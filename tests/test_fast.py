@@ -12,6 +12,7 @@ from semantica.sampling.compiled import CompiledDenoiser
 from semantica.sampling.loop import sample
 from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule
+from semantica.weak import Weak
 
 STREAMS = {"image": 24, "text": 12}
 
@@ -128,7 +129,7 @@ def test_both_branches_share_what_they_can():
     for name in expected:
         fast.net.get_submodule(name).register_forward_pre_hook(watch(name))
     with torch.no_grad():
-        fast(noise(), fast.modulations(torch.zeros(1), condition, null)[0], torch.ones(3), branches)
+        fast(noise(), fast.modulations(torch.zeros(1), condition, Weak(null))[0], torch.ones(3), branches)
     assert rows == expected
     # a pooled vector differs between the branches from the first block on
     unet = network("both")

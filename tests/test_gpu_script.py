@@ -26,6 +26,9 @@ case "$*" in
   *get_device_name*) echo card ;;
   *get_device_capability*) echo sm_90 ;;
   *"-c import semantica, sys"*) echo here ;;
+  *"print(lacks) ${LACKS:-nothing}"*) echo "missing a package" ;;
+  *"print(lacks)"*) ;;
+  *"${REFUSES:-nothing refuses}"*) exit 2 ;;
   *"${FAILS:-nothing fails}"*) exit 3 ;;
   *"train --data"*) mkdir -p "$OUT/.run/run"; echo losses > "$OUT/.run/run/metrics.jsonl" ;;
   *"${HANGS:-nothing hangs}"*) exit 124 ;;
@@ -102,6 +105,10 @@ def test_slices_run_in_order_once_and_a_failure_costs_only_itself(machine):
     assert len(what) == len(order) and all(word in line for word, line in zip(order, what)), what
     # what libraries ask of a driver in vain is no fault of a kernel
     assert all("--error-exitcode 9 --report-api-errors no --tool" in line for line in what[3:5])
+    # of two operators in one slice, too
+    done, calls = machine("maps", FAILS="--op attention_moments", out="maps")
+    assert done.returncode == 1 and sum("--op attention_columns" in line for line in calls) == 1
+    assert re.search(r"== maps: \d+ of 400 s, exit code 3", done.stdout)
     # many processes at once compile faster, and none is beside what is timed
     assert "-n 8" in what[1] and "-n 8" not in what[2] and what[2].endswith(" tests/test_bench_harness.py")
     assert "test_bench_harness" not in what[1] and "tests/test_kernels.py" in what[1]
@@ -114,6 +121,28 @@ def test_slices_run_in_order_once_and_a_failure_costs_only_itself(machine):
     assert done.returncode == 2
     done, calls = machine("--again", "second")
     assert slices_run(done) == list(table()["second"]) and not [line for line in calls if "--resume" in line]
+
+
+def test_what_is_not_installed_is_left_out_and_what_refuses_is_a_failure(machine, tmp_path):
+    done, calls = machine("export", "build", LACKS="onnxruntime")
+    assert done.returncode == 0
+    asked = [re.search(r"--engine (\S+) --device (\S+)", line) for line in calls if "cli sample" in line]
+    # an engine for processors is not asked to run on the card
+    assert [match.groups() for match in asked] == [
+        ("torch", "cuda"), ("torch-compile", "cuda"), ("inductor", "cpu"), ("tensorrt", "cuda"),
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "left-out.txt").read_text() == "left out: onnxruntime (missing a package)\n"
+    # exit code 2 is a refusal, whatever for
+    done, calls = machine("export", "build", out="other", REFUSES="--engine torch-compile")
+    assert done.returncode == 1 and done.stderr.strip().endswith("not done: export")
+    assert len([line for line in calls if "cli sample" in line]) == 5
+    done, calls = machine("build", out="third", REFUSES="--backend inductor")
+    assert done.returncode == 1 and ["inductor" in line for line in calls if "cli sample" in line] == [False]
+    # what was built before the time was over is built once
+    (tmp_path / "third" / ".bundle" / "engines" / "inductor-here").mkdir(parents=True)
+    (tmp_path / "third" / ".bundle" / "manifest.json").touch()
+    done, calls = machine("build", out="third", REFUSES="--backend inductor")
+    assert done.returncode == 0 and len([line for line in calls if "cli sample" in line]) == 2
 
 
 def test_every_operator_is_timed_and_its_launch_tables_tuned(machine):

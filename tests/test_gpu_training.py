@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,8 @@ def test_a_recorded_run_is_the_run(photos, tmp_path):
 
 def test_no_step_waits_for_the_device(photos, tmp_path):
     settings = config(photos, tmp_path / "run", align=0.1)
-    with joined(settings) as world:
-        t = prepare(settings, world)
+    with joined(settings) as world, ExitStack() as opened:
+        t = prepare(settings, world, opened)
         given = next(t.feed)
         for _ in range(2):
             backward(t, *inputs(t, given))
@@ -74,6 +75,8 @@ def test_no_step_waits_for_the_device(photos, tmp_path):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         t.feed.close()
+    # anything that waited has raised; and a step was made
+    assert torch.isfinite(loss)
 
 
 def test_a_parked_contender_leaves_the_device(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from semantica.condition import Stream
 from semantica.errors import ArtifactError
 from semantica.train.config import TrainConfig
 from semantica.train.graph import StepGraph
-from semantica.train.loop import NEVER, run_steps, train
-from semantica.train.processes import joined
+from semantica.train.loop import NEVER, device_faults, run_steps, train
+from semantica.train.processes import LostProcess, World, joined
 from semantica.train.setup import prepare
 
 CPU = torch.device("cpu")
@@ -132,6 +133,31 @@ def test_gradients_that_overflow_in_both_ways_are_alike(value):
         spoilt(x)
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
+def test_what_cannot_be_recorded_is_one_line_and_no_lost_gpu(kind):
+    """A recording's refusals come as errors of the device: to go on from the checkpoint would end the same way."""
+
+    def refuse(run):
+        try:
+            raise kind("CUDA error: operation not permitted when stream is capturing\nmore of it")
+        finally:
+            raise kind("CUDA error: operation failed due to a previous error during capture")
+
+    net = network()
+    graph = StepGraph(passes(net), net.parameters(), CPU, refuse)
+    with pytest.raises(ArtifactError) as caught, device_faults(World()):
+        graph(*given(1))
+    said = str(caught.value)
+    assert said.startswith("the step cannot be recorded (CUDA error: operation not permitted") and "\n" not in said
+    assert said.endswith("leave out --graph") and not isinstance(caught.value, LostProcess)
+
+    def full(run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match="memory is full"), device_faults(World()):
+        StepGraph(passes(net), net.parameters(), CPU, full)(*given(1))
+
+
 def test_the_trainer_records_its_step_and_trains_the_same(photos, tmp_path, monkeypatch):
     """Two parts to a batch; the encoder trained along, REPA and stored tokens are trees of tensors like these."""
     record = Recording()
@@ -142,8 +168,8 @@ def test_the_trainer_records_its_step_and_trains_the_same(photos, tmp_path, monk
             str(photos), tmp_path / name, steps=3, batch=4, accumulate=2, warmup=0, precision="fp32", held_out=0.0,
             align=0.1, workers=0, device="cpu",
         )  # fmt: skip
-        with joined(settings) as world:
-            t = prepare(settings, world)
+        with joined(settings) as world, ExitStack() as opened:
+            t = prepare(settings, world, opened)
             # what only a GPU may ask for
             t.state.config = dataclasses.replace(settings, graph=graph)
             run_steps(dataclasses.replace(t, config=t.state.config), NEVER)

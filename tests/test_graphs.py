@@ -11,10 +11,11 @@ from torch._dynamo.testing import CompileCounter
 
 from semantica import Stream, UViT
 from semantica.sampling.compiled import CompiledDenoiser
-from semantica.sampling.graphs import BUCKETS, GraphCache, Replays
-from semantica.sampling.loop import classifier_free, sample
+from semantica.sampling.graphs import RECORDING, GraphCache, Replays
+from semantica.sampling.loop import by_calls, sample
 from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule
+from semantica.weak import Weak
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +93,14 @@ def test_a_graph_that_is_no_faster_is_not_used():
     assert len(made) == 1 and made[0].replays == 1 and list(found.kept.values()) == [None]
 
 
-def test_old_graphs_make_room():
-    found, made = graphs()
-    for i in range(BUCKETS + 2):
-        found((i,), torch.neg, torch.ones(1))
-    assert len(found.kept) == len(found.times) == BUCKETS and len(made) == BUCKETS + 2
-    found((0,), torch.neg, torch.ones(1))
-    assert len(made) == BUCKETS + 3
+def test_the_kind_unasked_for_longest_goes_first_and_no_capture_meets_it(monkeypatch):
+    cache, made = graphs(limit=2)
+    monkeypatch.setattr("semantica.sampling.graphs.drain", lambda device: made.append(RECORDING.locked()))
+    # b gives way to c, since a was asked for in between; then c to b
+    for name in "abacab":
+        cache((name,), torch.neg, torch.ones(2))
+    assert [key[0] for key in cache.kept] == [key[0] for key in cache.times] == ["a", "b"]
+    assert len(made) == 6 and made[3] is made[5] is True
 
 
 @pytest.mark.parametrize("wrong", ["first result for ever", "one input for ever", "nan"])
@@ -116,6 +118,23 @@ def test_a_replay_that_is_not_the_call_is_refused_in_one_line(wrong, caplog):
     assert torch.equal(found(("a",), torch.add, x * 2, y), x * 2 + y)
     (said,) = caplog.messages
     assert "CUDA graph of this run differs from the run itself by" in said and "\n" not in said
+
+
+def test_a_run_of_no_numbers_proves_no_graph(caplog):
+    """Nor does the next one, which has some, then get the wrong ones."""
+
+    def sometimes(x):
+        return torch.where(x < 0, torch.nan, x)
+
+    def record(function, inputs):
+        first = function(*inputs)
+        return lambda *_: torch.where(first.isfinite(), torch.nan, first)
+
+    found = GraphCache(record, lambda call: pytest.fail("what is not proved is not timed"))
+    x = torch.arange(1.0, 5.0)
+    for given in (x, x * 2):
+        assert torch.equal(found(("a",), sometimes, given), given)
+    assert "differs from the run itself by inf" in caplog.messages[0]
 
 
 def test_sixteen_threads_get_their_own_pictures():
@@ -351,11 +370,23 @@ def test_runs_that_differ_in_what_a_graph_bakes_in_have_graphs_of_their_own(unet
     assert len(made) == len(runs) - 2
     # neither fresh noise in every step nor somebody's guidance is part of a graph
     sample(denoiser, noise(), condition, null, *settings(2.0, 3, solver="ddpm"), noise)
-    own = SimpleNamespace(needs=(), predictor=classifier_free)
+    own = SimpleNamespace(needs=(), predictor=by_calls)
     actual = sample(denoiser, *runs["first"], guidance=own)
     with torch.no_grad():
         torch.testing.assert_close(actual, sample(unet, *runs["first"]), rtol=0, atol=1e-4)
     assert len(made) == len(runs) - 2
+    # drawn conditions and shifts are inputs of a graph: other draws replay it
+    for seed in (0, 1):
+        draw = torch.Generator().manual_seed(seed)
+        weak = Weak(
+            condition.map(lambda t: t.flip(0)),
+            torch.randint(3, (3, 3), generator=draw),
+            torch.randn(3, 3, 32, generator=draw),
+        )
+        with torch.no_grad():
+            expected = sample(unet, *runs["first"], weak=weak)
+        torch.testing.assert_close(sample(denoiser, *runs["first"], weak=weak), expected, rtol=0, atol=1e-4)
+    assert len(made) == len(runs) - 1
 
 
 @pytest.mark.gpu

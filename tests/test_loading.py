@@ -37,7 +37,7 @@ def test_a_place_is_not_written_again_before_it_was_read(pairs):
             time.sleep(0.05)
         feed.close()
         for expected, found in zip(truth, kept):
-            assert all(torch.equal(found[name], expected[name]) for name in expected if name != "bad")
+            assert all(torch.equal(found[name], expected[name]) for name in expected if name not in ("bad", "group"))
         raw = host_batches(pairs, first_index=0, batch=4, workers=count)
         for expected in truth:
             found = next(raw)
@@ -84,6 +84,37 @@ def test_no_room_for_shared_memory_is_said_before_a_worker_dies_of_it(pairs, tmp
     feed = loaded(config, pairs, 2, torch.device("cpu"), World(), measure, said.append)
     assert next(feed)["index"].tolist() == [8, 9, 10, 11]
     assert len(said) == 1 and "0 workers; shared memory has no room for more" in said[0]
+
+
+class Neighbour(World):
+    """The second of two processes of one machine, the other of which asks for the same."""
+
+    rank = local_rank = 1
+    size = local_size = 2
+
+    def __init__(self):
+        self.control = None
+
+    def all_gather_object(self, value):
+        return [value, value]
+
+
+def test_processes_of_a_machine_share_its_room(pairs, tmp_path, monkeypatch):
+    """Each alone would find enough, for the others have taken none yet."""
+    measure = SimpleNamespace(peak=1e12, flops=1)
+    config, need = TrainConfig("data", tmp_path, batch=4, workers=2), 2 * worker_bytes(pairs, 2)
+    given = (config, pairs, 0, torch.device("cpu"), Neighbour(), measure, [].append)
+    monkeypatch.setattr(loading, "shared_room", lambda: 2.0 * need)
+    loaded(*given).close()
+    monkeypatch.setattr(loading, "shared_room", lambda: 1.5 * need)
+    # the first process says it
+    with pytest.raises(SystemExit) as left:
+        loaded(*given)
+    assert left.value.code == 2
+    monkeypatch.setattr(Neighbour, "rank", 0)
+    monkeypatch.setattr(Neighbour, "local_rank", 0)
+    with pytest.raises(UserError, match="^4 workers share 0 MiB with their trainers and .*fewer --workers$"):
+        loaded(*given)
 
 
 @pytest.mark.parametrize(

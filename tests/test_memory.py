@@ -1,10 +1,13 @@
-"""What is freed on the host is kept: counted in page faults, in processes of their own."""
+"""What is freed on the host is kept: counted in page faults, in processes of their own; and a process's peak."""
 
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from semantica.memory import peak_resident
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 
@@ -40,3 +43,11 @@ def faults(how: str) -> int:
 def test_kept_memory_is_not_asked_for_again():
     pages = 20 * 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
     assert faults("kept") < 0.01 * pages < 0.99 * pages < faults("given back")
+
+
+def test_the_peak_is_this_programs_own():
+    """What the process that starts it holds is not in it, though rusage hands that on."""
+    held = np.ones(300 * 2**20 // 8)
+    code = "from semantica.memory import peak_resident; print(peak_resident())"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert 5 * 2**20 < int(done.stdout) < 150 * 2**20 < peak_resident() and held.all()

@@ -89,7 +89,7 @@ def test_the_layout_of_counters_is_what_is_written():
 
 def test_the_triton_kernel_draws_the_same_bits(interpreted):
     pytest.importorskip("triton")
-    interpreted("interpreted/noise.py")
+    assert interpreted("interpreted/noise.py") > 0
 
 
 def on_meta(samples: int, size: int):

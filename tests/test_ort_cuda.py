@@ -10,8 +10,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from semantica.engines import load_engine, open_bundle
+from semantica.engines import load_engine, open_bundle, ort_bound
 from semantica.engines.ort_bound import ELEMENTS, BoundEngine
 from semantica.errors import UserError
 from semantica.sampling.loop import sample
@@ -37,7 +38,7 @@ class StandIn:
         self.get_inputs, self.get_outputs = self.real.get_inputs, self.real.get_outputs
         self.wanted, self.settings, self.enable_fallback = providers, provider_options[0], enable_fallback
         self.options, self.current = options, None if self.cuda is None else self.cuda.local.device
-        self.busy, self.mixed = False, []
+        self.busy, self.threads = False, set()
         self.made.append(self)
 
     def get_providers(self):
@@ -55,6 +56,7 @@ class StandIn:
     def run_with_iobinding(self, binding, options):
         assert not self.busy, "two threads in one session"
         self.busy = True
+        self.threads.add(threading.get_ident())
 
         def array(place):
             kind, index, shape, address = place
@@ -154,6 +156,8 @@ def test_sixteen_threads_get_their_own_pictures(truth, standin, cuda):
     for t in threads:
         t.join()
     assert len(results) == 16 and cuda.races == []
+    # for every thread that runs it a session would record its graphs anew
+    assert [len(session.threads) for session in standin.made] == [1, 1]
     for i, made in results:
         np.testing.assert_allclose(made[0], whole[i], rtol=0, atol=1e-4, err_msg=f"picture {i}")
 
@@ -178,6 +182,53 @@ def test_a_step_that_failed_leaves_no_half_of_a_condition(truth, standin, cuda, 
     assert torch.equal(again[0], made[1]) and torch.equal(again[1], made[0]) and not torch.equal(made[0], made[1])
 
 
+def test_a_recording_that_another_thread_spoils_costs_the_graph_and_not_the_picture(
+    truth, standin, cuda, monkeypatch, caplog
+):
+    images, z, whole = (a[:2] for a in truth)
+    standin.cuda, run, ids = cuda, standin.run_with_iobinding, []
+
+    def spoilt(session, binding, options):
+        ids.append(options.get_run_config_entry("gpu_graph_id"))
+        if ids[-1] != "-1":
+            raise state.Fail("CUDA failure 901: operation failed due to a previous error during capture\nmore of it")
+        run(session, binding, options)
+
+    monkeypatch.setattr(standin, "run_with_iobinding", spoilt)
+    with cuda.mode():
+        engine = BoundEngine(open_bundle(STORED), torch.device("cuda:1"))
+        pictures, start = on("cuda:1", images, z)
+        made = [sample(engine, start, engine.condition(pictures), None, *settings()).cpu() for _ in range(2)]
+    for each in made:
+        np.testing.assert_allclose(each, whole, rtol=0, atol=1e-4)
+    # once for each graph and batch size, and then no more
+    assert len(caplog.messages) == 2 and [id for id in ids if id != "-1"] == ["2", "4"] and cuda.races == []
+    assert all("no graph of this batch size (CUDA failure 901" in said and "\n" not in said for said in caplog.messages)
+    # what fails without a graph too is an error
+    monkeypatch.setattr(standin, "run_with_iobinding", lambda *_: (_ for _ in ()).throw(state.Fail("no memory")))
+    with cuda.mode(), pytest.raises(state.Fail, match="no memory"):
+        engine.condition(pictures[:1])
+
+
+def test_no_more_batch_sizes_are_kept_than_a_bound(truth, standin, cuda, monkeypatch):
+    images, z, _ = truth
+    standin.cuda, run, ids = cuda, standin.run_with_iobinding, []
+
+    def watched(session, binding, options):
+        ids.append(options.get_run_config_entry("gpu_graph_id"))
+        run(session, binding, options)
+
+    monkeypatch.setattr(standin, "run_with_iobinding", watched)
+    monkeypatch.setattr(ort_bound, "SHAPES", 2)
+    with cuda.mode():
+        engine = BoundEngine(open_bundle(STORED), torch.device("cuda:1"))
+        (pictures,) = on("cuda:1", images)
+        embeddings = {count: engine.condition(pictures[:count]).emb.cpu() for count in (1, 2, 3, 4, 3)}
+    assert ids == ["1", "2", "-1", "-1", "-1"] and len(engine.encoder.kept) == 2 and cuda.races == []
+    for count, emb in embeddings.items():
+        torch.testing.assert_close(emb, embeddings[4][:count], rtol=0, atol=1e-5)
+
+
 def test_the_providers_settings(standin, cuda):
     standin.cuda = cuda
     with cuda.mode():
@@ -188,7 +239,7 @@ def test_the_providers_settings(standin, cuda):
         assert int(given.pop("user_compute_stream")) in [s.cuda_stream for s in cuda.streams]
         assert given == {
             "device_id": "1", "enable_cuda_graph": "1", "use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE",
-            "prefer_nhwc": "0",
+            "prefer_nhwc": "0", "arena_extend_strategy": "kSameAsRequested",
         }  # fmt: skip
         # no attempt on the CPU where CUDA refuses the graph
         assert session.wanted == ["CUDAExecutionProvider"] and session.enable_fallback == 0 and session.current == 1
@@ -199,6 +250,8 @@ def test_no_silent_step_to_the_cpu(standin, cuda, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     with cuda.mode(), pytest.raises(UserError) as refused:
         load_engine(STORED, "onnxruntime", "cuda:1")
+    with pytest.raises(UserError, match="device 'cuda:9' cannot be used"):
+        load_engine(STORED, "onnxruntime", "cuda:9")
     said = str(refused.value)
     assert "has CPUExecutionProvider for" in said and "no CUDAExecutionProvider" in said
     assert "pip install onnxruntime-gpu" in said and "\n" not in said

@@ -117,7 +117,9 @@ for module in (semantica, semantica.kernels, semantica.train, semantica.export, 
 
 def test_sdist_holds_every_source(sdist):
     for folder in (*LAYERS, "csrc", "tests"):
-        suffixes = (".py", ".cpp", ".cu", ".cuh", ".h", ".sh", ".txt") + (".json",) * (folder == "kernels")
+        pages = {"export": (".html", ".css", ".js", ".svg"), "semantica": (".html",)}
+        more = {"kernels": (".json",), **pages}.get(folder, ())
+        suffixes = (".py", ".cpp", ".cu", ".cuh", ".h", ".sh", ".txt", *more)
         here = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.suffix in suffixes}
         there = {p.relative_to(sdist) for p in (sdist / folder).rglob("*") if p.suffix in suffixes}
         assert here == there and here
@@ -128,6 +130,9 @@ def test_sdist_holds_every_source(sdist):
 def test_wheel_without_a_compiler_has_every_module_and_imports(no_compiler_wheel):
     files = {p.relative_to(no_compiler_wheel).as_posix() for p in no_compiler_wheel.rglob("*") if p.is_file()}
     assert {name for name in files if name.endswith((".py", ".json"))} == expected_modules()
+    page = {f"semantica/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "export" / "web" / "page").rglob("*.*")}
+    assert {name for name in files if name.startswith("semantica/export/web/page/")} == page and len(page) > 10
+    assert "semantica/serving/page.html" in files
     info = f"semantica_diffusion-{semantica.__version__}.dist-info"
     assert {name.split("/")[0] for name in files} == {"semantica", info}
     assert not [name for name in files if name.endswith((".so", ".pyd", ".cpp"))]
@@ -319,9 +324,10 @@ def test_constraints_pin_what_make_installs():
     project, pinned = PROJECT["project"], pins()
     extras = project["optional-dependencies"]
     named = {"train", "pairs", "export", "bench", "cuda-build", "flash", "float8", "tensorrt", "tensorrt-rtx", "ray"}
-    named |= {"quantise"}
+    named |= {"quantise", "serve", "serve-ray", "timm"}
     assert set(extras) == {*named, "test"}
-    lines = sum((extras[name] for name in ("train", "bench", "pairs", "test", "cuda-build")), project["dependencies"])
+    tested = ("train", "bench", "pairs", "serve", "test", "cuda-build")
+    lines = sum((extras[name] for name in tested), project["dependencies"])
     needs = {need.name: need for need in map(Requirement, [*lines, *PROJECT["build-system"]["requires"]])}
     # a CUDA build of torch pins its own triton; a range says which versions the kernels are for
     assert str(needs.pop("triton").specifier) == "<3.10,>=3.6" and "triton" not in pinned
@@ -335,7 +341,7 @@ def test_constraints_hold_the_whole_closure():
     pinned = pins()
     # torch's CUDA builds bring libraries that torch itself pins
     pinned_by_torch = ("nvidia-", "cuda-", "triton")
-    seen, todo = set(), [("semantica-diffusion", extra) for extra in ("", "train", "bench", "test")]
+    seen, todo = set(), [("semantica-diffusion", extra) for extra in ("", "train", "bench", "serve", "test")]
     while todo:
         name, extra = todo.pop()
         if (name, extra) in seen:
@@ -352,8 +358,8 @@ def test_constraints_hold_the_whole_closure():
 
 def test_every_import_is_declared():
     declared = [*PROJECT["project"]["dependencies"], *sum(PROJECT["project"]["optional-dependencies"].values(), [])]
-    # triton comes with the torch builds that can use it
-    names = {canonicalize_name(Requirement(line).name) for line in declared} | {"triton"}
+    # triton comes with the torch builds that can use it, the other with NVIDIA's server of that name
+    names = {canonicalize_name(Requirement(line).name) for line in declared} | {"triton", "triton-python-backend-utils"}
     owners = metadata.packages_distributions()
     undeclared = {}
     for path in (path for folder in LAYERS for path in (ROOT / folder).rglob("*.py")):

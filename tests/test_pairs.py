@@ -322,6 +322,28 @@ def test_embeddings_are_the_encoders_own_whatever_else_is_in_the_batch(crawl, tm
         dig(path, out=tmp_path / "shards")
 
 
+def test_files_and_folders_may_have_any_name_but_none_within_the_input(crawl, tmp_path):
+    """Names are bytes, and need not be text; what is broken in such a file is written down and shown."""
+    (tmp_path / "pages").mkdir()
+    for i, name in enumerate((b"0.jpg", b"\xff.jpg", b"\xfe.jpg")):
+        body = crawl.photo(i)
+        (tmp_path / "pages" / os.fsdecode(name)).write_bytes(body if i < 2 else body[:500])
+    (tmp_path / "pages" / "index.html").write_text("<img src=0.jpg><img src=%FF.jpg><img src=%FE.jpg>")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("\udcff.jpg", "\udcff.json"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"{"))
+    # a path ends there in an address
+    stats = dig(tmp_path / "pages", tmp_path / "x.tar", out=tmp_path / "50%25 #1?", processes=1)
+    assert stats["stored"]["images"] == 2 and len(stored(tmp_path / "50%25 #1?")) == 1
+    named = {place for row in stats["inputs"] for place, _ in row["problems_named"]}
+    assert named == {"file:///%FE.jpg", "\\udcff.json", "file"}
+    with pytest.raises(UserError, match="--out .*shards lies in the input .*: choose another"):
+        dig(tmp_path / "pages", out=tmp_path / "pages" / "shards")
+    assert not (tmp_path / "pages" / "shards").exists()
+
+
 def test_mistakes_are_one_line(crawl, tmp_path):
     path = crawl.site(1).save(tmp_path / "x.warc.gz")
     (tmp_path / "full").mkdir()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from semantica.errors import UserError
 from semantica.train.pages import describe, runners
+from semantica.train.pages import mine as module
 from semantica.train.pages.body import BadBody, decode
 from semantica.train.pages.config import MAX_HTML, MineConfig
 from semantica.train.pages.describe import Encoder
@@ -147,6 +148,12 @@ def test_addresses_have_one_spelling():
         ("HTTP://h.org:8080/", "http://h.org:8080/"), (" /x\n.jpg ", "http://e.org/x.jpg"),
         ("javascript:alert(1)", None), ("file:///etc/passwd", None), ("http://[bad/", None), ("http://x:99999/", None),
         ("x" * 5000, None), ("data:,x", None), ("ftp://e.org/x", None),
+        # RFC 3986, 5.2.4: an empty segment is one too, and what stands in a path is no host
+        ("http://h.org//a/../b", "http://h.org//b"), ("http://h.org//[/../b", "http://h.org//b"),
+        ("/x/./y/..", "http://e.org/x/"), ("http://h.org/..//a", "http://h.org//a"), ("c//d.jpg", "http://e.org/a/c//d.jpg"),
+        ("../c//d.jpg?e", "http://e.org/c//d.jpg?e"), ("c;d", "http://e.org/a/c;d"), ("http://[::1]:8/x", "http://[::1]:8/x"),
+        # as browsers write what no encoding can
+        ("/\ud800.jpg", "http://e.org/%EF%BF%BD.jpg"),
     ):  # fmt: skip
         assert canonical(url, base) == wanted, url
     assert canonical("../../etc/passwd", "file:///page.html") == "file:///etc/passwd"
@@ -245,6 +252,7 @@ def test_a_hostile_crawl_is_mined_all_the_same(crawl, tmp_path):
     for name, body in bad.items():
         one.picture(f"http://e.org/{name}", body)
     links = "".join(f"<img src='{name}'>" for name in bad) + f"<img src='{'u' * 10**6}'><img src='http://['>"
+    links += "<img src='http://e.org//[/../x.jpg'>"
     one.page("http://e.org/", good + links)
     one.page("http://e.org/deep", "<div>" * 20_000_000)
     one.page("http://e.org/words", "<p " + "a b " * 50_000 + ">" + good)
@@ -262,7 +270,7 @@ def test_a_hostile_crawl_is_mined_all_the_same(crawl, tmp_path):
     rows = {row["name"]: row for row in stats["inputs"]}
     assert rows["a.warc"]["stored"] == {"pages": 2, "images": 7, "pairs": 4 * 3 + 3 * 2}
     assert rows["a.warc"]["pictures"] == {
-        "kept": 7, "format": 2, "broken": 2, "bomb": 1, "bad_url": 2,
+        "kept": 7, "format": 2, "broken": 2, "bomb": 1, "bad_url": 2, "not_captured": 1,
     }  # fmt: skip
     said = " | ".join(f"{place}: {what}" for row in stats["inputs"] for place, what in row["problems_named"])
     for words in (
@@ -279,10 +287,12 @@ def test_a_hostile_crawl_is_mined_all_the_same(crawl, tmp_path):
 
 def test_img2dataset_samples_are_taken_for_hostile(crawl, tmp_path):
     good = json.dumps({"url": "http://e.org/a.jpg", "page": "http://e.org/", "caption": "x"}).encode()
+    halves = {"url": "http://e.org/\ud8008.jpg", "page": "http://e.org//[/../\udfff", "caption": "\ud83d half"}
     members = [
         ("0.jpg", crawl.photo(0)), ("0.json", good), ("1.jpg", crawl.photo(1)), ("1.json", b"{"),
         ("2.jpg", crawl.photo(2)), ("2.json", b'{"url": "http://e.org/b.jpg"}'), ("3.json", b"[" * 100_000),
         ("3.jpg", b"x"), ("4.pkl", b"cos\nsystem\n"), ("5.jpg", b"alone"), ("../6.jpg", b"x"), ("../6.json", b"null"),
+        ("8.jpg", crawl.photo(8)), ("8.json", json.dumps(halves).encode()),
     ]  # fmt: skip
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, data in members:
@@ -294,7 +304,9 @@ def test_img2dataset_samples_are_taken_for_hostile(crawl, tmp_path):
         tar.addfile(link)
     said = []
     found = list(events(Input(str(tmp_path / "x.tar"), "img2dataset"), lambda *words: said.append(words)))
-    assert len(found) == 2 and found[0].url == "http://e.org/a.jpg" and found[1].page == "http://e.org/"
+    assert len(found) == 4 and found[0].url == "http://e.org/a.jpg" and found[1].page == "http://e.org/"
+    assert found[2].url == "http://e.org/%EF%BF%BD8.jpg" and found[3].page == "http://e.org//%EF%BF%BD"
+    assert found[3].link.alt == "\ufffd half"
     assert [place for place, what in said if "no JSON" in what] == ["1.json", "3.jpg", "../6.json"]
     assert any("1 samples without page" in what for _, what in said)
 
@@ -331,6 +343,19 @@ def test_a_full_gpu_is_no_fault_of_the_input(said, tmp_path):
     with pytest.raises(UserError, match="1 of 4 inputs failed, the first is '2.warc' .*CUDA.*same command continues"):
         give_up(job, {2: said})
     assert not any(job.work.iterdir())
+
+
+def test_processes_of_many_processors_do_not_fill_the_gpu(monkeypatch):
+    """Each of them has an encoder of its own there."""
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 96)
+    asked = []
+    for free, count in ((80 << 30, 53), (24 << 30, 16), (1 << 30, 1), (1 << 40, 96)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place, free=free: (asked.append(place) or free, 0))
+        assert module.processes("cuda:1") == count
+    assert {*asked} == {"cuda:1"} and module.processes("cpu") == 96
+    job = Job((Input("1.warc", "warc", "1"),), Path("out"), MineConfig().rules(), Encoder("x", "", 8, "cuda"), "cuda:0")
+    with pytest.raises(UserError, match="the same command continues, with fewer --processes$"):
+        give_up(job, {0: "OutOfMemoryError: CUDA out of memory"})
 
 
 def test_pictures_are_described_on_the_gpu_that_was_named(cuda, monkeypatch):

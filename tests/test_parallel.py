@@ -30,7 +30,7 @@ FILES = ("unet", "encoder", "head", "ema_unet", "ema_encoder", "ema_head", "opti
 def config(photos, out, **changes) -> TrainConfig:
     options = dict(
         data=str(photos), out=out, steps=10, batch=8, accumulate=2, warmup=0, lr=1e-4, align=0.05, precision="fp32",
-        held_out=0.2, log_every=1, save_every=5, eval_every=3, sample_every=100, workers=0, device="cpu", timeout=60.0,
+        held_out=0.34, log_every=1, save_every=5, eval_every=3, sample_every=100, workers=0, device="cpu", timeout=60.0,
     )  # fmt: skip
     return TrainConfig(**{**options, **changes})
 

@@ -8,9 +8,10 @@ import torch
 from diffusers.guiders import AutoGuidance, ClassifierFreeGuidance
 from diffusers.hooks import LayerSkipConfig
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from semantica import SemanticaPipeline, SemanticaScheduler, UserError, UViT, ViTEncoder
+from semantica import Conditioner, SemanticaPipeline, SemanticaScheduler, UserError, UViT, ViTEncoder
+from semantica.pipelines.networks import NetworkPipeline
 from semantica.pipelines.runfolder import check_run
 from semantica.sampling.guidance import Guided
 from semantica.sampling.loop import sample
@@ -204,6 +205,26 @@ def test_what_is_no_safe_whole_run_is_refused(run, spoil, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("load", [NetworkPipeline.load, SemanticaPipeline.from_pretrained])
+@pytest.mark.parametrize("part", ["unet", "encoder", "encoder/image"])
+def test_a_weight_that_is_missing_is_not_drawn_at_random(pipe, tmp_path, load, part, caplog, capsys):
+    encoder = Conditioner({"image": pipe.encoder}) if "/" in part else pipe.encoder
+    SemanticaPipeline(pipe.unet, encoder, pipe.scheduler).save_pretrained(tmp_path / "run")
+    assert load(tmp_path / "run")
+    path = tmp_path / "run" / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    gone = sorted(weights)[:2]
+    save_file({key: value for key, value in weights.items() if key not in gone}, path, {"format": "pt"})
+    capsys.readouterr()
+    with pytest.raises(UserError, match=f"/{part} has no {gone[0]}, one of 2 missing weights: copy it whole") as caught:
+        load(tmp_path / "run")
+    assert "\n" not in str(caught.value) and not caplog.records and capsys.readouterr().err == ""
+    if load != NetworkPipeline.load:
+        # a network that is given is not the folder's
+        given = {part.partition("/")[0]: encoder if part != "unet" else pipe.unet}
+        assert SemanticaPipeline.from_pretrained(tmp_path / "run", **given)
+
+
 def test_a_link_out_of_the_folder_is_refused(run, tmp_path):
     outside = tmp_path / "outside.safetensors"
     save_file({"x": torch.zeros(1)}, outside)
@@ -241,8 +262,12 @@ def test_an_accelerated_pipeline_keeps_its_networks_and_takes_no_callback(tmp_pa
     # rounded to bf16, and not further
     assert 1e-4 < (images - exact).abs().max() < 0.05 and images.dtype == torch.float32
     assert {p.dtype for p in (*fast.unet.parameters(), *fast.encoder.parameters())} == {torch.float32}
-    for option in ({"guider": ClassifierFreeGuidance()}, {"callback_on_step_end": lambda *_: {}}):
-        with pytest.raises(UserError, match="takes no guider and no callback"):
+    weak = AutoGuidance(guidance_scale=2.0, auto_guidance_config=LayerSkipConfig([0, 2], fqn="transformer_blocks"))
+    for option, said in (
+        ({"guider": weak}, "guider that changes the network"),
+        ({"callback_on_step_end": lambda *_: {}}, "callback"),
+    ):
+        with pytest.raises(UserError, match=f"an accelerated pipeline takes no {said}: load it again without"):
             call(fast, picture(0), **option)
     fast.save_pretrained(tmp_path / "run")
     torch.testing.assert_close(

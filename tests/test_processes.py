@@ -65,6 +65,22 @@ def test_each_process_takes_its_part_of_every_batch(photos):
     assert torch.cat([b["index"] for b in whole]).tolist() == list(range(16, 32))
 
 
+def test_processes_whose_processors_differ_are_told_so(photos, tmp_path, monkeypatch):
+    """Of the same --precision auto, where one machine multiplies bf16 natively and another does not."""
+
+    def all_gather_object(self, value):
+        other = isinstance(value, dict) and "the arithmetic of a step" in value
+        return [value, {"the arithmetic of a step": "float32 on cpu"} if other else value]
+
+    monkeypatch.setattr(processes.World, "all_gather_object", all_gather_object)
+    words = (
+        "^the processes disagree on the arithmetic of a step: bfloat16 on cpu on process 0, float32 on cpu on process 1"
+    )
+    with pytest.raises(UserError, match=f"{words}: give all the same --precision and --device"):
+        train(config(photos, tmp_path / "run", precision="bf16"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_mode_without_torchrun_is_refused(photos, tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -77,6 +93,21 @@ def test_a_mode_without_torchrun_is_refused(photos, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--timeout is 0"):
         train(config(photos, tmp_path / "run", timeout=0.0))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_timeout_may_be_longer_than_clocks_go(monkeypatch):
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: False)
+    limits = []
+
+    def rendezvous(limit):
+        limits.append(limit.total_seconds())
+        raise processes.dist.DistStoreError("nobody")
+
+    monkeypatch.setattr(processes, "fresh_rendezvous", rendezvous)
+    for timeout in (float("inf"), 1e15, 60.0):
+        with pytest.raises(processes.LostProcess):
+            processes.World("ddp", timeout=timeout)
+    assert limits == [processes.LONGEST, processes.LONGEST, 60]
 
 
 def test_only_the_command_changes_what_its_process_does_with_freed_memory(photos, tmp_path, monkeypatch):

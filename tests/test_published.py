@@ -81,20 +81,19 @@ def to(value, dtype):
     return [to(part, dtype) for part in value] if isinstance(value, list) else value.to(dtype)
 
 
-def compare(model: nn.Module, evaluate) -> None:
-    """fp32 within 1e-5 of stock; bf16 at most 1.5 times as far from fp32 as stock's bf16."""
+def compare(model: nn.Module, evaluate) -> tuple[float, float]:
+    """Relative error of fp32 to stock's; and how far bf16 is from stock's fp32, in stock's own bf16 error."""
     stock = evaluate(model, torch.float32)
     fused = evaluate(semantica.accelerate(model), torch.float32)
     assert torch.isfinite(stock).all() and stock.std() > 1e-2
     error = float((fused - stock).norm() / stock.norm())
-    assert error <= 1e-5, error
     semantica.restore(model).bfloat16()
     half = evaluate(model, torch.bfloat16)
     fused_half = evaluate(semantica.accelerate(model), torch.bfloat16)
     ratio = float((fused_half - stock).norm() / (half - stock).norm())
     print(f"fp32 {error:.1e}, bf16 {ratio:.2f} of stock's {float((half - stock).norm() / stock.norm()):.1e}")
-    assert ratio <= 1.5, ratio
     gc.collect()
+    return error, ratio
 
 
 @SLOW
@@ -105,7 +104,8 @@ def test_a_guided_evaluation_at_full_size(name, adapter):
         for processor in model.attn_processors.values():
             if hasattr(processor, "scale"):
                 processor.scale = [0.6]
-    compare(model, lambda m, dtype: evaluated(m, given, dtype))
+    error, ratio = compare(model, lambda m, dtype: evaluated(m, given, dtype))
+    assert error <= 1e-5 and ratio <= 1.5
 
 
 @SLOW
@@ -117,7 +117,8 @@ def test_the_autoencoder_at_full_size(name):
     def there_and_back(model, dtype):
         return model(given.to(dtype), return_dict=False)[0].float()
 
-    compare(published.vae(name), there_and_back)
+    error, ratio = compare(published.vae(name), there_and_back)
+    assert error <= 1e-5 and ratio <= 1.5
 
 
 def test_resamplers_and_projections_load_as_diffusers_reads_them():

@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 from semantica import SemanticaPipeline, UserError, UViT
 from semantica.cli import main
 from semantica.condition import Stream
+from semantica.model.cost import encoding_cost
 from semantica.model.encoders import frozen_encoder
+from semantica.train.build import build
 from semantica.train.config import TrainConfig
 from semantica.train.heads import RepaHead, aligned_depth, patch_tokens, resampled
 from semantica.train.loop import train
 from semantica.train.objective import Objective
 from semantica.train.run import checkpoint
+from semantica.train.setup import sample_flops
 
 SIDE = 32
 
@@ -262,3 +265,15 @@ def test_impossible_options_write_nothing(home, tmp_path, changes, words):
     with pytest.raises(UserError, match=words) as caught:
         train(config(home, tmp_path / "run", **changes))
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_operations_of_a_step_have_those_of_every_encoder_that_runs(home, tmp_path):
+    """One that only the loss asks is as much work as one that conditions too."""
+    unet, encoder, _ = build(config(home, tmp_path), torch.device("cpu"))
+    other = frozen_encoder(str(home / "dino"), 2 * SIDE)
+    base = sample_flops(config(home, tmp_path), unet, encoder, None, None)
+    once, larger = encoding_cost(encoder)[0], encoding_cost(other)[0]
+    assert larger > 2 * once > 0
+    assert sample_flops(config(home, tmp_path), unet, encoder, None, encoder) == base + once
+    assert sample_flops(config(home, tmp_path), unet, encoder, None, other) == base + larger
+    assert sample_flops(config(home, tmp_path, tokens="kept"), unet, encoder, None, other) == base - once + larger

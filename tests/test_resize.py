@@ -162,6 +162,15 @@ def test_damaged_pictures_are_left_out_and_similarities_stay_with_their_pairs(sh
     assert len(vectors) == 4 and [entry["url"][-5] for entry in record["images"]] == list("0234")
 
 
+def test_shards_that_cannot_be_used_are_named(shards, tmp_path, capsys):
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    first, second = sorted(path.stem for path in copy.glob("*.tar"))
+    with open(copy / f"{first}.tar", "ab") as file:
+        file.write(b"more")
+    stats = resize(ResizeConfig((copy,), SIDE, tmp_path / "out", processes=1))
+    assert stats["stored"]["shards"] == 1 and f"left out, {first}: has " in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line(shards, tmp_path, capsys):
     for arguments, message in (
         (["pairs", shards, shards, "--resize", "64"], "--resize takes one folder of shards"),

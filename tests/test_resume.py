@@ -1,5 +1,6 @@
 """What a crash, a full disk, a signal or a lost process leaves behind, and how a run goes on from it."""
 
+import errno
 import json
 import os
 import re
@@ -14,14 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from semantica import UserError
 from semantica.cli import main
 from semantica.train.processes import Vote, World
 from semantica.train.run import checkpoint, storage
+from semantica.train.run.storage import Damaged
 
 HERE = Path(__file__).parent
+plain = checkpoint.stager
 
 
 def options(data: Path, out: Path, **changes) -> list[str]:
@@ -118,6 +122,70 @@ def test_a_save_holds_the_values_of_its_step_and_only_one_is_under_way(tmp_path,
     assert values == [[1.0] * 5, [7.0] * 5]
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EROFS, "Read-only file system"), SafetensorError("I/O error: no")])
+def test_a_disk_that_fails_is_one_line_and_costs_no_checkpoint(tmp_path, monkeypatch, error):
+    root = tmp_path / "checkpoints"
+    for step in (1, 2):
+        checkpoint.save(root, step, tensors(step), {}, keep=3)
+
+    def fails(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "save_file", fails)
+        with pytest.raises(UserError, match="step-00000003 cannot be written .*: look at the disk; earlier") as caught:
+            checkpoint.save(root, 3, tensors(3), {}, keep=3)
+    assert "\n" not in str(caught.value) and sorted(os.listdir(root)) == ["step-00000001", "step-00000002"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch, capsys):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, tensors(step), {}, keep=3)
+    digest = checkpoint.sha256
+
+    def fails(path: Path) -> str:
+        if path.parent.name == "step-00000002":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", fails)
+    assert load(tmp_path)[0] == 1
+    assert "cannot be read (Input/output error)); trying the one before" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(tmp_path):
+    """Else one would ask the others for the checkpoint before, while they fill their weights from this."""
+    folder = checkpoint.save(tmp_path, 1, tensors(1), {}, keep=3)
+    world = World()
+    world.all_gather_object = lambda own: [own, "unet.safetensors: OSError"]
+    with pytest.raises(Damaged, match="^unet.safetensors: OSError$"):
+        checkpoint.read(folder, ["unet.safetensors"], world)
+
+
+def test_a_machine_that_locks_no_memory_saves_all_the_same(tmp_path, monkeypatch, caplog):
+    class Refused:
+        def stage(self, tensors):
+            raise RuntimeError("Registering memory failed with cudaError: 2.\nmore of it")
+
+    made = []
+
+    def stager(pinned: bool):
+        made.append(pinned)
+        return Refused() if pinned else plain(pinned)
+
+    forgotten = []
+    monkeypatch.setattr(checkpoint, "stager", stager)
+    monkeypatch.setattr(checkpoint, "forget_error", forgotten.append)
+    saver = checkpoint.Saver(tmp_path, World(), keep=2, device=torch.device("cuda"))
+    for step in (1, 2):
+        saver.save(step, tensors(step), {})
+    saver.wait()
+    assert made == [True, False] and forgotten == [saver.device] and load(tmp_path)[0] == 2
+    assert [r.getMessage() for r in caplog.records if r.name == checkpoint.__name__] == [
+        "checkpoints are copied through memory that is not locked (Registering memory failed with cudaError: 2.)"
+    ]
+
+
 def test_keeping_does_not_count_what_is_damaged(tmp_path):
     root = tmp_path / "checkpoints"
     for step in (2, 4, 6):
@@ -138,6 +206,17 @@ def test_names_that_lead_out_of_the_folder_are_not_followed(tmp_path):
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="every checkpoint .* is damaged"):
         load(root)
+
+
+@pytest.mark.parametrize("change", [{"step": 4}, {"step": None}, {"sha256": ["unet.safetensors"]}, {"sha256": None}])
+def test_a_state_that_is_not_of_its_checkpoint_is_passed_over(tmp_path, change):
+    root = tmp_path / "checkpoints"
+    for step in (1, 2):
+        folder = checkpoint.save(root, step, tensors(step), {}, keep=2)
+    state = json.loads((folder / "state.json").read_text()) | change
+    (folder / "state.json").write_text(json.dumps({name: value for name, value in state.items() if value is not None}))
+    step, found = load(root)
+    assert step == 1 and all((tensor == 1).all() for tensor in found.values())
 
 
 def test_another_models_checkpoint_is_refused(tmp_path):

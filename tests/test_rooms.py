@@ -17,15 +17,30 @@ HOUSES = {
 # rooms of each house from the ground up: one may use those below it; "" are the files that lie in the house itself
 FLOORS = {
     "kernels": [["", "cross_attention", "group_norm", "attention_moments", "attention_columns"]],
-    "semantica": [[""], ["fused", "model"], ["sampling"], ["engines"], ["pipelines"]],
+    "semantica": [
+        [""],
+        ["fused", "model"],
+        ["sampling"],
+        ["engines"],
+        ["steering"],
+        ["pipelines"],
+        ["editing", "serving"],
+    ],
     "train": [["data"], ["pages"], ["run"], [""]],
-    "export": [["builders"], [""]],
-    "benchmarks": [["harness"], ["kernels", "loading", "quality"], ["sampling", "unets"], ["training"], [""]],
+    "export": [["builders"], [""], ["one_file"], ["repository", "web"]],
+    "benchmarks": [
+        ["harness"],
+        ["kernels", "loading", "quality"],
+        ["sampling", "unets"],
+        ["finetuning", "serving"],
+        ["training"],
+        [""],
+    ],
 }
 # files of a house that stand above its rooms, and values that the rooms of a house share
 ABOVE = {"semantica/doctor.py", "semantica/cli.py"}
 BELOW = {"train/config.py", "train/processes.py", "train/preemption.py", "train/objective.py", "train/heads.py",
-         "train/sharding.py", "export/program.py"}  # fmt: skip
+         "train/sharding.py", "export/program.py", "export/rebuild.py"}  # fmt: skip
 LONGEST = 450
 
 

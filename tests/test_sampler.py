@@ -1,5 +1,7 @@
 """The sampling loop: the scheduler's result, for numpy as for torch, with whatever predicts v, and its hooks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -167,7 +169,7 @@ def test_refusals(unet):
         raise AssertionError("called although it cannot do what is asked for")
 
     denoiser.refuses = {"steps": "no callback here", "module": "no guider here"}
-    guider = Guided(ClassifierFreeGuidance(guidance_scale=2.0))
+    guider = SimpleNamespace(needs=("module",))
     for hooks, says in (({"on_step": lambda i, z: z}, "no callback"), ({"guidance": guider}, "no guider")):
         with pytest.raises(UserError, match=says):
             sample(denoiser, noise(), condition, null, SCHEDULE, Sampling(6), **hooks)

@@ -23,7 +23,8 @@ from semantica.images import BadImage
 from semantica.train.data.loading import batches
 from semantica.train.data.open import open_data
 from semantica.train.data.pairs import Pairs
-from semantica.train.data.shards import Store, open_shards, pair_number
+from semantica.train.data.shards import open_shards, pair_number
+from semantica.train.data.store import Store
 from semantica.train.pages.config import MineConfig
 from semantica.train.pages.mine import mine
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import signal
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,19 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from semantica import UserError
 from semantica.device import sent
+from semantica.errors import first_line
 from semantica.model.compile import compile_in_place
 from semantica.model.cost import peak_flops
 from semantica.model.peaks import FP16_ONLY, HALF, card_peak
+from semantica.solvers import Schedule
 from semantica.train import loop, setup
 from semantica.train.build import build
 from semantica.train.config import TrainConfig
+from semantica.train.data.pairs import Pairs
 from semantica.train.heads import PairHead
 from semantica.train.loop import backward, device_faults, inputs, train
-from semantica.train.objective import Objective
+from semantica.train.objective import Objective, held_out_loss
 from semantica.train.preemption import Stop
 from semantica.train.processes import LostProcess, World, joined
 from semantica.train.repeatable import WORKSPACE, repeatable
-from semantica.train.run.measure import Measure
+from semantica.train.run.folder import Run
+from semantica.train.run.measure import Mark, Measure
 from semantica.train.setup import prepare
 from semantica.train.sharding import Whole
 from semantica.train.state import TrainState
@@ -83,14 +89,45 @@ def test_what_comes_between_steps_neither_counts_nor_hides_them(photos, tmp_path
         data=str(photos), out=tmp_path / "run", steps=4, eval_every=1, log_every=4, held_out=0.2, precision="fp32",
         workers=0, device="cpu", sample_every=100,
     )  # fmt: skip
-    with joined(settings) as world:
-        t = prepare(settings, world)
+    with joined(settings) as world, ExitStack() as opened:
+        t = prepare(settings, world, opened)
         t.objective.register_forward_hook(lambda *_: behind.step())
         clocked = Measure(settings, CPU, torch.float32, 1, world, clock=lambda: behind.now, drain=behind.drain)
         loop.run_steps(dataclasses.replace(t, measure=clocked), loop.NEVER)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # four steps of 1 s on the host and then 3 s on the device, each waited for; four pictures in each
     assert [row["images_per_s"] for row in rows if "images_per_s" in row] == [pytest.approx(16 / 16)]
+
+
+def test_a_wait_for_data_counts_where_the_device_waits_too():
+    """A host that is steps ahead of its device waits for the loader, and nothing is lost by it."""
+    behind = Behind()
+
+    class Device(Mark):
+        def set(self) -> None:
+            self.end = behind.busy_until
+
+        def reached(self) -> bool:
+            return behind.now >= self.end
+
+    def feed():
+        while True:
+            # a batch takes 2 s to load
+            behind.now += 2
+            yield {}
+
+    measure = Measure(config(), CPU, torch.float32, 1, World(), clock=lambda: behind.now, mark=Device(CPU))
+    batches, waits = feed(), []
+    for steps in (1, 0, 0):
+        for _ in range(steps):
+            behind.step()
+        measure.waiting(batches)
+        waits.append(measure.waited)
+    # 1 s for the host, 3 s for the device: it is done within the second wait
+    assert waits == [0, 2, 4]
+    plain = Measure(config(), CPU, torch.float32, 1, World(), clock=lambda: behind.now)
+    plain.waiting(batches)
+    assert plain.waited == 2
 
 
 @pytest.mark.parametrize(
@@ -250,6 +287,51 @@ def test_a_contrastive_loss_is_not_rounded_by_autocast():
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
 
 
+def test_figures_and_grids_take_no_more_samples_at_a_time_than_a_step(tmp_path):
+    """On a GPU: a run whose batch fills it would end at its first figure, hundreds of steps after its start."""
+    t = SimpleNamespace(config=config(batch=64, accumulate=4), world=SimpleNamespace(size=2))
+    found = [loop.at_once(SimpleNamespace(**vars(t), device=torch.device(name))) for name in ("cuda:0", "cpu")]
+    assert found == [8, None]
+    g = torch.Generator().manual_seed(0)
+    batch = {name: torch.randn(7, 3, 8, 8, generator=g) for name in ("condition", "target", "noise")}
+    batch |= {"u": torch.rand(7, generator=g).double(), "drop": torch.ones(7, dtype=torch.bool)}
+    batch["other"] = torch.arange(7).roll(1)
+    sizes = []
+
+    class Given:
+        def __init__(self, device):
+            self.unet = SimpleNamespace(device=torch.device(device))
+
+        def __call__(self, condition, target, noise, logsnr, drop):
+            sizes.append(len(logsnr))
+            given = (condition, target, noise, logsnr, drop)
+            # what waits on the host comes to the network's device, some samples at a time
+            assert {len(a) for a in given} == {len(logsnr)} and {a.device for a in given} == {self.unet.device}
+            if self.unet.device.type == "meta":
+                return torch.zeros(len(logsnr)), None, None
+            assert not drop.any()
+            return (condition * target).flatten(1).mean(1) + logsnr, None, None
+
+    def figures(most, device="cpu"):
+        return held_out_loss(Given(device), [batch], Schedule(8), nullcontext, most)
+
+    whole, parts = figures(None), figures(3)
+    assert sizes == [7, 7, 3, 3, 1, 3, 3, 1]
+    assert whole == pytest.approx(parts) and whole["right"] != whole["shuffled"]
+    assert figures(3, "meta") == {"right": 0.0, "shuffled": 0.0}
+    run, sizes = Run(config(out=tmp_path / "run"), "", World()), []
+
+    def pipeline(conditions, num_images_per_prompt, **_):
+        sizes.append(len(conditions))
+        return SimpleNamespace(images=torch.rand(len(conditions) * num_images_per_prompt, 3, 8, 8))
+
+    for most in (None, 16, 3):
+        run.sample(pipeline, batch, 1, most)
+    run.close()
+    # four variations of each condition, with it and without
+    assert sizes == [6, 2, 2, 2, 1, 1, 1, 1, 1, 1] and (tmp_path / "run" / "samples" / "step-00000001.png").is_file()
+
+
 def flags() -> tuple:
     cudnn, fill = torch.backends.cudnn, torch.utils.deterministic.fill_uninitialized_memory
     return torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark, fill
@@ -295,12 +377,34 @@ def test_deterministic_says_what_stands_in_its_way(monkeypatch):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), UserError, "--accumulate"),
         (torch.AcceleratorError("CUDA error: device unavailable\nmore"), LostProcess, "newest checkpoint"),
+        (RuntimeError("[alloc_cpu.cpp:127] can't allocate memory: 307 bytes"), UserError, "the machine's memory is f"),
     ],
 )
-def test_a_gpu_that_is_full_or_gone_is_one_line(fault, kind, words):
+def test_a_gpu_or_machine_that_is_full_or_gone_is_one_line(fault, kind, words):
     with pytest.raises(kind, match=words) as caught, device_faults(World()):
         raise fault
-    assert "\n" not in str(caught.value) and "CUDA" in str(caught.value)
+    assert "\n" not in str(caught.value) and first_line(fault) in str(caught.value)
+    with pytest.raises(RuntimeError, match="^another$"), device_faults(World()):
+        raise RuntimeError("another")
+
+
+def test_a_loader_that_was_killed_is_one_line(photos, tmp_path, monkeypatch):
+    """By the system, where memory is short: torch hears of it in the middle of a step."""
+    get = Pairs.__getitem__
+
+    def killed(pairs, index):
+        if index >= 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return get(pairs, index)
+
+    monkeypatch.setattr(Pairs, "__getitem__", killed)
+    settings = config(
+        data=str(photos), out=tmp_path / "run", steps=9, held_out=0.0, precision="fp32", workers=1, device="cpu"
+    )  # fmt: skip
+    said = "DataLoader worker .*: the same command continues .*; where memory was short, with fewer --workers"
+    with pytest.raises(LostProcess, match=said) as caught:
+        train(settings)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "current"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])

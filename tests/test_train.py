@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from semantica import SemanticaPipeline, UserError
 from semantica.train.config import TrainConfig, ema_decay, learning_rate
 from semantica.train.data.folders import scan
-from semantica.train.data.heldout import held_out_batches, partners
+from semantica.train.data.heldout import contrasted, held_out_batches, partners
 from semantica.train.data.pairs import Pairs
 from semantica.train.loop import train
 from semantica.train.objective import Objective
@@ -225,9 +225,13 @@ def test_another_configuration_data_or_folder_is_refused(photos, tmp_path):
         train(config(photos, taken))
     assert [p.name for p in taken.iterdir()] == ["thesis.txt"] and contents(newest(out)) == before
     record = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**record, "data_digest": "0" * 16}))
-    with pytest.raises(UserError, match="changed since"):
-        train(config(photos, out, steps=4))
+    # of runs with another share of what they never dropped, which was no mistake once
+    record["train"]["drop_picture"] = 0.3
+    for tokens, what in ((None, "pictures"), ("elsewhere", "pictures or tokens")):
+        record["train"]["tokens"] = tokens
+        (out / "config.json").write_text(json.dumps({**record, "data_digest": "0" * 16}))
+        with pytest.raises(UserError, match=f"^the {what} of .* changed since"):
+            train(config(photos, out, steps=4))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +256,17 @@ def test_another_configuration_data_or_folder_is_refused(photos, tmp_path):
         (dict(betas=(0.9, 1.0)), "--betas is 0.9 1.0"),
         (dict(graph=True, checkpointing=True), "--graph records no blocks that are computed again"),
         (dict(held_out=0.99), "cannot hold out 6 of 6"),
+        (dict(channels=(16, -4)), "--channels is 16 -4: give at least 1"),
+        (dict(depths=(-1,)), "--depths is -1: give at least 0"),
+        (dict(width=0), "--width is 0: give at least 1"),
+        (dict(patch_size=-2), "--patch-size is -2: give at least 1"),
+        (dict(depth=-1), "--depth is -1: give at least 1"),
+        (dict(weight_decay=float("nan")), "--weight-decay is nan: give a finite number"),
+        (dict(lr=float("inf")), "--lr is inf: give a finite number"),
         (dict(compile_scope="network"), "--compile-scope network is nothing without --compile"),
+        (dict(drop_picture=0.2), "--drop-picture is for pictures and texts: leave it out, or give --condition-on both"),
+        (dict(drop_text=0.0, condition_on="text"), "--drop-text is for pictures and texts"),
+        (dict(align=0.1, accumulate=4), "--batch 4 in --accumulate 4 parts leaves one in each"),
     ],
 )
 def test_impossible_options_write_nothing(photos, tmp_path, changes, message):
@@ -304,21 +318,23 @@ def test_a_disk_that_fills_up_is_one_line_and_loses_nothing(photos, tmp_path, mo
     assert SemanticaPipeline.from_pretrained(tmp_path / "run") and newest(tmp_path / "run").name == "step-00000004"
 
 
-def test_bad_pictures_are_named_counted_and_left_out(photos, tmp_path):
+def test_bad_pictures_are_named_counted_and_left_out(photos, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(photos, data)
+    shutil.copytree(photos / "g0", data / "lonely", ignore=lambda _, names: sorted(names)[1:])
     (data / "g0" / "broken.jpg").write_text("no picture")
     Image.new("RGB", (1, 1)).save(data / "g1" / "dot.png")
     train(config(data, tmp_path / "run", steps=2))
+    assert "1 groups of one picture are left out, the first is 'lonely'; train with" in capsys.readouterr().out
     named = tmp_path / "run" / "bad_samples.jsonl"
     bad = [json.loads(line) for line in named.read_text().splitlines()]
     assert [b["path"] for b in bad] == ["g0/broken.jpg", "g1/dot.png"] and all(b["reason"] for b in bad)
     # as a crash leaves it: none is named twice, and what is cut is named again
     text = named.read_text()
-    for steps, cut in ((4, text + '{"pa'), (6, text[:-9])):
+    for steps, cut in ((4, text + '{"pa'), (6, text[:-9]), (8, "\0\0\n" + text)):
         named.write_text(cut)
         train(config(data, tmp_path / "run", steps=steps))
-        assert named.read_text() == text
+        assert named.read_text().lstrip("\0\n") == text
 
 
 def test_reconstruct_mode_and_a_frozen_encoder(photos, tmp_path):
@@ -355,14 +371,18 @@ def test_schedules_are_functions_of_the_step(photos, tmp_path):
 
 
 def test_held_out_batches_pair_each_sample_with_another_group(photos, tmp_path):
-    assert partners(["a", "a", "b", "c"], "folders").tolist() == [2, 2, 3, 0]
-    assert partners(["a", "a"], "reconstruct").tolist() == [1, 0]
+    assert partners(["a", "a", "b", "c"]).tolist() == [2, 2, 3, 0]
+    assert partners(["a", "a"]).tolist() == [0, 1]
+    assert contrasted([{"group": ["a", "a"]}, {"group": ["a", "b"]}]) and not contrasted([{"group": ["a", "a"]}])
     data = scan(photos, "folders")
     found = held_out_batches(data, 0, 32, 32, torch.device("cpu"))
     assert sum(len(b["u"]) for b in found) == len(data) == 24
     for batch in found:
         assert all(batch["group"][i] != batch["group"][j] for i, j in enumerate(batch["other"].tolist()))
         assert not batch["drop"].any()
+    # one picture that is its own condition, twice
+    alone = scan(photos, "reconstruct").keep({"g0": ("g0/0.png",)})
+    assert not contrasted(held_out_batches(alone, 0, 32, 32, torch.device("cpu")))
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from semantica.cli import main
 from semantica.condition import Condition
 from semantica.engines import BACKENDS, Backend, Bundle, network, open_bundle
-from semantica.engines.built import SOURCES
+from semantica.engines.built import sources
 from semantica.engines.trt import KEPT, SESSIONS, TensorRTEngine
 from semantica.engines.trt import load as trt_load
 from semantica.engines.trt_context import Pool
@@ -199,7 +199,7 @@ def build(tmp_path, monkeypatch):
         manifest = {
             "format": "semantica-engine", "version": 1, "backend": "standin", "arch": "sm_90",
             "backend_version": StandIn.__version__, "profile": {"min": 1, "opt": 2, "max": largest}, "layers": {},
-            "refittable": True, "onnx": {name: bundle.manifest["files"][name]["sha256"] for name in SOURCES},
+            "refittable": True, "onnx": {name: bundle.manifest["files"][name]["sha256"] for name in sources(bundle)},
             "files": entries(place, ["condition.engine", "denoise.engine"]),
         }  # fmt: skip
         (place / "manifest.json").write_text(json.dumps(manifest))
@@ -334,6 +334,8 @@ def test_a_pool_makes_no_more_than_its_limit_and_gives_back_after_a_fault():
         return made[-1]
 
     pool = Pool(make, 3)
+    # nobody gives back before three hold one at once
+    full = threading.Barrier(3, timeout=60)
 
     def use():
         nonlocal most
@@ -341,10 +343,10 @@ def test_a_pool_makes_no_more_than_its_limit_and_gives_back_after_a_fault():
             now.append(item)
             assert now.count(item) == 1
             most = max(most, len(now))
-            time.sleep(0.001)
+            full.wait()
             now.remove(item)
 
-    threads = [threading.Thread(target=use) for _ in range(16)]
+    threads = [threading.Thread(target=use) for _ in range(15)]
     for t in threads:
         t.start()
     for t in threads:

@@ -1,6 +1,9 @@
 """Folders of diffusers' pipelines sampled here: the same images as diffusers' own pipelines, prompts to numbers."""
 
+import contextlib
+import inspect
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,12 +16,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
 from semantica import UserError
 from semantica.cli import main
+from semantica.fused.survey import survey
+from semantica.pipelines.kinds import at_once
 from semantica.pipelines.sample import load_pipeline
-from semantica.pipelines.unets import UNetPipeline
+from semantica.pipelines.unets import UNetPipeline, part_of
 from semantica.tokens import ClipTokenizer
 
 PROMPTS = ["two red bicycles at dusk", "a lighthouse; canvas"]
@@ -75,6 +81,87 @@ def test_padding_and_its_word_within_prompts_are_those_of_transformers(foreign, 
     assert own(prompts).tolist() == expected
     with pytest.raises(UserError, match="no text in UTF-8"):
         own(["a \udcff"])
+
+
+def test_what_of_a_prompt_is_not_read_is_said(foreign, tmp_path, caplog):
+    own = ClipTokenizer(foreign.tokenizer(tmp_path / "t"))
+    words = "two red bicycles and a lighthouse on a cliff at dusk, zebra quartz"
+    caplog.set_level("WARNING", "semantica")
+    made = own([words, "two red bicycles"])
+    [said] = [record.getMessage() for record in caplog.records]
+    kept = words[: words.index(said.rpartition("left out: ")[2].strip("'"))]
+    assert f"{own.length - 2} are read" in said and len(kept) > 10
+    # what is kept, alone, gives the same numbers
+    assert own([kept]).tolist() == made[:1].tolist() and len(caplog.records) == 1
+    # once in a process
+    assert own([words]).tolist() == made[:1].tolist() and len(caplog.records) == 1
+    own([words + " again"])
+    assert len(caplog.records) == 2
+
+
+def test_weights_that_are_missing_are_never_drawn(foreign, tmp_path):
+    path = foreign.write(tmp_path / "model", "sd")
+    for part in ("unet", "vae", "text_encoder"):
+        file = next((path / part).glob("*.safetensors"))
+        whole = load_file(file)
+        name = next(name for name in whole if name.endswith("norm2.weight"))
+        save_file({key: value for key, value in whole.items() if key != name}, file, {"format": "pt"})
+        with pytest.raises(UserError, match=f"{part} has no {name}, one of 1 missing weights"):
+            part_of(path, part)
+        save_file(whole | {name: whole[name][:5].clone()}, file, {"format": "pt"})
+        with pytest.raises(UserError, match=rf"{part} has {name} of shape \[5\], its config.json says"):
+            part_of(path, part)
+        # such as the position_ids of old folders
+        save_file(whole | {"more": torch.zeros(1)}, file, {"format": "pt"})
+        assert torch.equal(part_of(path, part).state_dict()[name], whole[name])
+
+
+def test_an_ip_adapter_that_does_not_fit_is_one_line(foreign, tmp_path):
+    path = foreign.write(tmp_path / "model", "sd")
+    weights = tmp_path / "ip" / "ip.safetensors"
+    whole = load_file(weights)
+    wider = {"image_proj.proj.weight": torch.zeros(4 * foreign.TEXT, foreign.PICTURE + 1)}
+    narrower = {name: value[:, :5].clone() for name, value in whole.items() if name.endswith("_ip.weight")}
+    for change, said in (
+        (wider, "reads another image encoder than"),
+        (narrower, "does not fit this UNet"),
+        ({"ip_adapter.0.to_q_lora.down.weight": torch.zeros(2, 2)}, "as those that read faces"),
+        ({"more": torch.zeros(1)}, "that is no IP-Adapter"),
+    ):
+        save_file(whole | change, weights)
+        with pytest.raises(UserError, match=said) as raised:
+            UNetPipeline.load(path, weights)
+        assert "\n" not in str(raised.value)
+
+
+WRONG = [
+    ("text_encoder/config.json", {"attention_dropout": "x"}, "text_encoder/config.json makes no CLIPTextModel"),
+    ("text_encoder/config.json", {"eos_token_id": None}, "cannot be loaded"),
+    ("unet/config.json", {"attention_head_dim": 0}, "unet/config.json makes no UNet2DConditionModel"),
+    ("unet/config.json", {"act_fn": None}, "unet/config.json makes no UNet2DConditionModel"),
+    ("unet/config.json", {"sample_size": 0}, "has sample_size 0"),
+    ("unet/config.json", {"in_channels": 5, "out_channels": 5}, "has conv_in.weight of shape"),
+    ("vae/config.json", {"scaling_factor": None}, "scaling_factor and shift_factor"),
+    ("model_index.json", {"_class_name": []}, "holds a []"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}, "give numbers"),
+]  # fmt: skip
+
+
+def test_configurations_that_make_nothing_are_one_line(foreign, tmp_path):
+    path = foreign.write(tmp_path / "model", "sd")
+    for name, change, said in WRONG:
+        whole = (path / name).read_text()
+        (path / name).write_text(json.dumps(json.loads(whole) | change))
+        with pytest.raises(UserError, match=re.escape(said)) as raised:
+            UNetPipeline.load(path)
+        assert "\n" not in str(raised.value)
+        (path / name).write_text(whole)
+    for value in (0, -1, None, "x"):
+        config = json.loads((path / "unet/config.json").read_text()) | {"attention_head_dim": value}
+        (path / "unet/config.json").write_text(json.dumps(config))
+        # it may also make another network
+        with contextlib.suppress(UserError):
+            survey(path)
 
 
 def test_callbacks_see_the_timesteps_of_their_solver(foreign, tmp_path):
@@ -158,6 +245,46 @@ def test_the_command_writes_pictures_of_prompts(folder, picture, tmp_path, capsy
     assert json.loads((tmp_path / "grid.json").read_text())["steps"] == 2
 
 
+def test_what_is_not_named_is_as_in_diffusers_and_fits_into_memory(folder, picture, tmp_path):
+    kind, path = folder
+    pipe, seen = load_pipeline(path, "cpu"), []
+    given = [picture] if kind == "variations" else ["a"]
+    pipe.unet.unet.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    assert pipe.guidance == inspect.signature(STOCK[kind].__call__).parameters["guidance_scale"].default
+    fixed = {"seed": 1, "num_inference_steps": 1, "output_type": "np"}
+    assert np.array_equal(pipe(given, **fixed).images, pipe(given, guidance_scale=pipe.guidance, **fixed).images)
+    assert seen == [2, 2]
+    # latents of 8 x 8 here, of 64 and 128 in public models
+    assert pipe.max_samples == 64 and [at_once(side) for side in (64, 96, 128, 4096)] == [16, 7, 4, 1]
+    pipe.max_samples = 2
+    pipe(given, 3, guidance_scale=1.0, **fixed)
+    assert seen[2:] == [2, 1]
+
+
+def test_the_precision_is_the_one_that_was_asked_for(foreign, tmp_path, capsys):
+    path = foreign.write(tmp_path / "model", "sd")
+    exact = load_pipeline(path, "cpu")
+    for part in ("unet", "vae", "text_encoder"):
+        # a folder of half precision alone
+        for file in (path / part).glob("*.safetensors"):
+            half = {name: value.half() for name, value in load_file(file).items()}
+            save_file(half, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+            file.unlink()
+    fixed = {"seed": 1, "num_inference_steps": 2, "output_type": "np", "guidance_scale": 4.0}
+    expected = exact(PROMPTS, **fixed).images
+    for precision, dtype, bound in (("auto", torch.float32, 0.01), ("bf16", torch.bfloat16, 0.1)):
+        pipe = load_pipeline(path, "cpu", precision=precision)
+        assert pipe.unet.dtype == dtype and pipe.vae.dtype == pipe.encoder.dtype == torch.float32
+        assert 0 < np.abs(pipe(PROMPTS, **fixed).images - expected).max() < bound
+    for options, said in (
+        (["--precision", "fp16", "--device", "cpu"], "--precision fp16 is for GPUs"),
+        (["--engine", "onnxruntime"], "runs a bundle"),
+        (["--engine", "torch-compile", "--precision", "fp16", "--device", "cpu"], "--precision fp16 is for GPUs"),
+    ):
+        given = ["sample", "--model", str(path), "--prompt", "x", "--out", str(tmp_path / "o.png")]
+        assert main([*given, *options]) == 2 and said in capsys.readouterr().err
+
+
 def test_what_cannot_be_sampled_is_one_line(foreign, tmp_path, picture, capsys):
     path = foreign.write(tmp_path / "model", "sd")
 
@@ -168,7 +295,7 @@ def test_what_cannot_be_sampled_is_one_line(foreign, tmp_path, picture, capsys):
     assert "--image and --prompt are empty" in said()
     picture.save(tmp_path / "p.png")
     both = ("--prompt", "x", "--image", str(tmp_path / "p.png"))
-    assert "condition holds ['image', 'text']: expected {'text': ...}" in said(*both)
+    assert "this model reads text, no pictures: leave pictures out" in said(*both)
     assert "has 2 pictures for 3 prompts" in said("--prompt", "x", "y", "z", "--image", *[str(tmp_path / "p.png")] * 2)
     broken = tmp_path / "broken"
     shutil.copytree(path, broken)

@@ -1,7 +1,7 @@
 """Modules of a run from its configuration."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from semantica.errors import UserError
-from semantica.model.encoders import ViTEncoder, frozen_encoder
+from semantica.inputs import SINGLE, TEXT
+from semantica.model.conditioner import Conditioner, encoders_of
+from semantica.model.encoders import ViTEncoder, frozen_encoder, text_encoder, weights_sha256
 from semantica.model.presets import encoder_preset, preset
 from semantica.model.uvit import UViT
 from semantica.pipelines.networks import NetworkPipeline
@@ -18,17 +20,25 @@ from semantica.train.config import TrainConfig
 from semantica.train.data.tokens import stored_encoder
 from semantica.train.heads import RepaHead, aligned_depth
 
+# settings of a preset that options of the same names replace
+SIZES = ("patch_size", "channels", "depths", "width", "depth", "heads")
+
 
 def build(
-    config: TrainConfig, device: torch.device, building: Callable[[], AbstractContextManager] = nullcontext
+    config: TrainConfig,
+    device: torch.device,
+    building: Callable[[], AbstractContextManager] = nullcontext,
+    texts: Iterable[str] = (),
 ) -> tuple[UViT, nn.Module, SemanticaScheduler]:
     """Denoiser, encoder and scheduler; initial weights are a function of the seed alone, or those of `--init`.
 
-    The encoder of stored tokens stays on the CPU, unread until a picture without stored tokens is to be encoded.
+    Where texts condition, the encoder is a `Conditioner`. The encoder of stored tokens stays on the CPU, unread until a
+    picture without stored tokens is to be encoded.
 
     Args:
         building: under which context what is to be trained is made; where it leaves weights without values, they come
             from elsewhere.
+        texts: of the training data, where they condition.
 
     Raises:
         UserError: sizes that do not fit, or an encoder that cannot be loaded.
@@ -36,27 +46,39 @@ def build(
     if config.tokens and config.mode == "reconstruct" and config.crop != "centre":
         raise UserError("--tokens show the centre of a picture: with --mode reconstruct give --crop centre too")
     settings = preset(config.preset, config.image_size)
+    settings |= {name: getattr(config, name) for name in SIZES if getattr(config, name)}
     size = settings["image_size"]
     torch.manual_seed(config.seed)
-    if config.encoder == "vit":
-        if config.encoder_size is not None:
-            raise UserError("--encoder-size is for frozen encoders: the trainable one sees --image-size")
-        with building():
-            encoder = ViTEncoder(**encoder_preset(config.preset, size))
-    else:
-        # how an encoder is loaded must not decide how the denoiser begins
+    parts = {SINGLE: picture_encoder(config, size, building)} if config.pictures else {}
+    if config.texts:
+        # how it is loaded must not decide how the denoiser begins
         with torch.random.fork_rng(devices=[]):
-            wanted = config.encoder, config.encoder_size, config.encoder_tokens
-            encoder = stored_encoder(config.tokens, *wanted) if config.tokens else frozen_encoder(*wanted)
+            parts[TEXT] = text_encoder(config.text_encoder, texts)
     with building():
-        unet = UViT(**settings, streams={"image": encoder.token_dim}, conditioning=config.conditioning)
+        streams = {name: part.token_dim for name, part in parts.items()}
+        unet = UViT(**settings, streams=streams, conditioning=config.conditioning)
     bad = [scale for scale in config.scales if scale < 1 or size % scale]
     if bad:
         raise UserError(f"--scales {bad[0]} does not divide the image size {size}")
     unet = placed(unet, device)
-    if not config.tokens:
-        encoder = placed(encoder, device)
+    for name, part in parts.items():
+        if name == TEXT or not config.tokens:
+            placed(part, device)
+    encoder = Conditioner(parts) if config.texts else parts[SINGLE]
     return unet, encoder, SemanticaScheduler(image_size=size, reference=config.reference)
+
+
+def picture_encoder(config: TrainConfig, size: int, building: Callable[[], AbstractContextManager]) -> nn.Module:
+    """What `--encoder` asks for, where the denoiser makes pictures of a size."""
+    if config.encoder == "vit":
+        if config.encoder_size is not None:
+            raise UserError("--encoder-size is for frozen encoders: the trainable one sees --image-size")
+        with building():
+            return ViTEncoder(**encoder_preset(config.preset, size))
+    # how an encoder is loaded must not decide how the denoiser begins
+    with torch.random.fork_rng(devices=[]):
+        wanted = config.encoder, config.encoder_size, config.encoder_tokens
+        return stored_encoder(config.tokens, *wanted) if config.tokens else frozen_encoder(*wanted)
 
 
 def placed(module: nn.Module, device: torch.device) -> nn.Module:
@@ -70,22 +92,28 @@ def begin_with(source: str, unet: UViT, encoder: nn.Module) -> None:
     """Fill what is to be trained with the weights of a published run; a frozen encoder stays as it is.
 
     Raises:
-        UserError: there is no such run, or its networks are others.
+        UserError: there is no such run, its networks are others, or another encoder reads its texts.
     """
     found = NetworkPipeline.load(source)
-    pairs = [("denoiser", unet, found.unet)]
-    if encoder.trainable:
-        pairs.append(("encoder", encoder, found.encoder))
+    pairs, theirs = [("denoiser", unet, found.unet)], encoders_of(found.encoder)
+    for name, part in encoders_of(encoder).items():
+        if part.trainable:
+            pairs.append(("encoder", part, theirs.get(name, found.encoder)))
     for what, own, other in pairs:
         if type(own) is not type(other):
             raise UserError(f"--init {source} has a {type(other).__name__} as {what}, this run a {type(own).__name__}")
         for name, value in own.config.items():
-            theirs = other.config.get(name)
-            if not name.startswith("_") and as_json(theirs) != as_json(value):
+            given = other.config.get(name)
+            if not name.startswith("_") and as_json(given) != as_json(value):
                 raise UserError(
-                    f"--init {source} has a {what} of {name} {theirs}, this run of {value}: give what it was made with"
+                    f"--init {source} has a {what} of {name} {given}, this run of {value}: give what it was made with"
                 )
         own.load_state_dict(other.state_dict())
+    # frozen, but a word of one is none of another's
+    ours, other = encoders_of(encoder).get(TEXT), theirs.get(TEXT)
+    if ours and (type(ours) is not type(other) or weights_sha256(ours) != weights_sha256(other)):
+        kind = type(other or ours).__name__
+        raise UserError(f"--init {source} reads texts by another {kind} than this run: give --text-encoder {source}")
 
 
 def as_json(value: Any) -> str:
@@ -103,7 +131,7 @@ def alignment(
     """
     if not config.repa:
         return None, None
-    teacher = encoder
+    teacher = encoders_of(encoder).get(SINGLE)
     if config.repa_encoder not in (None, config.encoder):
         teacher = frozen_encoder(config.repa_encoder).to(device)
     depth = aligned_depth(len(unet.transformer_blocks), config.repa_depth)

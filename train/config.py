@@ -1,6 +1,7 @@
 """Everything that a training run can be told, with the defaults a user would want."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +13,7 @@ from semantica.errors import UserError
 from semantica.model.presets import PRESETS
 
 FORMAT = 1
-# settings that may change when a run is continued: they do not alter what any step computes
+# settings that may change when a run is continued: none alters what a step computes, but for --steps with --decay
 FREE = {
     "steps",
     "out",
@@ -33,6 +34,8 @@ FREE = {
     "timeout",
     "track",
 }
+# shares that are dropped of one kind of condition, where there are both
+APART = ("drop_picture", "drop_text")
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,31 @@ class TrainConfig:
     steps: int = 10_000
     """Optimizer steps in all."""
     preset: literal_type_from_choices(PRESETS) = "tiny"
-    """Model size."""
+    """Model size; the next options change parts of it."""
+    patch_size: int | None = None
+    """Pixels along a side that the first layer folds into channels."""
+    channels: tuple[int, ...] = ()
+    """Width of each convolutional level, from the highest resolution down. The transformer and its attention follow at
+    half the resolution of the last: on a grid of image size / (patch size * 2 ** levels) along a side."""
+    depths: tuple[int, ...] = ()
+    """Residual blocks of each convolutional level, on either way."""
+    width: int | None = None
+    """Of the transformer."""
+    depth: int | None = None
+    """Blocks of the transformer."""
+    heads: int | None = None
+    """Attention heads of the transformer."""
     mode: Literal["auto", "folders", "pages", "reconstruct"] = "auto"
     """What a pair is: two pictures of one folder, two of one web page, or a picture and itself."""
     low: float | None = None
     """Smallest similarity (cosine) of a pair, for shards; `semantica pairs --report` shows what to choose."""
     high: float | None = None
     """Largest similarity (cosine) of a pair, for shards."""
+    condition_on: Literal["picture", "text", "both"] = "picture"
+    """What a target is conditioned on: another picture of its group, a text of its own, or both. Texts are lines
+    {"file": path, "text": text} of captions.jsonl in --data (and --val), one of each picture's at random every time;
+    of shards, the alternative texts that pages gave: pictures without one are no targets. Where texts say left or
+    right, give --no-flip too."""
     conditions: int = 1
     """Pictures that each target is conditioned on."""
     image_size: int | None = None
@@ -72,10 +93,18 @@ class TrainConfig:
     tokens: str | None = None
     """Folder of tokens that `semantica pairs --tokens` stored for --data with the same --encoder: it then never runs.
     Conditions are the centre of their pictures, mirrored at random like before; targets are cut as ever."""
+    text_encoder: str = "words"
+    """Frozen encoder of texts: "words" has a token for each word of the training texts, "phrases" one that
+    knows the word before it too, which binds "red" to "cross" sooner; or a CLIP text tower by the
+    folder of it and its tokenizer, or of a diffusers pipeline; or that of a run folder."""
     conditioning: Literal["tokens", "global", "both", "none"] = "tokens"
     """How the condition enters: cross-attention to tokens, pooled vector, both, or not at all."""
     drop: float = 0.1
-    """Share of samples whose condition is dropped, which makes guidance possible."""
+    """Share of samples whose condition is dropped, pictures and text together, which makes guidance possible."""
+    drop_picture: float = 0.1
+    """With --condition-on both: share of samples that lose their pictures, whether or not they lose the text too."""
+    drop_text: float = 0.1
+    """With --condition-on both: share of samples that lose their text, whether or not they lose the pictures too."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     warmup: int = 200
@@ -166,6 +195,7 @@ class TrainConfig:
         for name in ("steps", "batch", "accumulate", "conditions", "keep", *every):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        self.check_sizes()
         if self.batch % self.accumulate:
             raise UserError(f"--batch {self.batch} cannot be split into --accumulate {self.accumulate} equal parts")
         if self.batch % (self.accumulate * processes):
@@ -190,7 +220,7 @@ class TrainConfig:
         if self.graph and self.checkpointing:
             # it keeps and sets states of random numbers, which a recording forbids
             raise UserError("--graph records no blocks that are computed again: leave out --checkpointing, or --graph")
-        shares = [("drop", 0, 1), ("ema", 0, 1), ("held_out", 0, 1), ("decay", 0, 1)]
+        shares = [(name, 0, 1) for name in ("drop", "drop_picture", "drop_text", "ema", "held_out", "decay")]
         for name, low, high in shares + ([("crop", 1e-3, 1)] if self.crop != "centre" else []):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {low} to {high}")
@@ -199,11 +229,19 @@ class TrainConfig:
             raise UserError(f"--ema-also is {' '.join(map(str, self.ema_also))}: give other decays than --ema, 0 to 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas is {' '.join(map(str, self.betas))}: give numbers from 0 to less than 1")
+        for name in ("lr", "weight_decay", "align", "repa", "low", "high"):
+            if not math.isfinite(getattr(self, name) or 0):
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give a finite number")
         for name in ("lr", "clip", "timeout"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: give a positive number")
         if self.align < 0 or (self.align and self.encoder != "vit"):
             raise UserError(f"--align {self.align} needs the trainable encoder (--encoder vit) and a positive weight")
+        if self.align and self.batch == self.accumulate:
+            raise UserError(
+                f"--align compares the pairs of a part with each other, and --batch {self.batch} in --accumulate "
+                f"{self.accumulate} parts leaves one in each: give a smaller --accumulate or a larger --batch"
+            )
         if not self.repa >= 0 or (not self.repa and (self.repa_encoder, self.repa_depth) != (None, None)):
             raise UserError(f"--repa is {self.repa}: give a positive weight, or no --repa-encoder and --repa-depth")
         if self.repa and self.encoder == "vit" and not self.repa_encoder:
@@ -214,11 +252,46 @@ class TrainConfig:
             raise UserError(f"--tokens {self.tokens} come from a frozen encoder: give the --encoder that made them")
         if self.encoder == "vit" and self.encoder_tokens != "patches":
             raise UserError("--encoder-tokens is for frozen encoders: the trainable one has patches only")
+        if self.condition_on == "picture" and self.text_encoder != "words":
+            raise UserError(f"--text-encoder {self.text_encoder} is nothing without --condition-on text or both")
+        if self.condition_on == "text":
+            self.check_text_alone()
+        for name in APART if self.condition_on != "both" else ():
+            if getattr(self, name) != getattr(TrainConfig, name):
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} is for pictures and texts: leave it out, or give --condition-on both")
         if self.seed >= 1 << 32:
             raise UserError(f"--seed is {self.seed}: give less than {1 << 32}")
         if self.warmup < 0 or self.weight_decay < 0 or (self.workers or 0) < 0 or self.seed < 0:
             raise UserError("--warmup, --weight-decay, --workers and --seed must not be negative")
         return self
+
+    def check_sizes(self) -> None:
+        """Raises `UserError` for sizes of a network that none has."""
+        least = dict.fromkeys(("patch_size", "channels", "width", "depth", "heads", "image_size", "encoder_size"), 1)
+        for name, smallest in (least | {"depths": 0}).items():
+            given = getattr(self, name)
+            if any(size < smallest for size in (given if isinstance(given, tuple) else (given,)) if size is not None):
+                said = " ".join(map(str, given)) if isinstance(given, tuple) else given
+                raise UserError(f"--{name.replace('_', '-')} is {said}: give at least {smallest}")
+
+    def check_text_alone(self) -> None:
+        """Raises `UserError` for options of pictures where these condition nothing."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("conditions", "encoder", "encoder_size", "encoder_tokens", "align"):
+            if getattr(self, name) != defaults[name]:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} is for pictures as conditions: leave it out, or give --condition-on both")
+
+    @property
+    def pictures(self) -> int:
+        """That each target is conditioned on; 0 for texts alone."""
+        return 0 if self.condition_on == "text" else self.conditions
+
+    @property
+    def texts(self) -> bool:
+        """Whether texts condition."""
+        return self.condition_on != "picture"
 
     @property
     def repa_from_store(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from semantica.device import numbered
-from semantica.errors import ArtifactError
+from semantica.errors import ArtifactError, first_line
 
 # what is tuned, compiled or allocated at first use must be so before recording
 WARMUP = 3
@@ -37,7 +37,8 @@ class StepGraph:
         record: `function()` -> its results, which each replay overwrites, and the replay.
 
     Raises:
-        ArtifactError: on the first call, where a replay does not compute what the call computes.
+        ArtifactError: on the first call, where it cannot be recorded, or a replay does not compute what the call
+            computes.
     """
 
     def __init__(self, function: Pass, parameters: Iterable[nn.Parameter], device: torch.device, record=None):
@@ -69,7 +70,7 @@ class StepGraph:
             self.reached = [p for p in self.parameters if p.grad is not None]
             for p in self.reached:
                 p.grad = torch.zeros_like(p)
-            self.results, self.replay = self.record(run)
+            self.results, self.replay = self._recorded(run)
             self._zero()
             torch.manual_seed(0)
             self.replay()
@@ -80,6 +81,17 @@ class StepGraph:
         for p in self.reached:
             if id(p) in held:
                 p.grad.add_(held[id(p)])
+
+    def _recorded(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        try:
+            return self.record(run)
+        except torch.OutOfMemoryError:
+            raise
+        # what a recording forbids comes as errors of the device, which is as good as before
+        except RuntimeError as refused:
+            # the end of a failed recording says no more than that it failed
+            cause = first_line(refused.__context__ or refused)
+            raise ArtifactError(f"the step cannot be recorded ({cause}): leave out --graph") from refused
 
     def _warm(self, run: Callable[[], tuple[Tensor, ...]]) -> list[float]:
         """Loss and gradient norm of a call."""

@@ -3,7 +3,7 @@
 
 import functools
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -16,14 +16,14 @@ from semantica.errors import UserError, first_line
 from semantica.inputs import Prepared
 from semantica.pipelines.networks import NetworkPipeline
 from semantica.train.config import TrainConfig
-from semantica.train.data.heldout import examples
+from semantica.train.data.heldout import contrasted, examples
 from semantica.train.graph import StepGraph
 from semantica.train.objective import held_out_loss
 from semantica.train.preemption import Stop
 from semantica.train.processes import LostProcess, Vote, World, joined
 from semantica.train.repeatable import repeatable
 from semantica.train.run.folder import SAMPLE_CONDITIONS
-from semantica.train.setup import Training, prepare
+from semantica.train.setup import Training, prepare, with_pictures
 from semantica.train.sharding import gathered
 from semantica.train.state import TrainState
 
@@ -40,14 +40,14 @@ def train(config: TrainConfig, stop: Stop = NEVER) -> Path:
             publishing.
 
     Raises:
-        UserError: impossible options or data, or a run folder of another configuration. Of several processes the first
-            raises it, the others `SystemExit` with code 2.
+        UserError: impossible options or data, a run folder of another configuration, or one that another training
+            writes into. Of several processes the first raises it, the others `SystemExit` with code 2.
         FloatingPointError: the loss or a gradient is no longer finite; checkpoints are intact.
         LostProcess: another process of the run ended or hangs, or the GPU failed.
     """
     with repeatable(config.deterministic, config.compile), joined(config) as world, device_faults(world):
-        training = prepare(config, world)
-        with closing(training.run):
+        with ExitStack() as opened:
+            training = prepare(config, world, opened)
             run_steps(training, stop)
             finish(training)
     return config.out
@@ -55,20 +55,22 @@ def train(config: TrainConfig, stop: Stop = NEVER) -> Path:
 
 @contextmanager
 def device_faults(world: World) -> Iterator[None]:
-    """A GPU that is full or gone, in one line. Of several processes the one that met it ends with a traceback: the
-    others are within an exchange, and miss it."""
+    """A GPU or machine that is full, a GPU that is gone, or a loading process that was killed, in one line. Of several
+    processes the one that met it ends with a traceback: the others are within an exchange, and miss it."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        if world.size > 1:
-            raise
-        advice = "give more --accumulate, --checkpointing or a smaller --batch"
-        raise UserError(f"the GPU's memory is full ({first_line(error)}): {advice}") from error
-    except torch.AcceleratorError as error:
-        if world.size > 1:
-            raise
-        advice = "the same command continues from the newest checkpoint"
-        raise LostProcess(f"the GPU failed ({first_line(error)}): {advice}") from error
+    except RuntimeError as error:
+        said, again = first_line(error), "the same command continues from the newest checkpoint"
+        full = {"GPU": isinstance(error, torch.OutOfMemoryError), "machine": "can't allocate memory" in said}
+        for whose in (name for name, is_full in full.items() if is_full and world.size == 1):
+            advice = "give more --accumulate, --checkpointing or a smaller --batch"
+            raise UserError(f"the {whose}'s memory is full ({said}): {advice}") from error
+        if world.size == 1 and isinstance(error, torch.AcceleratorError):
+            raise LostProcess(f"the GPU failed ({said}): {again}") from error
+        # torch raises it from a signal's handler, wherever the step is
+        if world.size == 1 and said.startswith("DataLoader worker"):
+            raise LostProcess(f"{said}: {again}; where memory was short, with fewer --workers") from error
+        raise
 
 
 def run_steps(t: Training, stop: Stop) -> None:
@@ -114,10 +116,13 @@ def run_steps(t: Training, stop: Stop) -> None:
                 t.run.log(row | scale(state))
                 bar.set_postfix(loss=f"{row['loss']:.4f}", images_s=f"{row['images_per_s']:.0f}")
             if evaluates:
-                held = held_out_loss(t.averaged, t.held, t.scheduler.schedule, t.autocast)
-                t.run.log({"step": step, "held_out_loss": held["right"], "held_out_loss_shuffled": held["shuffled"]})
+                held = held_out_loss(t.averaged, t.held, t.scheduler.schedule, t.autocast, at_once(t))
+                shuffled = {"held_out_loss_shuffled": held["shuffled"]} if contrasted(t.held) else {}
+                t.run.log({"step": step, "held_out_loss": held["right"], **shuffled})
             if saves:
                 t.measure.check()
+                # a run that goes on from here does not see these samples again
+                t.run.note_bad()
                 # what went wrong with the save before, one says
                 with world.consensus():
                     t.saver.wait()
@@ -174,6 +179,13 @@ def raise_failure(t: Training, outcome: Vote) -> None:
             t.saver.wait()
 
 
+def at_once(t: Training) -> int | None:
+    """Samples that figures and grids are made of at a time. A GPU is known to have room for those of a step, and a run
+    that was fitted to it must not end at its first figure."""
+    config = t.config
+    return config.batch // config.accumulate // t.world.size if t.device.type == "cuda" else None
+
+
 def sample(t: Training) -> None:
     """A grid of variations by the averaged weights, of what is held out if anything is."""
     shown = t.held[0] if t.held else None
@@ -182,7 +194,8 @@ def sample(t: Training) -> None:
             shown = examples(t.pairs, SAMPLE_CONDITIONS)
     # in the precision of the training: the attention backend may know no other
     with t.autocast():
-        t.run.sample(NetworkPipeline(t.averaged.unet, t.averaged.encoder, t.scheduler), shown, t.state.step)
+        pipeline = NetworkPipeline(t.averaged.unet, t.averaged.encoder, t.scheduler)
+        t.run.sample(pipeline, shown, t.state.step, at_once(t))
 
 
 def finish(t: Training) -> None:
@@ -195,7 +208,8 @@ def finish(t: Training) -> None:
         return
     for decay, modules in t.state.averages.items():
         # a frozen encoder has no average
-        networks = (modules["unet"], modules.get("encoder", t.averaged.encoder))
+        pictures = modules.get("encoder") and gathered(modules["encoder"], t.world)
         place = None if modules is t.state.ema else f"ema-{decay}"
-        t.run.publish(*(gathered(network, t.world) for network in networks), t.scheduler, place)
+        unet, encoder = gathered(modules["unet"], t.world), with_pictures(t.averaged.encoder, pictures)
+        t.run.publish(unet, encoder, t.scheduler, place)
     t.run.say(f"done: {out} after {step} steps")

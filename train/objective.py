@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +61,11 @@ class Objective(nn.Module):
 
         Images are `[B, 3, S, S]`, conditions also `[B, K, 3, S, S]` or a stream that was encoded before, and
         `{stream name: prepared values}` for a `Conditioner`; noise levels `[B]`; `drop` `[B]` says which samples get no
-        condition; `target_tokens` `[B, M, D]` are the stored tokens of the targets.
+        condition, or `[B, S]` which of the streams; `target_tokens` `[B, M, D]` are the stored tokens of the targets.
         """
-        if isinstance(condition, Stream):
-            # stored as fp16
-            condition = condition.map(lambda array: array.float() if array.is_floating_point() else array)
+        # stored as fp16
+        named = isinstance(condition, Mapping)
+        condition = {name: widened(value) for name, value in condition.items()} if named else widened(condition)
         made = encodings(self.encoder, condition)
         values = self.unet.condition(fill(self.unet.stream_names, made), drop)
         z, aligned = add_noise(target, noise, logsnr), None
@@ -88,28 +89,56 @@ class Objective(nn.Module):
         return patch_tokens(self.repa_encoder, target)
 
 
+def widened(value: Prepared) -> Prepared:
+    """A stream in fp32; anything else as it is."""
+    if not isinstance(value, Stream):
+        return value
+    return value.map(lambda array: array.float() if array.is_floating_point() else array)
+
+
 @torch.no_grad()
-def held_out_loss(objective: Objective, batches: list[dict], schedule, autocast) -> dict[str, float]:
+def held_out_loss(
+    objective: Objective, batches: list[dict], schedule, autocast, most: int | None = None
+) -> dict[str, float]:
     """Loss with the right condition and with one of another group, on the same targets, noise levels and noise.
 
     Args:
         batches: as `semantica.train.data.batch.finish`, with `other`, the index in the batch of a sample of another
-            group.
+            group; on any device.
+        most: samples of one call; whole batches by default.
     """
     sums, count = {"right": 0.0, "shuffled": 0.0}, 0
+    device = objective.unet.device
     for batch in batches:
-        logsnr = noise_levels(batch["u"], schedule).to(batch["target"].device)
+        logsnr = noise_levels(batch["u"], schedule)
         keep = torch.zeros_like(batch["drop"])
         for name in sums:
             condition = batch["condition"] if name == "right" else take(batch["condition"], batch["other"])
-            with autocast():
-                losses, *_ = objective(condition, batch["target"], batch["noise"], logsnr, keep)
-            sums[name] += losses.double().sum().item()
+            for rows in stretches(len(logsnr), most):
+                given = (a[rows] for a in (batch["target"], batch["noise"], logsnr, keep))
+                with autocast():
+                    losses, *_ = objective(*(moved(a, device) for a in (take(condition, rows), *given)))
+                sums[name] += losses.double().sum().item()
         count += len(logsnr)
     return {name: total / count for name, total in sums.items()}
 
 
-def take(condition: Prepared | Mapping[str, Prepared], index: Tensor) -> Prepared | dict[str, Prepared]:
+def stretches(count: int, most: int | None) -> list[slice]:
+    """All of so many samples, at most some at a time."""
+    step = most or max(1, count)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """A tensor, a stream, or several by name, on a device; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {name: moved(part, device) for name, part in value.items()}
+    if isinstance(value, Stream):
+        return value.map(lambda array: array.to(device))
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def take(condition: Prepared | Mapping[str, Prepared], index: Tensor | slice) -> Prepared | dict[str, Prepared]:
     """Some samples of a batch of conditions."""
     if isinstance(condition, Mapping):
         return {name: take(value, index) for name, value in condition.items()}

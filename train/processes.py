@@ -29,6 +29,8 @@ from semantica.train.config import TrainConfig
 LAUNCH = "torchrun --nproc-per-node N --no-python semantica train ..."
 # each process may have these of its own
 LOCAL = {"data", "val", "tokens", "workers", "device"}
+# seconds of the longest timeout: ten years
+LONGEST = 10 * 365 * 86400
 
 
 class Vote(IntEnum):
@@ -55,12 +57,14 @@ class World:
     """
 
     def __init__(self, mode: str | None = None, backend: str = "gloo", timeout: float = 600.0):
-        self.mode, self.rank, self.size, self.local_size = mode, 0, 1, 1
+        self.mode, self.rank, self.size = mode, 0, 1
+        self.local_rank, self.local_size = 0, 1
         self.control = self.saving = None
         self.own = mode is not None and not dist.is_initialized()
         if mode is None:
             return
-        limit = timedelta(seconds=timeout)
+        # an exchange that may take for ever, as far as clocks of 64 bits go
+        limit = timedelta(seconds=min(timeout, LONGEST))
         try:
             if self.own:
                 store, rank, size = fresh_rendezvous(limit)
@@ -76,6 +80,7 @@ class World:
             raise LostProcess(problem) from error
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
 
     @property
     def is_main(self) -> bool:
@@ -99,6 +104,11 @@ class World:
         texts = [torch.zeros(max(size.item() for size in sizes), dtype=torch.uint8) for _ in sizes]
         dist.all_gather(texts, nn.functional.pad(text, (0, len(texts[0]) - len(text))), group=self.control)
         return [json.loads(bytes(t[: size.item()].tolist())) for t, size in zip(texts, sizes)]
+
+    def on_this_machine(self, value: Any) -> list:
+        """A JSON value of every process of this machine, whose ranks follow one another."""
+        first = self.rank - self.local_rank
+        return self.all_gather_object(value)[first : first + self.local_size]
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
@@ -133,8 +143,11 @@ class World:
                 found = work()
         return self.all_gather_object(found)[0]
 
-    def require_same(self, facts: dict[str, Any]) -> None:
+    def require_same(self, facts: dict[str, Any], advice: str = "give all the same command, package and data") -> None:
         """Make sure that all processes were told the same, run the same code and see the same data.
+
+        Args:
+            facts: JSON values, by the name that a message calls them. advice: what to do where they differ.
 
         Raises:
             UserError: they do not; as in `consensus`.
@@ -146,7 +159,7 @@ class World:
                     if other.get(name) != value:
                         raise UserError(
                             f"the processes disagree on {name}: {value} on process 0, {other.get(name)} on process "
-                            f"{rank}: give all the same command, package and data"
+                            f"{rank}: {advice}"
                         )
 
     def vote(self, own: Vote) -> Callable[[], Vote]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +12,22 @@ from torch import nn
 
 from semantica.device import pick_device, pick_precision
 from semantica.errors import UserError
+from semantica.inputs import SINGLE, TEXT
 from semantica.kernels import implementations
 from semantica.model.attention import set_attention
 from semantica.model.compile import compile_in_place
-from semantica.model.cost import count_parameters, step_flops
+from semantica.model.conditioner import Conditioner, encoders_of
+from semantica.model.cost import count_parameters, encoding_cost, step_flops
+from semantica.model.encoders import weights_sha256
 from semantica.model.float8 import check_float8, to_float8
+from semantica.model.image_encoder import sight_of
 from semantica.model.recompute import keeping_products
 from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.build import alignment, begin_with, build
 from semantica.train.config import TrainConfig
-from semantica.train.data.heldout import held_out_batches
-from semantica.train.data.loading import batches
+from semantica.train.data.folders import RECONSTRUCT
+from semantica.train.data.heldout import contrasted, held_out_batches
+from semantica.train.data.loading import batches, require_room, worker_bytes
 from semantica.train.data.open import open_data
 from semantica.train.data.pairs import Pairs
 from semantica.train.data.source import Source
@@ -35,6 +40,7 @@ from semantica.train.run.folder import Run
 from semantica.train.run.measure import Measure
 from semantica.train.sharding import Whole, parallelize
 from semantica.train.state import TrainState
+from semantica.words import WordTokenizer, listed
 
 
 class Feed:
@@ -99,8 +105,11 @@ class Training:
     measure: Measure
 
 
-def prepare(config: TrainConfig, world: World) -> Training:
-    """A new run, or one that continues from its newest whole checkpoint. Raises as `semantica.train.loop.train`."""
+def prepare(config: TrainConfig, world: World, opened: ExitStack) -> Training:
+    """A new run, or one that continues from its newest whole checkpoint. Raises as `semantica.train.loop.train`.
+
+    opened: closes the run, which holds its folder, also where preparing fails.
+    """
     with world.consensus():
         config.check(world.size)
     world.require_same(identity(config, world))
@@ -110,37 +119,48 @@ def prepare(config: TrainConfig, world: World) -> Training:
             raise UserError(f"--graph records what a GPU does, and the device is {device}: leave it out")
         if config.float8:
             check_float8(device)
-        data, held, bad = open_sets(config)
+        data, held, bad, alone = open_sets(config)
     config = dataclasses.replace(config, mode=data.mode)
     world.require_same({"the pictures in --data": data.digest(), "those held out": held and held.digest()})
 
     dtype = pick_precision(config.precision, device)
+    # "auto" is each machine's own: sums of another type, or in a group that some never join, would not end the run
+    arithmetic = f"{str(dtype).removeprefix('torch.')} on {device.type}"
+    world.require_same({"the arithmetic of a step": arithmetic}, "give all the same --precision and --device")
     parallel = parallelize(world, device, dtype)
+    # as the first process sees them: its weights replace those that a run begins with
+    goes_on = world.from_main(lambda: bool(checkpoint.folders(config.out / "checkpoints")))
     with world.consensus():
-        unet, encoder, scheduler = build(config, parallel.built_on, parallel.building)
-        # where the run continues, its own weights replace these anyway
-        begins = config.init and not checkpoint.folders(config.out / "checkpoints")
-        if begins and not unet.conv_in.weight.is_meta:
+        unet, encoder, scheduler = build(config, parallel.built_on, parallel.building, data.captions or ())
+        # of the encoders only that of pictures may be trained along, or stay where it is
+        pictures = encoders_of(encoder).get(SINGLE)
+        if config.init and not goes_on and not unet.conv_in.weight.is_meta:
             begin_with(config.init, unet, encoder)
         repa, teacher = alignment(config, unet, encoder, device)
+        known = frozen(config, encoder, teacher)
         networks = nn.ModuleList([unet, encoder])
         attention = set_attention(
             networks, config.attention, device, dtype, compiled=config.compile, deterministic=config.deterministic
         )
-    run = Run(config, data.digest(), world)
+    world.require_same({f"the weights of --{name.replace('_', '-')}": sha for name, sha in known.items()})
+    run = opened.enter_context(closing(Run(config, data.digest(), world, known)))
     run.bad_samples(bad if world.is_main else ())
     run.say(f"device {device}, {str(dtype).removeprefix('torch.')}; attention: {attention[0]} ({attention[1]})")
     run.say(*described(world, device))
     run.say(f"{data.describe()}; held out: {held.describe() if held else 'nothing'}; {len(bad)} bad")
+    if alone:
+        run.say(f"{len(alone)} groups of one picture are left out, the first is {alone[0]!r}; {RECONSTRUCT}")
     run.say(f"denoiser {millions(unet)} parameters, encoder {millions(encoder)}")
+    if config.texts:
+        run.say(*described_texts(encoder, held))
 
-    head = PairHead(encoder.token_dim, across=world.size > 1).to(device) if config.align else None
-    encodings = 0 if config.tokens else config.conditions + (head is not None) + (teacher is encoder)
-    flops = step_flops(unet, encoder, encodings=encodings, conditions=config.conditions)
-    if not encoder.trainable and not config.tokens:
-        # frozen, it stays whole: it has neither gradients nor moments, and to gather it would cost every step
-        encoder.to(device)
-    modules = {"unet": unet, "encoder": encoder, "head": head, "repa": repa}
+    head = PairHead(pictures.token_dim, across=world.size > 1).to(device) if config.align else None
+    flops = sample_flops(config, unet, encoder, head, teacher)
+    for part in encoders_of(encoder).values():
+        if not part.trainable and not (config.tokens and part is pictures):
+            # frozen, it stays whole: it has neither gradients nor moments, and to gather it would cost every step
+            part.to(device)
+    modules = {"unet": unet, "encoder": pictures, "head": head, "repa": repa}
     modules = {name: module for name, module in modules.items() if module is not None}
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
     state = TrainState(config, modules, scaler, parallel.copies)
@@ -149,17 +169,24 @@ def prepare(config: TrainConfig, world: World) -> Training:
     resume(state, saver.root, world, run.say)
     run.rewind(state.step)
 
-    sizes = {"image_size": unet.config.image_size, "condition_size": encoder.image_size}
+    tokenizer = encoder.encoders[TEXT].tokenizer if config.texts else None
+    shown = {
+        "image_size": unet.config.image_size, "condition_size": pictures and pictures.image_size,
+        "sight": pictures and sight_of(pictures), "conditions": config.pictures, "tokenizer": tokenizer,
+    }  # fmt: skip
     fixed = []
     if held:
-        once = encoder if config.tokens else None
+        once = pictures if config.tokens else None
         with world.consensus():
-            fixed = held_out_batches(
-                held, config.seed, **sizes, device=device, conditions=config.conditions, encoder=once
-            )
+            fixed = held_out_batches(held, config.seed, **shown, device=device, encoder=once)
+        for batch in fixed:
+            run.bad_samples(batch["bad"])
+        if fixed and not contrasted(fixed):
+            run.say("one group is held out: no held_out_loss_shuffled, which takes conditions of another")
     pairs = Pairs(
-        data, seed=config.seed, **sizes, conditions=config.conditions, global_batch=config.batch, drop=config.drop,
+        data, seed=config.seed, **shown, global_batch=config.batch, drop=config.drop,
         flip=config.flip, crop=None if config.crop == "centre" else config.crop, target_tokens=config.repa_from_store,
+        drop_each=(config.drop_picture, config.drop_text),
     )  # fmt: skip
     measure = Measure(config, device, dtype, flops, world)
     if measure.peak is None:
@@ -173,7 +200,9 @@ def prepare(config: TrainConfig, world: World) -> Training:
         scheduler=scheduler,
         state=state,
         objective=parallel.wrap(objective),
-        averaged=Objective(state.ema["unet"], state.ema.get("encoder", encoder), config.loss, config.scales).eval(),
+        averaged=Objective(
+            state.ema["unet"], with_pictures(encoder, state.ema.get("encoder")), config.loss, config.scales
+        ).eval(),
         pairs=pairs,
         feed=Feed(loaded(config, pairs, state.step, device, world, measure, run.say), world),
         held=fixed,
@@ -191,14 +220,25 @@ def run_device(config: TrainConfig, world: World) -> torch.device:
     return device
 
 
-def open_sets(config: TrainConfig) -> tuple[Source, Source | None, list[tuple[str, str]]]:
-    """Sources to train on and, or None, of held-out figures; (name, reason) of what is bad in them."""
-    data = open_data(config.data, config.mode, config.low, config.high, config.tokens)
+def open_sets(config: TrainConfig) -> tuple[Source, Source | None, list[tuple[str, str]], list[str]]:
+    """Sources to train on and, or None, of held-out figures; (name, reason) of what is bad in them; groups left out."""
+    data = open_data(config.data, config.mode, config.low, config.high, config.tokens, config.texts)
     if config.val:
-        held = open_data(config.val, data.mode, config.low, config.high)
-        return data, held, [*data.bad, *held.bad]
-    bad = [*data.bad]
-    return (*(data.split(config.held_out, config.seed) if config.held_out else (data, None)), bad)
+        held = open_data(config.val, data.mode, config.low, config.high, captions=config.texts)
+        return data, held, [*data.bad, *held.bad], [*data.alone, *held.alone]
+    left = [*data.bad], [*data.alone]
+    return (*(data.split(config.held_out, config.seed) if config.held_out else (data, None)), *left)
+
+
+def frozen(config: TrainConfig, encoder: nn.Module, teacher: nn.Module | None) -> dict[str, str]:
+    """SHA-256 of the weights of each frozen encoder that runs, by the option that names it: no checkpoint has them, and
+    what a hub or a folder has under a name may change. Stored tokens know the one that made them."""
+    parts = encoders_of(encoder)
+    pictures = None if config.tokens else parts.get(SINGLE)
+    named = {"encoder": pictures, "text_encoder": parts.get(TEXT)}
+    if teacher is not None and teacher is not parts.get(SINGLE):
+        named["repa_encoder"] = teacher
+    return {name: weights_sha256(part) for name, part in named.items() if part is not None and not part.trainable}
 
 
 def described(world: World, device: torch.device) -> list[str]:
@@ -208,6 +248,37 @@ def described(world: World, device: torch.device) -> list[str]:
         implementation, why = devices[device.type]
         lines.append(f"operator {name}: {implementation} ({why})")
     return lines
+
+
+def described_texts(encoder: Conditioner, held: Source | None) -> list[str]:
+    """What the encoder of texts knows, and which words of held-out texts it does not."""
+    tokenizer = encoder.encoders[TEXT].tokenizer
+    if not isinstance(tokenizer, WordTokenizer):
+        return []
+    lines = [f"texts: {len(tokenizer.vocabulary)} words, at most {tokenizer.length} in a text"]
+    unknown = tokenizer.unknown(held.captions) if held else []
+    if unknown:
+        lines.append(
+            f"{len(unknown)} words of held-out texts are in no training text, left out there: {listed(unknown)}"
+        )
+    return lines
+
+
+def with_pictures(encoder: nn.Module, pictures: nn.Module | None) -> nn.Module:
+    """An encoder with another one of pictures in its place, such as an average; as it is where there is none."""
+    if pictures is None:
+        return encoder
+    return Conditioner({**encoder.encoders, SINGLE: pictures}) if isinstance(encoder, Conditioner) else pictures
+
+
+def sample_flops(
+    config: TrainConfig, unet: nn.Module, encoder: nn.Module, head: nn.Module | None, teacher: nn.Module | None
+) -> int:
+    """Operations of one sample in a training step, those of all encoders that run in it included."""
+    shared = teacher is not None and teacher is encoders_of(encoder).get(SINGLE)
+    encodings = 0 if config.tokens else config.pictures + (head is not None) + shared
+    apart = 0 if teacher is None or shared else encoding_cost(teacher)[0]
+    return step_flops(unet, encoder, encodings=encodings, conditions=config.pictures) + apart
 
 
 def millions(module: nn.Module) -> str:
@@ -221,7 +292,7 @@ def compiled(config: TrainConfig, objective: Objective) -> Objective:
         to_float8(objective.unet)
     if config.compile:
         compile_in_place(objective, config.compile_scope)
-    trained = (objective.unet, objective.encoder) if objective.encoder.trainable else (objective.unet,)
+    trained = [objective.unet, *(part for part in encoders_of(objective.encoder).values() if part.trainable)]
     for module in trained if config.checkpointing else ():
         module.enable_gradient_checkpointing(keeping_products if config.checkpointing_keeps == "products" else None)
     return objective
@@ -245,6 +316,11 @@ def loaded(
     """This process' parts of the batches from a step on."""
     batch, first = config.batch // config.accumulate, step * config.batch
     demand = None if measure.peak is None else BEST_MFU * measure.peak / world.size / max(1, measure.flops)
-    workers, why = choose(pairs, first, batch // world.size, config.workers, demand, world.local_size, device.type)
+    size = batch // world.size
+    workers, why = choose(pairs, first, size, config.workers, demand, world.local_size, device.type)
+    # of all processes here, before any of them takes its part: what one sees free the others are about to take
+    shares = world.on_this_machine([workers, workers * worker_bytes(pairs, size)])
+    with world.consensus():
+        require_room(*map(sum, zip(*shares)))
     say(why)
     return batches(pairs, first_index=first, batch=batch, device=device, workers=workers, part=(world.rank, world.size))

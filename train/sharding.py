@@ -8,11 +8,11 @@ import functools
 import inspect
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from semantica.condition import Stream
 from semantica.model.compile import repeated
 from semantica.model.layers import CrossAttention
 from semantica.train.objective import Objective
@@ -43,8 +43,8 @@ class Whole:
         part only."""
         return nullcontext()
 
-    def place(self, images: Tensor | Stream) -> Tensor | Stream:
-        """Images `[B, 3, S, S]` as the first convolution should see them; a stream as it is.
+    def place(self, images: Any) -> Any:
+        """Images `[B, 3, S, S]` as the first convolution should see them, also by name; anything else as it is.
 
         Here the weights' own channels-last layout decides the layout of what follows.
         """
@@ -154,12 +154,15 @@ class FullySharded(Whole):
     def micro_batch(self, objective: nn.Module, last: bool) -> AbstractContextManager:
         from torch.distributed.fsdp import FSDPModule
 
-        for module in objective.children():
+        # an encoder may be one of several
+        for module in objective.modules():
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(last)
         return nullcontext()
 
-    def place(self, images: Tensor | Stream) -> Tensor | Stream:
+    def place(self, images: Any) -> Any:
+        if isinstance(images, dict):
+            return {name: self.place(value) for name, value in images.items()}
         flat = isinstance(images, Tensor) and images.ndim == 4
         return images.to(memory_format=torch.channels_last) if flat else images
 

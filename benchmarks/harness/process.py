@@ -3,6 +3,7 @@
 Requests and answers are JSON, one a line, answers on what was standard output when the process started.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -20,9 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from semantica.benchmarks.harness.arithmetic import exact_fp32
 from semantica.errors import UserError
+from semantica.memory import peak_resident
 
 if TYPE_CHECKING:
     from semantica.benchmarks.harness.race import Protocol, Times
+
+
+# seconds before whoever is next: threads of the process before may still spin
+QUIET = 0.02
 
 
 class Wrong(Exception):
@@ -63,7 +69,19 @@ def serve(handlers: dict[str, Callable[..., dict]]) -> None:
         except Exception as error:
             traceback.print_exc()
             answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        if "error" in answer:
+            give_back()
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def give_back() -> None:
+    """After a failure: what it left with torch's allocator is the device's again, for those that go on."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        # a fault may have taken the device from this process, which has answered with it
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def peak_memory() -> int:
@@ -71,9 +89,7 @@ def peak_memory() -> int:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident()
 
 
 class Process:
@@ -187,8 +203,8 @@ def race(
         judge: called after each round with those who ran, the content, and how many timed rounds there were by then:
             0 while all warm up.
     """
-    from semantica.benchmarks.harness.progress import phase
     from semantica.benchmarks.harness.race import Ceilings
+    from semantica.progress import phase
 
     entered, rng, ceilings, rounds, began = fair(entrants), random.Random(), Ceilings(device), -protocol.warmup, 0.0
     with phase(f"{what}: rounds", protocol.most) as done:
@@ -200,8 +216,7 @@ def race(
             content, ran = draw(), []
             rng.shuffle(entered)
             for entrant in entered:
-                # threads of the process before may still spin
-                time.sleep(0.02)
+                time.sleep(QUIET)
                 with entrant.refusing():
                     entrant.last = run(entrant, content)
                     ran.append(entrant)
@@ -210,6 +225,7 @@ def race(
             judge(ran, content, max(rounds, 0))
             entered = fair(entered)
             if rounds > 0:
+                time.sleep(QUIET)
                 ceilings.measure()
                 done.total = protocol.rounds((time.perf_counter() - began) / rounds)
                 done.update()

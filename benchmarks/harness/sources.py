@@ -18,23 +18,40 @@ SAMPLING = (
     *NETWORK, "semantica.solvers", "semantica.sampling", "semantica.engines", "semantica.pipelines", "semantica.export",
 )  # fmt: skip
 TRAINING = (*NETWORK, "semantica.diffusion", "semantica.memory", "semantica.train")
+# public UNets in torch, and those that are exported first and run by an engine
 UNETS = (
     "semantica.fused", "semantica.condition", "semantica.kernels", "semantica.solvers", "semantica.discrete",
     "semantica.sampling", "semantica.benchmarks.unets.contenders",
 )  # fmt: skip
+UNET_ENGINES = (*UNETS, "semantica.engines", "semantica.export", "semantica.benchmarks.unets.engines")
+TUNING = ("semantica.fused", "semantica.kernels", "semantica.benchmarks.finetuning.contenders")
+# by kind of row
 SOURCES = {
-    **dict.fromkeys(("unet", "unet_ladder", "decoder", "decoder_ladder"), UNETS),
+    **dict.fromkeys(("unet", "decoder"), UNET_ENGINES),
+    **dict.fromkeys(("unet_ladder", "decoder_ladder"), UNETS),
+    "finetune": TUNING,
     "sample": SAMPLING,
     "sample_ladder": (*SAMPLING, "semantica.benchmarks.sampling.stock"),
     "train": TRAINING,
     "scaling": TRAINING,
     "sustained": TRAINING,
-    "loading": ("semantica.images", "semantica.train.data"),
+    "loading": ("semantica.images", "semantica.pixels", "semantica.train.data"),
+}
+# of the first two, what runs in torch: `semantica.accelerate`, and the denoiser made of it
+IN_TORCH = (
+    "accelerate", "accelerate-fp32", "accelerate-compile", "accelerate-tuned",
+    "denoiser", "denoiser-eager", "denoiser-tuned",
+)  # fmt: skip
+# by kind of row and implementation: where that goes through less than the others of its kind, or through more
+OTHERS = {
+    **{(op, impl): UNETS for op in ("unet", "decoder") for impl in IN_TORCH},
+    ("sample", "one-file"): (*SAMPLING, "semantica.export.one_file"),
 }
 # of the CUDA kernels, in a checkout
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
-# files and folders in them that no measured run goes through: what is proved, timed or compiled, and mining
-LEFT_OUT = {"cases", "specimens", "pages"}
+# files and folders in them that no measured run goes through, or one implementation alone: what is proved, timed or
+# compiled, mining, and what is made of bundles
+LEFT_OUT = {"cases", "specimens", "pages", "products", "one_file", "repository", "web"}
 # fields of syntax trees that say nothing, or that not every version of Python has
 SILENT = {"ctx", "kind", "type_comment"}
 
@@ -57,12 +74,21 @@ def kernel_hash(op: str, arch: str, impl: str = "fused") -> str:
     return combined(files, ladders(op, arch), *served)
 
 
+def source_hash(op: str, arch: str, impl: str = "") -> str:
+    """Of the sources that a whole run of an implementation on an architecture is made of.
+
+    Args:
+        op: one of `SOURCES`. arch: as for `kernel_hash`. impl: goes through all of them unless `OTHERS` says else.
+    """
+    return hash_of(OTHERS.get((op, impl), SOURCES[op]), arch)
+
+
 @functools.cache
-def source_hash(op: str, arch: str) -> str:
-    """Of the sources that a whole run on an architecture is made of, one of `SOURCES`."""
+def hash_of(modules: tuple[str, ...], arch: str) -> str:
+    """Of modules and packages, and of what every operator is on an architecture."""
     from semantica.kernels import OPERATORS
 
-    files = [path for name in SOURCES[op] for path in files_of(name)]
+    files = [path for name in modules for path in files_of(name)]
     choices = [part for name in sorted(OPERATORS) for part in chosen(name, arch)] if arch.startswith("sm_") else []
     return combined(files, built_from(), *(ladders(name, arch) for name in sorted(OPERATORS)), *choices)
 
@@ -73,7 +99,7 @@ def stale(row: dict) -> bool:
     if row.get("kernel_hash") is None:
         return False
     if row["op"] in SOURCES:
-        return row["kernel_hash"] != source_hash(row["op"], row["arch"])
+        return row["kernel_hash"] != source_hash(row["op"], row["arch"], row.get("impl", ""))
     return row["kernel_hash"] != kernel_hash(row["op"], row["arch"], row["impl"])
 
 

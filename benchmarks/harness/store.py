@@ -2,8 +2,10 @@
 
 import datetime
 import functools
+import hashlib
 import json
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,14 @@ if TYPE_CHECKING:
 
 # what makes two rows of different files the same measurement
 IDENTITY = ("op", "impl", "shape", "layout", "dtype", "direction", "device")
+# names of this package's implementations of an operator: a fault of one is ours
+OURS = ("fused", "triton", "cuda")
+# how allocators of torch, CUDA, C++, the engines and the system say that they have no more
+NO_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|MemoryError|bad_alloc|ALLOC_FAILED|not enough memory|failed to allocate"
+    r"|can(not|'t) allocate memory|ended with code -9\b|no space left",
+    re.IGNORECASE,
+)
 
 
 @functools.cache
@@ -31,12 +41,18 @@ def commit() -> str | None:
     return head + "+" * bool(changes)
 
 
-@functools.cache
 def environment(device: str) -> dict:
-    """What every row says about where it was measured."""
+    """What every row says about where, and in what, it was measured."""
+    from semantica.benchmarks.harness.arithmetic import tf32
+
+    return {**place(device), "tf32": tf32()}
+
+
+@functools.cache
+def place(device: str) -> dict:
+    """Of `environment` what stays the same in a process."""
     import torch
 
-    from semantica.benchmarks.harness.arithmetic import tf32
     from semantica.doctor import installed, processor
     from semantica.kernels.launch import architecture
 
@@ -45,7 +61,6 @@ def environment(device: str) -> dict:
         "device": torch.cuda.get_device_name() if cuda else f"{processor()}, {torch.get_num_threads()} threads",
         "arch": architecture(torch.device(device)) if cuda else platform.machine(),
         "torch": torch.__version__,
-        "tf32": tf32(),
         "triton": installed("triton"),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -57,10 +72,11 @@ def row(names: tuple[str, ...], times: "Times", device: str, flops: int, ceiling
 
     Args:
         names: in the order of `IDENTITY`, without the device's.
-        ceilings: `copy_gbps` and `matrix_tflops`, and where there are several `matrix_tflops_` and a dtype.
+        ceilings: `copy_gbps` and `matrix_tflops`, and where there are several `matrix_tflops_` and a dtype; None, and
+            so is what would be a share of it, where one could not be measured.
     """
     named, median = dict(zip(IDENTITY, names)), times.quantile(0.5)
-    tflops = flops / median / 1e12
+    tflops, ceilings = flops / median / 1e12, {"copy_gbps": None, "matrix_tflops": None, **ceilings}
     return {
         **named,
         "uses": named["impl"],
@@ -68,15 +84,37 @@ def row(names: tuple[str, ...], times: "Times", device: str, flops: int, ceiling
         "rounds": len(times.device),
         "flops": flops,
         "tflops": tflops,
-        "share_of_matrix_rate": tflops / matrix_rate(ceilings, named["dtype"]),
+        "share_of_matrix_rate": share(tflops, matrix_rate(ceilings, named["dtype"])),
         **ceilings,
         **environment(device),
     }
 
 
-def matrix_rate(ceilings: dict[str, float], dtype: str) -> float:
+def matrix_rate(ceilings: dict[str, float | None], dtype: str) -> float | None:
     """TFLOP/s of a matrix product: of bf16 where whole runs compute in it, of the rows' own dtype where it is alone."""
-    return ceilings.get(f"matrix_tflops_{dtype}", ceilings["matrix_tflops"])
+    return ceilings.get(f"matrix_tflops_{dtype}", ceilings.get("matrix_tflops"))
+
+
+def share(part: float | None, whole: float | None) -> float | None:
+    """None where either could not be measured."""
+    return None if part is None or whole is None else part / whole
+
+
+def configured(folder: Path) -> str:
+    """What tells the model in a folder from another one that is called alike: the hash of its configurations."""
+    files = sorted(folder.glob("*/*config.json"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def lacks_memory(reason: object) -> bool:
+    """Whether something was refused for want of memory, by an error or by what was stored of it: that may pass."""
+    name = type(reason).__name__ if isinstance(reason, BaseException) else ""
+    return NO_MEMORY.search(f"{name} {reason}") is not None
+
+
+def refused(content: dict) -> list[dict]:
+    """Of a results file, what was not timed: `problem`, `impl` and `reason`, and where that was."""
+    return content.get("semantica", {}).get("wrong", [])
 
 
 class Replay:
@@ -132,7 +170,7 @@ def compare(before: list[dict], now: list[dict]) -> list[dict]:
     """Ratios of time, now to before, of the rows that both have; below 1 is faster.
 
     `low` and `high` are the band of noise: the ratio if one run had been at the 20th and the other at the 80th
-    percentile of its calls. A change is `clear` when either median lies outside the other's band.
+    percentile of its calls. A change is `clear` when each median lies outside the other's band.
     """
     found, ratios = {identity(row): row for row in before}, []
     for row in now:
@@ -151,7 +189,7 @@ def compare(before: list[dict], now: list[dict]) -> list[dict]:
                 "high": row["p80_us"] / was["p20_us"],
                 "clear": clear,
                 # how much the machine itself differed: above 1, it moved data more slowly
-                "machine": was["copy_gbps"] / row["copy_gbps"],
+                "machine": share(was["copy_gbps"], row["copy_gbps"]),
             }
         )
     return ratios

@@ -21,9 +21,10 @@ from typing import ClassVar
 
 import pytest
 
+from semantica.benchmarks.harness import store
 from semantica.benchmarks.harness.arithmetic import exact_fp32
-from semantica.benchmarks.harness.progress import time_left
-from semantica.benchmarks.harness.store import Replay
+from semantica.errors import ArtifactError, UserError
+from semantica.progress import time_left
 
 PLUGIN = "semantica-bench"
 
@@ -41,6 +42,7 @@ class Bench:
             problem, and by its direction where there are several.
         absent: implementations that are not raced, and why. wrong: rows that were not timed, and why.
         rows: what the file will hold of those that were. keep: is given the file as it stands, after each row.
+        broken: what ended it before its end. failures: tests that failed.
     """
 
     races: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
@@ -48,6 +50,8 @@ class Bench:
     wrong: list[dict] = field(default_factory=list)
     rows: list[dict] = field(default_factory=list)
     keep: Callable[[dict], None] = lambda content: None
+    broken: ArtifactError | UserError | None = None
+    failures: int = 0
     outcomes: dict[tuple[str, ...], dict[str, Outcome]] = field(default_factory=dict)
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     began: float = field(default_factory=time.perf_counter)
@@ -55,12 +59,38 @@ class Bench:
     keeps_samples: ClassVar[bool] = True
 
     def run(self, race: tuple[str, ...], what: str) -> dict[str, Outcome]:
-        """Outcomes by name. what: the race, for the progress bar."""
+        """Outcomes by name. what: the race, for the progress bar.
+
+        Raises:
+            ArtifactError, UserError: nothing can be measured any more.
+        """
         raise NotImplementedError
 
     def code(self, race: tuple[str, ...], name: str) -> dict:
         """`op`, `arch` and `kernel_hash` of an implementation of this package: what was wrong may be mended later."""
         return {}
+
+    def serves(self, row: dict) -> bool:
+        """Whether a row that was stored before stands for what would be measured now."""
+        # a few rounds of --quick stand for no others
+        alike = row.get("quick", False) == getattr(self, "quick", False)
+        return alike and self.which((row.get("shape"),)).get("model") == row.get("model")
+
+    def renewed(self, row: dict) -> dict:
+        """A row that was stored before and stands for what is asked for now, with what is known of it by now."""
+        return row
+
+    def which(self, race: tuple[str, ...]) -> dict:
+        """`model`, of a race of a folder: races are called by its name, and others may have it."""
+        return {}
+
+    def refusal(self, race: tuple[str, ...], name: str, reason: str) -> dict:
+        """What the file holds of an implementation that was not timed."""
+        named = dict(zip(("problem", "direction"), race))
+        found = store.environment(getattr(self, "device", "cpu"))
+        where = {field: found[field] for field in ("device", "torch", "triton", "commit", "date")}
+        told = {"impl": name, "reason": reason, "quick": getattr(self, "quick", False)}
+        return {**named, **told, **where, **self.which(race), **self.code(race, name)}
 
     def more(self) -> dict:
         """What the file holds beside the rows."""
@@ -89,12 +119,13 @@ class Bench:
             del benchmark["stats"]["data"]
 
     def pytest_runtest_logreport(self, report) -> None:
+        self.failures += report.failed
         if report.when == "call":
             name = report.nodeid.partition("[")[2].removesuffix("]")
             print(f"{'timed' if report.passed else 'WRONG'}  {name}", file=sys.__stderr__, flush=True)
 
 
-replay = Replay()
+replay = store.Replay()
 
 
 def bench_of(config, module) -> Bench:
@@ -120,31 +151,44 @@ def bench(request) -> Iterator[Bench]:
         yield found
 
 
+@contextlib.contextmanager
+def ending(bench: Bench) -> Iterator[None]:
+    """What is meant for the person at the keyboard ends all: nothing more can be measured, or be stored."""
+    try:
+        yield
+    except (ArtifactError, UserError) as error:
+        bench.broken = error
+        pytest.exit(str(error))
+
+
 @pytest.mark.benchmark(timer=replay)
 def test_row(race, impl, bench, benchmark):
-    outcome = bench.outcome(race, impl)
+    with ending(bench):
+        outcome = bench.outcome(race, impl)
     if isinstance(outcome, str):
-        named = dict(zip(("problem", "direction"), race))
-        bench.wrong.append({**named, "impl": impl, "reason": outcome, **bench.code(race, impl)})
-        bench.keep(bench.content())
+        bench.wrong.append(bench.refusal(race, impl, outcome))
+        with ending(bench):
+            bench.keep(bench.content())
         pytest.fail(f"{impl}: {outcome}", pytrace=False)
     seconds, row = outcome
     benchmark.group = " ".join(race)
     replay.play(benchmark, seconds)
     benchmark.extra_info.update(row)
     bench.rows.append(benchmark.stats.as_dict(include_data=bench.keeps_samples))
-    bench.keep(bench.content())
+    with ending(bench):
+        bench.keep(bench.content())
 
 
 def run(bench: Bench) -> dict:
-    """Everything of a bench; returns the results file of pytest-benchmark, as a value."""
+    """Everything of a bench; returns the results file of pytest-benchmark, as a value. Raises as `Bench.run`, and
+    `RuntimeError` where a test failed for another reason than a wrong result: its row would be missing."""
 
     class Named:
         @staticmethod
         def pytest_configure(config):
             config.pluginmanager.register(bench, PLUGIN)
 
-    suite, said = Path(inspect.getfile(type(bench))), io.StringIO()
+    suite, said, before = Path(inspect.getfile(type(bench))), io.StringIO(), len(bench.wrong)
     with tempfile.TemporaryDirectory() as folder:
         stored = Path(folder) / "rows.json"
         # no configuration but this: neither the user's project nor ours
@@ -152,9 +196,12 @@ def run(bench: Bench) -> dict:
         options += ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist"]
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = pytest.main([*options, f"--benchmark-json={stored}", str(suite)], plugins=[Named()])
+        if bench.broken is not None:
+            raise bench.broken
         if code == pytest.ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
-        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or (code and not bench.wrong):
+        wrong = len(bench.wrong) - before
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or bench.failures != wrong:
             raise RuntimeError(f"the suite broke:\n{said.getvalue()}")
         if not stored.exists() or not stored.stat().st_size:
             return bench.content()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from semantica.benchmarks.harness.store import OURS
 from semantica.report import Part, bars, markdown, svg, write_page
 
 if TYPE_CHECKING:
@@ -57,18 +58,65 @@ def milliseconds(head: str, *fields: str, detail: bool = False) -> Column:
 
 
 def mebibytes(head: str, field: str) -> Column:
-    return Column(head, lambda row, rows: f"{row[field] / 2**20:.0f}")
+    """Empty where nobody knows."""
+    return Column(head, lambda row, rows: "" if row[field] is None else f"{row[field] / 2**20:.0f}")
+
+
+def share(head: str, field: str, form: str = ".0%", detail: bool = False) -> Column:
+    """Of a ceiling, which says so where that could not be measured."""
+    return Column(head, lambda row, rows: UNMEASURED if row[field] is None else format(row[field], form), detail)
+
+
+UNMEASURED = "not measured"
+# which row of a race it is
+RACED = (
+    Column("operator", "{op}", detail=True),
+    Column("problem", "{shape}"),
+    Column("implementation", "{impl}"),
+    Column("arithmetic", "{dtype}"),
+)
+
+
+def raced_with(row: Row, rows: list[Row], *same: str) -> list[Row]:
+    """Rows of the same problem from the same run: what another run measured is no base of a ratio. `same`: further
+    fields of it."""
+    same = ("op", "shape", "layout", "direction", "device", "date", *same)
+    return [other for other in rows if all(other.get(field) == row.get(field) for field in same)]
+
+
+def apart(row: Row, other: Row) -> str:
+    """A mark of ratios to a row that was not in the same rounds, for want of memory: the ceilings beside it differ."""
+    return "~" if any(row.get(field) != other.get(field) for field in ("copy_gbps", "matrix_tflops")) else ""
+
+
+def is_rival(row: Row) -> bool:
+    """Whether a row is of what others ship: neither this package's nor the user's own."""
+    return row.get("kernel_hash") is None and row["impl"] not in OURS and ":" not in row["impl"]
+
+
+def ratio(row: Row, other: Row | None) -> str:
+    """How many times less time a row takes than another."""
+    return "" if other is None else f"{apart(row, other)}{other['median_us'] / row['median_us']:.2f}x"
 
 
 def against(name: str, *same: str) -> Column:
-    """How many times less time a row takes than an implementation of the same problem; `same`: further fields of it."""
-    same = ("op", "shape", "layout", "direction", "device", *same)
+    """To an implementation in the same run."""
 
-    def ratio(row: Row, rows: list[Row]) -> str:
-        found = [r for r in rows if r["impl"] == name and all(r[k] == row[k] for k in same)]
-        return f"{found[0]['median_us'] / row['median_us']:.2f}x" if found else ""
+    def cell(row: Row, rows: list[Row]) -> str:
+        found = (other for other in raced_with(row, rows, *same) if other["impl"] == name)
+        return ratio(row, next(found, None))
 
-    return Column(f"against {name}", ratio)
+    return Column(f"against {name}", cell)
+
+
+def against_fastest(*same: str) -> Column:
+    """To whichever of the others in the same run was fastest: a base that was chosen beforehand may be a slow one."""
+
+    def cell(row: Row, rows: list[Row]) -> str:
+        found = filter(is_rival, raced_with(row, rows, *same))
+        return ratio(row, min(found, key=lambda other: other["median_us"], default=None))
+
+    return Column("against the fastest other", cell)
 
 
 def heads(columns: Sequence[Column]) -> tuple[str, ...]:
@@ -90,7 +138,7 @@ def show(columns: Sequence[str], body: Body) -> None:
     named = [f"{columns[i].strip()}: {body[0][i]}" for i in alike if body[0][i]]
     if named:
         print("; ".join(named))
-    numeric = [all(re.fullmatch(r"[-0-9.%x/ ]*", cell) for cell in found) for found in values]
+    numeric = [all(re.fullmatch(r"[-~0-9.%x/ ]*", cell) for cell in found) for found in values]
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         if i not in alike:
@@ -101,14 +149,22 @@ def show(columns: Sequence[str], body: Body) -> None:
     Console(width=max(80, Console(width=1000).measure(table).maximum), highlight=False).print(table)
 
 
+REFUSED = ("problem", "direction", "implementation", "reason")
+
+
+def refused(row: Row) -> tuple[str, ...]:
+    """A line of `REFUSED`."""
+    return row["problem"], row.get("direction", ""), row["impl"], row["reason"]
+
+
 def as_markdown(
     columns: Sequence[Column], rows: list[Row], stale: Callable[[Row], bool], marked: str = "implementation"
 ) -> str:
-    """Without details; rows that are stale say so in the column `marked`."""
-    columns = [column for column in columns if not column.detail]
+    """Without details and columns that are empty; rows that are stale or a quick look say so in the column `marked`."""
+    columns = [column for column in columns if not column.detail and any(column.write(row, rows) for row in rows)]
     body = []
     for row, line in zip(rows, cells(columns, rows)):
-        mark = " (stale)" if stale(row) else ""
+        mark = " (stale)" * stale(row) + " (quick)" * row.get("quick", False)
         body.append(tuple(cell + mark * (head == marked) for head, cell in zip(heads(columns), line)))
     return markdown(heads(columns), body)
 
@@ -124,12 +180,13 @@ def page(path: Path, kind: Kind, rows: list[Row], bench: "Bench") -> None:
     parts += [
         Part(heading, columns=tuple(named), rows=tuple(body)) for heading, (named, body) in bench.tables(rows).items()
     ]
-    wrong = tuple((row["problem"], row.get("direction", ""), row["impl"], row["reason"]) for row in bench.wrong)
-    parts.append(Part("Wrong, not timed", columns=("problem", "direction", "implementation", "reason"), rows=wrong))
+    parts.append(Part("Wrong, not timed", columns=REFUSED, rows=tuple(map(refused, bench.wrong))))
     parts.append(Part("Absent", columns=("implementation", "reason"), rows=tuple(bench.absent.items())))
     if rows:
         facts = ("device", "arch", "torch", "triton", "commit", "date")
-        parts.append(Part("What ran", columns=("", ""), rows=tuple((k, str(rows[0][k])) for k in facts)))
+        # rows of an earlier run may be of another version
+        every = {fact: dict.fromkeys(str(row[fact]) for row in rows) for fact in facts}
+        parts.append(Part("What ran", columns=("", ""), rows=tuple((k, ", ".join(v)) for k, v in every.items())))
     write_page(path, kind.title, [part for part in parts if part.text or part.svg or part.rows], 1200)
 
 
@@ -144,5 +201,6 @@ def times_by_shape(rows: list[Row], label: str, floor: str) -> "Figure":
         own = [row for row in rows if row["shape"] == shape]
         fields = ("median_us", "p20_us", "p80_us")
         times = {f"{row['impl']} ({row['dtype']})": tuple(row[k] / 1e3 for k in fields) for row in own}
-        panels[shape] = times, own[0]["flops"] / own[0]["matrix_tflops"] / 1e9
+        matrix = own[0]["matrix_tflops"]
+        panels[shape] = times, None if matrix is None else own[0]["flops"] / matrix / 1e9
     return bars(panels, label, floor)

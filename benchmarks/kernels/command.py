@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from semantica.benchmarks.harness.table import Column, Kind, against, cells, heads, show
-from semantica.benchmarks.harness.verb import Outputs, measure, named_apart, need
+from semantica.benchmarks.harness.table import Column, Kind, against, against_fastest, cells, heads, share, show
+from semantica.benchmarks.harness.verb import Outputs, leave_out, listed, measure, named_apart, need
 from semantica.errors import UserError
 from semantica.files import write_json
 
@@ -58,9 +58,13 @@ def kernels(config: KernelsConfig) -> int:
         raise UserError(f"--op {config.op!r} is unknown: expected all, {', '.join(OPERATORS)}")
     if config.workers < 1:
         raise UserError(f"--workers is {config.workers}: give at least 1")
+    raced = ("models", "direction", "part", "quick", "resume", "png")
     if config.compile_only:
+        leave_out(config, "says nothing to --compile-only", "host_cost", *raced)
         return compile_only(config)
+    leave_out(config, "is for --compile-only", "arch", "workers")
     if config.host_cost:
+        leave_out(config, "says nothing to --host-cost", "impl", "html", *raced)
         return host_cost(config)
     if config.impl and config.op == "all":
         raise UserError("--impl needs --op NAME: which operator it computes")
@@ -68,13 +72,13 @@ def kernels(config: KernelsConfig) -> int:
         raise UserError("--direction needs at least one of forward, backward, both")
     need("pytest", "pytest_benchmark")
 
-    from semantica.benchmarks.kernels.implementations import OURS
+    from semantica.benchmarks.harness.store import OURS
     from semantica.benchmarks.kernels.suite import KernelBench
 
     part = re.fullmatch(r"(\d+)/(\d+)", config.part)
     if not part or not 1 <= int(part[1]) <= int(part[2]):
         raise UserError(f"--part {config.part!r}: give K/N with 1 <= K <= N, such as 1/3")
-    models = tuple(filter(None, config.models.split(",")))
+    models = listed(config.models)
     named_apart(models)
     bench = KernelBench(
         ops=tuple(OPERATORS) if config.op == "all" else (config.op,),
@@ -94,19 +98,19 @@ def kernels(config: KernelsConfig) -> int:
 
 
 ABOUT = (
-    "Implementations ran in random order within rounds, after the same warm-up, on inputs filled anew for every "
-    "call and with cold caches; each result was checked against float64 before and after. Effective GB/s: bytes "
-    "that no implementation can avoid over the median time; moved: bytes this one really moves, where known; "
-    "shares are of a copy, and of a matrix product, timed in the same rounds."
+    "Implementations ran in random order within rounds, after the same warm-up, on inputs filled anew for every call, "
+    "with a cold L2 and, on a processor, its L3 as the last calls left it; each result was checked against float64 "
+    "before and after. Effective GB/s: bytes that no implementation can avoid over the median time; moved: bytes this "
+    "one really moves, where known; shares are of a copy, and of a matrix product, timed in the same rounds."
 )
 
 
-def known(head: str, form: str) -> Column:
+def known(column: Column) -> Column:
     """Of the bytes that an implementation really moves, if anybody knows them."""
-    return Column(head, lambda row, rows: "" if row["gbps"] is None else form.format_map(row), detail=True)
+    return Column(column.head, lambda row, rows: "" if row["gbps"] is None else column.write(row, rows), detail=True)
 
 
-def of_products(head: str, form: str) -> Column:
+def of_products(column: Column) -> Column:
     """What says something about matrix products alone: of operators whose products torch counts too."""
 
     def cell(row: dict, rows: list[dict]) -> str:
@@ -114,9 +118,9 @@ def of_products(head: str, form: str) -> Column:
 
         # a stored row may be of an operator that is not registered here
         operator = OPERATORS.get(row["op"])
-        return form.format_map(row) if operator and operator.flop_formulas else ""
+        return column.write(row, rows) if operator and operator.flop_formulas else ""
 
-    return Column(head, cell)
+    return Column(column.head, cell)
 
 
 def implementation(row: dict, rows: list[dict]) -> str:
@@ -128,7 +132,7 @@ def error(row: dict, rows: list[dict]) -> str:
 
 
 def figure(rows: list[dict]):
-    """Roofline of all rows; the ceilings are medians over the races."""
+    """Roofline of all rows; the ceilings are medians over the races, of those that could be measured."""
     from semantica.report import roofline
 
     points: dict[str, tuple[list[float], list[float]]] = {}
@@ -136,8 +140,8 @@ def figure(rows: list[dict]):
         x, y = points.setdefault(f"{row['op']} {row['impl']}", ([], []))
         x.append(row["flops"] / row["effective_bytes"])
         y.append(row["tflops"])
-    copy, matrix = (sorted(row[k] for row in rows)[len(rows) // 2] for k in ("copy_gbps", "matrix_tflops"))
-    return roofline(points, copy, matrix)
+    measured = ([row[k] for row in rows if row[k] is not None] for k in ("copy_gbps", "matrix_tflops"))
+    return roofline(points, *(sorted(found)[len(found) // 2] if found else None for found in measured))
 
 
 KIND = Kind(
@@ -155,12 +159,13 @@ KIND = Kind(
         Column("wall us", "{wall_us:.1f}", detail=True),
         # bytes that nobody can avoid, and below those that this one really moves
         Column("effective GB/s", "{effective_gbps:.1f}"),
-        Column("of copy", "{effective_share_of_copy:.0%}"),
-        known("moved GB/s", "{gbps:.1f}"),
-        known("of copy ", "{share_of_copy:.0%}"),
-        of_products("TFLOP/s", "{tflops:.3g}"),
-        of_products("of matrix", "{share_of_matrix_rate:.0%}"),
+        share("of copy", "effective_share_of_copy"),
+        known(Column("moved GB/s", "{gbps:.1f}")),
+        known(share("of copy ", "share_of_copy")),
+        of_products(Column("TFLOP/s", "{tflops:.3g}")),
+        of_products(share("of matrix", "share_of_matrix_rate")),
         against("eager", "dtype"),
+        against_fastest("dtype"),
         Column("calls", lambda row, rows: ", ".join(map(str, row.get("calls", {}).values())), detail=True),
         Column("error / eager's", error, detail=True),
     ),

@@ -18,6 +18,8 @@ from torch import Tensor
 from semantica.benchmarks.harness.process import resolve
 from semantica.benchmarks.kernels.problems import Problem
 from semantica.kernels import OPERATORS, cuda
+from semantica.kernels.attention_columns.op import there
+from semantica.kernels.attention_moments.op import normalised, valid
 from semantica.kernels.cross_attention.op import RMS_EPS
 from semantica.kernels.group_norm.cuda_plan import Problem as CudaProblem
 from semantica.kernels.group_norm.op import per_channel
@@ -25,8 +27,13 @@ from semantica.kernels.group_norm.op import per_channel
 HALF = (torch.float16, torch.bfloat16)
 # the rule of the tests, for the fused operators and the user's own
 OWN_LEEWAY = 2.0
-# names of `ours`: a fault of one is this package's
-OURS = ("fused", "triton", "cuda")
+# of what others ship: more, since its error stands in the row and a rival that is left out proves nothing; in fp32
+# eager adds up more exactly than most, and nobody calls a result with six right digits wrong
+RIVAL_LEEWAY, RIVAL_LEAST = 4 * OWN_LEEWAY, 2.0**-17
+# of products in 16 bits that round what becomes an exponent, as others write them: 3 % of the largest value in bf16
+ROUNDED = 4
+# operators whose rivals do so
+IN_16_BITS = ("attention_moments", "attention_columns")
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,8 @@ class Implementation:
         load: imports what it needs and returns the function; `ImportError` says that it is not installed.
         serves: whether it can compute a problem at all.
         compiled: whether calling it under other global settings would compile it again.
-        leeway: how many times eager's error it may have; what others ship is raced with up to four times ours, since
-            its error stands in the row, and a rival that is left out proves nothing.
+        leeway, least, ulps: how many times eager's error it may have, of a tensor's largest value how much at least,
+            and how many units in the last place of the problem's type.
     """
 
     name: str
@@ -46,7 +53,15 @@ class Implementation:
     load: Callable[[], Callable[..., Tensor]]
     serves: Callable[[Problem], bool] = lambda problem: True
     compiled: bool = False
-    leeway: float = 4 * OWN_LEEWAY
+    leeway: float = OWN_LEEWAY
+    least: float = 0.0
+    ulps: int = 1
+
+
+def rival(name: str, op: str, load: Callable, *serves: Callable, compiled: bool = False) -> Implementation:
+    """What others ship."""
+    rule = {"leeway": RIVAL_LEEWAY, "least": RIVAL_LEAST, "ulps": ROUNDED if op in IN_16_BITS else 1}
+    return Implementation(name, op, load, *serves, compiled=compiled, **rule)
 
 
 def with_addend(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -68,6 +83,40 @@ def finish(y: Tensor, scale: Tensor | None, shift: Tensor | None, activation: st
     if scale is not None:
         y = y * (1 + per_channel(scale, y)) + per_channel(shift, y)
     return F.silu(y) if activation == "silu" else y
+
+
+def map_native(q: Tensor, k: Tensor, lse: Tensor, there: Tensor | None) -> Tensor:
+    """The map stored whole, `[B, H, N, M]` in lse's type, of k `[B, H, M, D]`. The product is in q's type, at the full
+    rate of what multiplies matrices in 16 bits, which rounds the logits; only then they are widened."""
+    if there is not None:
+        # an absent stream has a logarithm of -inf, and from infinite numbers no gradient comes back
+        lse = torch.where(there.any(-1), lse, 0)
+    logits = (q.transpose(1, 2) @ k.transpose(2, 3)).to(lse.dtype) * q.shape[-1] ** -0.5 - lse[..., None]
+    return logits.exp() if there is None else logits.masked_fill(~there, -torch.inf).exp()
+
+
+def moments_native(q, k, lse, features, lengths=None, q_weight=None) -> Tensor:
+    """As most would write it, both products in q's type. The reference widens q and k, so that it multiplies in fp32
+    whatever they are, and holds a chunk of the map at a time, which on a GPU is many small launches."""
+    p = map_native(normalised(q, q_weight), k.transpose(1, 2), lse, valid(lengths, k.shape[1]))
+    features = (features if features.ndim == 3 else features[None])[:, None].to(q.dtype)
+    return (p.to(q.dtype).transpose(2, 3) @ features).to(lse.dtype)
+
+
+def columns_native(q, k, lse, tokens, lengths=None, q_weight=None) -> Tensor:
+    """As most would write it: the chosen keys and their products in q's type, where the reference widens both."""
+    tokens = tokens if tokens.ndim == 2 else tokens[None]
+    index = tokens.clamp(0, k.shape[1] - 1).long().expand(k.shape[0], -1)[:, None, :, None]
+    keys = k.transpose(1, 2).gather(2, index.expand(-1, k.shape[2], -1, k.shape[3]))
+    return map_native(normalised(q, q_weight), keys, lse, there(tokens, lengths, k.shape[1])[:, None, None])
+
+
+# PyTorch's operators as most would call them where the reference does otherwise: what torch.compile is given, too
+NATIVE = {
+    "group_norm": group_norm_native,
+    "attention_moments": moments_native,
+    "attention_columns": columns_native,
+}
 
 
 def liger() -> Callable:
@@ -129,11 +178,14 @@ def half_on_gpu(problem: Problem) -> bool:
 
 # what else computes an operator
 RIVALS = [
-    Implementation("native", "group_norm", lambda: group_norm_native, lambda p: p.case.channels_last),
-    Implementation("liger", "group_norm", liger, lambda p: on_gpu(p) and not p.case.channels_last),
-    Implementation("apex", "group_norm", apex, lambda p: on_gpu(p) and p.case.channels_last and len(p.case.shape) == 4),
-    Implementation("flash-attn", "cross_attention", flash_attn, half_on_gpu),
-    Implementation("xformers", "cross_attention", xformers, lambda p: on_gpu(p) and p.case.lengths is None),
+    # of a contiguous tensor it is the reference
+    rival("native", "group_norm", lambda: group_norm_native, lambda p: p.case.channels_last),
+    rival("native", "attention_moments", lambda: moments_native),
+    rival("native", "attention_columns", lambda: columns_native),
+    rival("liger", "group_norm", liger, lambda p: on_gpu(p) and not p.case.channels_last),
+    rival("apex", "group_norm", apex, lambda p: on_gpu(p) and p.case.channels_last and len(p.case.shape) == 4),
+    rival("flash-attn", "cross_attention", flash_attn, half_on_gpu),
+    rival("xformers", "cross_attention", xformers, lambda p: on_gpu(p) and p.case.lengths is None),
 ]
 
 
@@ -192,29 +244,29 @@ def sizes_in_cuda(problem: Problem) -> CudaProblem:
 
 def ours(op: str) -> list[Implementation]:
     """The fused operator, as its users get it; of group_norm also each kind of its kernels for GPUs by itself."""
-    found = [Implementation("fused", op, lambda: OPERATORS[op].function, leeway=OWN_LEEWAY)]
+    found = [Implementation("fused", op, lambda: OPERATORS[op].function)]
     if op == "group_norm":
         # without CUDA's the operator is Triton's, and one row is enough
         triton = partial(by_kernels, "forward")
         found += [
-            Implementation("triton", op, triton, in_cuda, leeway=OWN_LEEWAY),
-            Implementation("cuda", op, cuda_kernels, in_cuda, leeway=OWN_LEEWAY),
+            Implementation("triton", op, triton, in_cuda),
+            Implementation("cuda", op, cuda_kernels, in_cuda),
         ]
     return found
 
 
 def implementations(op: str) -> list[Implementation]:
-    """The fused operator, its reference, that compiled, and the rivals."""
+    """The fused operator, its reference, what PyTorch's compiler makes of its operators, and the rivals."""
     operator = OPERATORS[op]
 
     def compiled() -> Callable[..., Tensor]:
-        return torch.compile(operator.reference, fullgraph=True, dynamic=False)
+        return torch.compile(NATIVE.get(op, operator.reference), fullgraph=True, dynamic=False)
 
     return [
         *ours(op),
-        Implementation("eager", op, lambda: operator.reference),
-        Implementation("compile", op, compiled, compiled=True),
-        *(rival for rival in RIVALS if rival.op == op),
+        rival("eager", op, lambda: operator.reference),
+        rival("compile", op, compiled, compiled=True),
+        *(other for other in RIVALS if other.op == op),
     ]
 
 
@@ -235,5 +287,5 @@ def available(ops: list[str], device: str, own: tuple[str, ...]) -> tuple[list[I
             absent[implementation.name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
     for target in own:
         function = resolve(target)
-        present.append(Implementation(target, ops[0], lambda function=function: function, leeway=OWN_LEEWAY))
+        present.append(Implementation(target, ops[0], lambda function=function: function))
     return present, absent

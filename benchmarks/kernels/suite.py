@@ -14,18 +14,25 @@ from torch.utils._pytree import tree_leaves
 
 from semantica.benchmarks.harness import race as timing
 from semantica.benchmarks.harness import sources, store
+from semantica.benchmarks.harness.process import give_back
 from semantica.benchmarks.harness.race import Protocol, Times
 from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_generate_tests, test_row
 from semantica.benchmarks.harness.summary import EVALUATION, evaluations
-from semantica.benchmarks.kernels.implementations import OURS, Implementation, available
+from semantica.benchmarks.kernels.implementations import Implementation, available
 from semantica.benchmarks.kernels.problems import Problem, problems, public_problems, too_large
 from semantica.benchmarks.kernels.traffic import bytes_moved, who_serves
 from semantica.benchmarks.kernels.verify import CONTENTS, Accuracy, Answers, Wrong, as_leaves, each, tensors, verify
+from semantica.errors import ArtifactError, first_line
 from semantica.kernels import OPERATORS
 
 __all__ = ["bench", "pytest_generate_tests", "test_row"]
 # sets of input buffers that calls take in turn
 SETS = 3
+# what stands beside every race: the field of a row, and from device and dtype the call and its bytes or operations
+CEILINGS = {
+    "copy": ("copy_gbps", 1e9, lambda device, dtype: timing.copy_contender(device)),
+    "matrix": ("matrix_tflops", 1e12, lambda device, dtype: timing.matrix_contender(device, dtype)),
+}
 
 
 class Traffic(TorchDispatchMode):
@@ -79,6 +86,17 @@ def returned(result: tuple, answers: Answers) -> dict[str, Tensor]:
     return named if out is None else {"out": out, **named}
 
 
+def usable(name: str, device: str) -> None:
+    """After a fault: raises `ArtifactError` where it has cost the process its GPU, as an illegal address does. All that
+    came after it would be called wrong, and be stored so."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        said = f"{name} has left the GPU unusable ({first_line(error)})"
+        raise ArtifactError(f"{said}: what was measured before is kept; compute-sanitizer finds the fault") from error
+
+
 class ProblemRace:
     """A problem with its implementations: each verified for a direction, and all that passed raced."""
 
@@ -97,35 +115,59 @@ class ProblemRace:
         try:
             if (name, gradients) not in self.accuracy:
                 self.accuracy[name, gradients] = verify(
-                    self.functions[name], self.answers, gradients, entrant.leeway, entrant.compiled
-                )
+                    self.functions[name], self.answers, gradients, entrant.leeway, entrant.compiled, entrant.least,
+                    entrant.ulps,
+                )  # fmt: skip
         except Wrong as error:
             self.wrong[name, direction] = str(error)
         # whatever an implementation raises is its own failure, and must not end the suite
         except Exception as error:
-            self.wrong[name, direction] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.refuse(name, direction, error)
 
-    def race(self, direction: str, clock, protocol: Protocol) -> tuple[dict[str, Times], dict[str, float]]:
-        """Times of all that are right, and the ceilings in the same rounds. The last results are judged again."""
+    def refuse(self, name: str, direction: str, error: BaseException, when: str = "") -> None:
+        """An implementation is out for what it raised. Raises `ArtifactError` where the GPU is gone, too."""
+        self.wrong[name, direction] = f"{when}{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        usable(f"{name} of {self.problem.name}", self.problem.device)
+
+    def race(self, direction: str, clock, protocol: Protocol) -> tuple[dict[str, Times], dict[str, float | None]]:
+        """Times of all that are right, and the ceilings in the same rounds, None for one that could not be measured.
+        The last results are judged again."""
         for name in self.functions:
             self.check(name, direction)
-        fair = {n: f for n, f in self.functions.items() if (n, direction) not in self.wrong}
-        runners = {n: contender(f, self.answers, direction) for n, f in fair.items()}
-        runners["copy"], copied = timing.copy_contender(self.problem.device)
-        runners["matrix"], multiplied = timing.matrix_contender(self.problem.device, self.problem.dtype)
+        above = list(CEILINGS)
+        while True:
+            fair = {n: f for n, f in self.functions.items() if (n, direction) not in self.wrong}
+            try:
+                return self.among(fair, above, direction, clock, protocol)
+            except timing.Failed as failed:
+                # a race of the others begins anew: one that wants too much memory costs nobody else the rows
+                if failed.name in fair:
+                    self.refuse(failed.name, direction, failed.__cause__, "while it was timed: ")
+                else:
+                    above.remove(failed.name)
+                    usable(f"the ceiling {failed.name}", self.problem.device)
+            give_back()
+
+    def among(self, fair: dict[str, Callable], above: list[str], direction: str, clock, protocol: Protocol):
+        """One race; above: which ceilings are in it. Raises `timing.Failed` where one of all these cannot go on."""
+        runners, amounts = {n: contender(f, self.answers, direction) for n, f in fair.items()}, {}
+        for name in above:
+            try:
+                runners[name], amounts[name] = CEILINGS[name][2](self.problem.device, self.problem.dtype)
+            except (RuntimeError, MemoryError) as error:
+                raise timing.Failed(name) from error
         times, last = timing.race(runners, clock, protocol)
         for name in fair:
             number, result = last[name]
             try:
-                leeway = self.entrants[name].leeway
-                self.answers.judge(number % CONTENTS, returned(result, self.answers), leeway)
+                made, entrant = returned(result, self.answers), self.entrants[name]
+                self.answers.judge(number % CONTENTS, made, entrant.leeway, entrant.least, entrant.ulps)
             except Wrong as error:
                 self.wrong[name, direction] = f"while it was timed: {error}"
-        ceilings = {
-            "copy_gbps": copied / times["copy"].quantile(0.5) / 1e9,
-            "matrix_tflops": multiplied / times["matrix"].quantile(0.5) / 1e12,
+        return times, {
+            field: amounts[name] / times[name].quantile(0.5) / unit if name in above else None
+            for name, (field, unit, _) in CEILINGS.items()
         }
-        return times, ceilings
 
     def moved(self, name: str, direction: str, cache: int) -> int | None:
         """Bytes really moved: counted by operator for eager, by its passes for a kernel of ours, else unknown."""
@@ -134,9 +176,9 @@ class ProblemRace:
             with Traffic() as traffic:
                 call()
             return traffic.total
-        return bytes_moved(self.problem, name, direction, cache) if name in OURS else None
+        return bytes_moved(self.problem, name, direction, cache) if name in store.OURS else None
 
-    def row(self, name: str, direction: str, times: Times, ceilings: dict[str, float], cache: int) -> dict:
+    def row(self, name: str, direction: str, times: Times, ceilings: dict[str, float | None], cache: int) -> dict:
         """The fields of an implementation's row."""
         problem, fused = self.problem, name == "fused"
         named = (problem.op, name, problem.shape, problem.layout, problem.dtype_name, direction)
@@ -148,11 +190,11 @@ class ProblemRace:
         ):
             gbps = None if moved is None else moved / row["median_us"] / 1e3
             row |= {f"{kind}bytes": moved, f"{kind}gbps": gbps}
-            row[f"{kind}share_of_copy"] = None if gbps is None else gbps / ceilings["copy_gbps"]
+            row[f"{kind}share_of_copy"] = store.share(gbps, ceilings["copy_gbps"])
         row |= {"max_err": accuracy.error, "max_err_eager": accuracy.eager, "max_err_tensor": accuracy.tensor}
         row |= {"wall_us": timing.quantile(times.wall, 0.5) * 1e6}
         row |= {"uses": who_serves(problem, direction) if fused else name}
-        return row | {"kernel_hash": sources.kernel_hash(problem.op, row["arch"], name) if name in OURS else None}
+        return row | {"kernel_hash": sources.kernel_hash(problem.op, row["arch"], name) if name in store.OURS else None}
 
 
 @dataclass(eq=False)
@@ -199,9 +241,20 @@ class KernelBench(Bench):
 
     def code(self, race: tuple[str, str], name: str) -> dict:
         op, arch = self.problems[race[0]][0].op, store.environment(self.device)["arch"]
-        return {"op": op, "arch": arch, "kernel_hash": sources.kernel_hash(op, arch, name)} if name in OURS else {}
+        ours = name in store.OURS
+        return {"op": op, "arch": arch, "kernel_hash": sources.kernel_hash(op, arch, name)} if ours else {}
 
     def run(self, race: tuple[str, str], what: str) -> dict[str, Outcome]:
+        try:
+            return self.raced(race)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, ArtifactError) or not store.lacks_memory(error):
+                raise
+            # by no implementation's fault: what all of them are given is too much
+            self.current = None
+            return dict.fromkeys(self.races[race], f"the race does not fit: {first_line(error)}")
+
+    def raced(self, race: tuple[str, str]) -> dict[str, Outcome]:
         name, direction = race
         if self.current is None or self.current.problem.name != name:
             # its tensors may fill a GPU: gone before the next ones are drawn
@@ -219,6 +272,11 @@ class KernelBench(Bench):
             return times[name].device, row | self.asked(found.problem) | ({"quick": True} if self.quick else {})
 
         return {name: outcome(name) for name in self.races[race]}
+
+    def renewed(self, row: dict) -> dict:
+        """A shape may be another model's, too: the row has the calls of all that asked for it."""
+        problem, _ = self.problems[" ".join(row[field] for field in ("op", "shape", "layout", "dtype"))]
+        return row | {field: row.get(field, {}) | calls for field, calls in self.asked(problem).items()}
 
     def asked(self, problem: Problem) -> dict[str, dict[str, int]]:
         """Of public models alone: how often one evaluation of each asks for a problem, and for any of its operator."""

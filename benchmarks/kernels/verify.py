@@ -1,9 +1,9 @@
 """Accuracy first: whether a result is right, really computed now, and complete when the call says so.
 
 An implementation is refused when its output or a gradient is further from float64 than a small multiple (the
-operators': 2) of eager torch's error on contiguous input plus one unit in the last place; when it returns an earlier
-result, leaves memory unwritten, writes to an input, or still works after the call (on another stream or thread), where
-no clock would see it.
+operators': 2) of eager torch's error on contiguous input plus one unit in the last place of the type that it is given;
+when it returns an earlier result, leaves memory unwritten, writes to an input, or still works after the call (on
+another stream or thread), where no clock would see it.
 """
 
 import contextlib
@@ -62,8 +62,13 @@ class Answers:
             eager.append(evaluate(reference, plain, None if back is None else back.contiguous()))
         return cls(problem, inputs, cotangents, truth, eager)
 
-    def judge(self, content: int, actual: dict[str, Tensor], leeway: float) -> Accuracy:
-        """How accurate results are; their errors may be `leeway` times eager's.
+    def judge(
+        self, content: int, actual: dict[str, Tensor], leeway: float, least: float = 0.0, ulps: int = 1
+    ) -> Accuracy:
+        """How accurate results are; their errors may be `leeway` times eager's, and `ulps` units in the last place of
+        the problem's type or `least` of a tensor's largest value, whichever is more.
+
+        The problem's type, also where a result is in fp32: what sums up 16-bit numbers for matrix units rounds them.
 
         Raises:
             Wrong: less accurate than the rule allows, or of another dtype or shape.
@@ -74,10 +79,11 @@ class Answers:
             if result is None or result.shape != exact.shape or result.dtype != eager.dtype:
                 got = "nothing" if result is None else f"{tuple(result.shape)} {result.dtype}"
                 raise Wrong(f"{name} is {got}: expected {tuple(exact.shape)} {eager.dtype}")
-            ulp = torch.finfo(eager.dtype).eps * max(exact.abs().max().item(), 1e-6)
+            largest = max(exact.abs().max().item(), 1e-6)
+            ulp = torch.finfo(self.problem.dtype).eps * largest
             error, own = ((r.double() - exact).abs().max().item() for r in (result, eager))
             # written so that NaN fails
-            if not error <= leeway * own + ulp:
+            if not error <= leeway * own + max(ulps * ulp, least * largest):
                 raise Wrong(f"{name} is wrong: error {error:.3g} against float64, eager's is {own:.3g}")
             if error / (own + ulp) > worst_ratio:
                 worst, worst_ratio = Accuracy(name, error, own), error / (own + ulp)
@@ -130,8 +136,18 @@ def poisoned(device: str, sizes: list[int], fill: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def verify(function: Callable, answers: Answers, gradients: bool, leeway: float, compiled: bool = False) -> Accuracy:
+def verify(
+    function: Callable,
+    answers: Answers,
+    gradients: bool,
+    leeway: float,
+    compiled: bool = False,
+    least: float = 0.0,
+    ulps: int = 1,
+) -> Accuracy:
     """The accuracy of an implementation's output, with `gradients` of its gradients, over all contents.
+
+    leeway, least, ulps: see `Answers.judge`. compiled: whether other global settings would compile it again.
 
     Raises:
         Wrong: it must not be timed.
@@ -153,7 +169,7 @@ def verify(function: Callable, answers: Answers, gradients: bool, leeway: float,
         for name, before in tensors(given).items():
             if not same(before, buffers[name]):
                 raise Wrong(f"it changed its input {name}")
-        found.append(answers.judge(content, snapshot, leeway))
+        found.append(answers.judge(content, snapshot, leeway, least, ulps))
     return max(found, key=lambda accuracy: accuracy.error / max(accuracy.eager, 1e-30))
 
 

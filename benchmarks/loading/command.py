@@ -10,6 +10,7 @@ from statistics import median
 
 from semantica.benchmarks.harness.sources import source_hash
 from semantica.benchmarks.harness.table import Column, cells, heads, show
+from semantica.benchmarks.harness.verb import check_files
 from semantica.errors import UserError
 from semantica.files import write_json
 
@@ -55,8 +56,7 @@ class LoadingConfig:
         for name, least in (("size", 16), ("pictures", 4), ("samples", 16), ("rounds", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name} is {getattr(self, name)}: give at least {least}")
-        if self.json is not None and not self.json.parent.is_dir():
-            raise UserError(f"{self.json} cannot be written: {self.json.parent} is not a folder")
+        check_files(self.json)
         return self
 
 

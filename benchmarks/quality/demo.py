@@ -4,15 +4,18 @@ import json
 import platform
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from semantica.errors import UserError
 from semantica.files import write_json
 
+STEPS, GROUPS = 1200, 240
 CONDITIONS_PER_GROUP, VARIATIONS, SAMPLING_STEPS, GUIDANCE = 4, 4, 20, 4.0
 # noise levels that the bundle is compared at; times each way to run the model is timed; what its images must reach
 LEVELS, LATENCY_ROUNDS, LEAST_PSNR = 64, 3, 70.0
+# of the model, as a web page
+PAGE = "page/index.html"
 # what a good run shows on held-out groups: (figure, lowest value, what it means)
 GOALS = (
     ("loss_gain", 0.25, "denoising loss: right condition below a shuffled one"),
@@ -24,14 +27,22 @@ GOALS = (
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Draw a data set, train on it, make variations, export the model, write report.html and metrics.json."""
+    """Draw a data set, train on it, make variations, export the model, write report.html and metrics.json.
+
+    With --controls: draw scenes with captions, train on their words alone, and measure how far samples of held-out
+    captions can be steered through attention; writes controls/controls.html and controls.json there.
+    """
 
     out: Path = Path("demo")
-    """Folder to write; the same command continues or repeats a demo there."""
-    steps: int = 1200
-    """Training steps."""
-    groups: int = 240
-    """Groups of drawn pictures to train on."""
+    """Folder to write, for --controls one within; the same command continues or repeats a demo there."""
+    controls: bool = False
+    """Measure steering by attention instead of variations."""
+    steps: int | None = None
+    """Training steps; a few minutes' worth by default."""
+    minutes: float | None = None
+    """Instead of --steps: time for the whole demo, from which the steps follow by the speed of this machine."""
+    groups: int = GROUPS
+    """Groups of drawn pictures to train on; not with --controls."""
     compile: bool = True
     """Compile the training step; needs a working C++ compiler on a CPU."""
     seed: int = 0
@@ -48,19 +59,30 @@ def train_options(config: DemoConfig) -> dict:
 
 
 def demo(config: DemoConfig) -> dict:
-    """Run the demo; returns the figures that metrics.json holds.
+    """Run the demo; returns the figures that metrics.json, or controls.json, holds.
 
     Raises:
         UserError: impossible options, or a folder that holds something else.
     """
+    if config.controls:
+        from semantica.benchmarks.quality.controls_demo import demo_controls
+
+        if config.minutes is not None:
+            raise UserError("--minutes is for pictures without captions: give --steps with --controls")
+        if config.groups != GROUPS:
+            raise UserError("--groups is for pictures without captions: leave it out with --controls")
+        return demo_controls(config.out / "controls", config.steps, config.seed, config.compile)
     from semantica.benchmarks.quality.evaluate import EvaluateConfig, evaluate
+    from semantica.benchmarks.quality.pace import announced, steps_before, steps_within
     from semantica.benchmarks.quality.web import draw_web
     from semantica.memory import keep_freed_memory
     from semantica.train.config import TrainConfig
     from semantica.train.loop import train
 
-    if config.steps < 1 or config.groups < 1 or config.seed < 0:
+    if (config.steps is not None and config.steps < 1) or config.groups < 1 or config.seed < 0:
         raise UserError("--steps and --groups must be at least 1, --seed at least 0")
+    if config.minutes is not None and (config.steps is not None or not config.minutes > 0):
+        raise UserError(f"--minutes {config.minutes:g}: give a time above 0, and no --steps beside it")
     keep_freed_memory()
     seconds = {}
 
@@ -72,8 +94,17 @@ def demo(config: DemoConfig) -> dict:
 
     print(f"1/5 drawing {config.groups} groups of pictures in {config.out / 'web'}")
     timed("draw", draw_web, config.out / "web", config.seed, config.groups)
+    steps = config.steps or STEPS
+    if config.minutes is not None:
+        # a run that was begun goes on as it was
+        steps = steps_before(config.out / "run")
+        if steps is None:
+            print("  measuring the speed of this machine")
+            rehearsed = TrainConfig(**train_options(replace(config, steps=STEPS)))
+            steps = timed("measure the speed", steps_within, config.minutes, rehearsed, sum(seconds.values()))
+    config = replace(config, steps=steps)
     print(f"2/5 training {config.steps} steps in {config.out / 'run'}")
-    run = timed("train", train, TrainConfig(**train_options(config)))
+    run = timed("train", train, TrainConfig(**train_options(config)), announced(config.steps))
     print("3/5 measuring variations of held-out pictures")
     settings = EvaluateConfig(
         data=config.out / "web" / "val", model=run, attributes=config.out / "web" / "attributes.json",
@@ -84,11 +115,12 @@ def demo(config: DemoConfig) -> dict:
     print(f"4/5 exporting to {config.out / 'bundle'}, and sampling the bundle beside the model")
     timed("export", export_bundle, config, run)
     engines = timed("sample the bundle", engines_beside_torch, config, run)
+    in_browser = timed("web page", write_web_page, config)
     print("5/5 writing the report")
     timed("grid", draw_grid, config, run)
     metrics = {**result, "goals": goals(result)}
     write_json(config.out / "metrics.json", metrics)
-    report(config, metrics, engines, seconds)
+    report(config, metrics, engines, seconds, in_browser)
     for goal in metrics["goals"]:
         mark = "reached" if goal["reached"] else "MISSED"
         print(f"  {goal['value']:6.1%}  (goal {goal['goal']:.0%}, {mark})  {goal['meaning']}")
@@ -133,6 +165,24 @@ def export_bundle(config: DemoConfig, run: Path) -> None:
     if is_bundle(out):
         shutil.rmtree(out)
     export(ExportConfig(run, out, levels=LEVELS, steps=SAMPLING_STEPS))
+
+
+def write_web_page(config: DemoConfig) -> str:
+    """The bundle as a page for browsers, in place of an earlier one; returns what the report says of it.
+
+    A demo needs no network: where the page's runtime is not to be had, there is none, and the report says why.
+    """
+    from semantica.engines.bundle import open_bundle
+    from semantica.export.web import write
+
+    out = config.out / "page"
+    if (config.out / PAGE).is_file():
+        shutil.rmtree(out)
+    try:
+        write(open_bundle(config.out / "bundle"), out)
+    except UserError as error:
+        return f"There is no page this time: {error}"
+    return f"Browsers open no scripts from files: python3 -m http.server -d {config.out}, then below its address:"
 
 
 def engines_beside_torch(config: DemoConfig, run: Path) -> list[dict]:
@@ -186,7 +236,7 @@ def engines_beside_torch(config: DemoConfig, run: Path) -> list[dict]:
     ]
 
 
-def report(config: DemoConfig, metrics: dict, engines: list[dict], seconds: dict[str, float]) -> None:
+def report(config: DemoConfig, metrics: dict, engines: list[dict], seconds: dict[str, float], in_browser: str) -> None:
     """report.html: what ran, curves, the grid, engines, timings, figures."""
     import torch
 
@@ -262,6 +312,7 @@ def report(config: DemoConfig, metrics: dict, engines: list[dict], seconds: dict
                 png=picture(config.out / "engines.png"),
                 alt="a picture, PyTorch's variations, ONNX Runtime's variations",
             ),
+            Part("The model in a browser", in_browser, True, link=PAGE if (config.out / PAGE).exists() else ""),
             Part("What ran", columns=("", ""), rows=facts),
         ],
         width=7 * 34 * 3,

@@ -2,67 +2,31 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tyro
 
 from semantica import features
+from semantica.benchmarks.quality.evaluate_options import SIZE, EvaluateConfig
+from semantica.benchmarks.quality.made import keep, read_files, read_labelled
+from semantica.benchmarks.quality.metrics.baselines import Asked, noise
+from semantica.benchmarks.quality.metrics.judges import judge
+from semantica.benchmarks.quality.metrics.jury import REAL, Jury, Row
+from semantica.benchmarks.quality.metrics.listing import NAME, Listed, read_listing
+from semantica.benchmarks.quality.metrics.shown import show
+from semantica.benchmarks.quality.metrics.store import Store
 from semantica.errors import UserError
 from semantica.files import read_json, write_json
+from semantica.progress import phase
 
-# options of how a model samples
-SAMPLING = ("n", "steps", "guidance", "seed")
+if TYPE_CHECKING:
+    from semantica.pipelines.networks import NetworkPipeline
+
 # (condition's place in the gallery or -1, group) of each evaluated picture
 Picks = list[tuple[int, str]]
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Figures for a run (--model) or for a folder of pictures made elsewhere (--images), on held-out data.
-
-    On-topic rate: share of samples whose nearest picture in --data, the condition itself left out, is of the
-    condition's group. Diversity: mean distance between variations of one condition, as a share of the mean distance
-    between pictures of one group. Baselines: copying the condition, ignoring it, and other real pictures (ceiling).
-    """
-
-    data: Path
-    """Held-out folder of label folders."""
-    model: Path | None = None
-    """Run folder."""
-    images: Path | None = None
-    """Folder with one folder of made pictures for each label of --data."""
-    out: Path | None = None
-    """Where to write the figures as JSON; by default evaluation.json in --model or beside --images."""
-    attributes: Path | None = None
-    """JSON {group: {attribute: value}}: also report how often the nearest picture shares each attribute."""
-    features: Annotated[str, tyro.conf.arg(metavar="NAME")] = "colour-and-shape"
-    """Feature space: "colour-and-shape", or a DINOv2, CLIP or SigLIP encoder by hub name or local folder."""
-    conditions: int = 64
-    """Condition pictures, spread over the groups."""
-    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4
-    """Variations of each condition."""
-    steps: int = 20
-    guidance: float = 1.5
-    seed: int = 0
-    device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
-
-    def check(self) -> "EvaluateConfig":
-        """Raises `UserError` for impossible options."""
-        if (self.model is None) == (self.images is None):
-            raise UserError("give either --model or --images")
-        sampling = {field.name: field.default for field in dataclasses.fields(self) if field.name in SAMPLING}
-        for name, default in sampling.items() if self.images else ():
-            if getattr(self, name) != default:
-                raise UserError(f"--{name} says nothing to pictures that are there: leave it out with --images")
-        for name in ("conditions", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}: give at least 1")
-        if self.n < 2:
-            raise UserError(f"--n is {self.n}: diversity needs at least 2 variations")
-        return self
+IGNORE, COPY, NOISE = "ignore the condition", "copy the condition", "noise"
 
 
 class Space:
@@ -89,24 +53,8 @@ class Space:
         return result
 
     def _names(self, wanted: list[str]) -> list[str]:
-        known = all(group in self.attributes for group in {*self.groups, *wanted})
-        return sorted(self.attributes[wanted[0]]) if known and self.attributes else []
-
-
-def describe_with(source: str, device):
-    """Pictures uint8 `[N, S, S, 3]` to unit pooled vectors of a pretrained encoder `[N, C]`."""
-    import torch
-
-    from semantica.images import to_tensor
-    from semantica.model.encoders import PretrainedEncoder
-
-    encoder = PretrainedEncoder.from_source(source).to(device)
-
-    def describe(pictures: np.ndarray) -> np.ndarray:
-        parts = [encoder(to_tensor(pictures[i : i + 64]).to(device)).pooled for i in range(0, len(pictures), 64)]
-        return torch.nn.functional.normalize(torch.cat(parts).float(), dim=-1).cpu().numpy()
-
-    return describe
+        """Attributes that are known of every group."""
+        return sorted(set.intersection(*({*self.attributes.get(group, ())} for group in {*self.groups, *wanted})))
 
 
 def spread(groups: dict[str, tuple[str, ...]], count: int) -> list[tuple[str, int]]:
@@ -115,48 +63,57 @@ def spread(groups: dict[str, tuple[str, ...]], count: int) -> list[tuple[str, in
     return [(label, place) for label, place in order if place < len(groups[label])][:count]
 
 
+def judged(model: Path, device: str) -> "NetworkPipeline":
+    """The pipeline of a run that pictures alone condition. Raises `UserError` for a bundle, and for other models."""
+    from semantica.engines.bundle import is_bundle
+    from semantica.model.conditioner import Conditioner
+    from semantica.pipelines.sample import load_pipeline
+
+    if is_bundle(model):
+        raise UserError(f"{model} is a bundle: give the run folder that it was exported from")
+    pipeline = load_pipeline(model, device)
+    if isinstance(pipeline.encoder, Conditioner):
+        read = " and ".join(pipeline.encoder.encoders)
+        raise UserError(f"{model} reads {read} by encoders of their own: runs that pictures alone condition are judged")
+    return pipeline
+
+
 def evaluate(config: EvaluateConfig) -> dict:
     """Compute, print and write the figures.
 
     Raises:
-        UserError: data, run or pictures that cannot be used.
+        UserError: data, run, judge, attributes or pictures that cannot be used, or a file that cannot be written.
     """
     from semantica.device import pick_device
     from semantica.train.data.folders import scan
 
     config.check()
+    if config.keep and os.path.lexists(config.keep):
+        raise UserError(f"--keep {config.keep} exists: give a new folder")
     device = pick_device(config.device)
     data = scan(config.data, "folders")
-    attributes = read_json(config.attributes) if config.attributes else {}
+    attributes = read_attributes(config.attributes)
     paths = [(label, path) for label, members in data.groups.items() for path in members]
     place = {path: i for i, (_, path) in enumerate(paths)}
     groups = [label for label, _ in paths]
-    pipeline = None
-    if config.model:
-        from semantica.engines.bundle import is_bundle
-        from semantica.model.conditioner import Conditioner
-        from semantica.pipelines.sample import load_pipeline
-
-        if is_bundle(config.model):
-            raise UserError(f"{config.model} is a bundle: give the run folder that it was exported from")
-        pipeline = load_pipeline(config.model, config.device)
-        if isinstance(pipeline.encoder, Conditioner):
-            raise UserError(f"{config.model} has several encoders: models that pictures alone condition are judged")
-    size = pipeline.unet.config.image_size if pipeline else 64
+    judging = judge(config.features, device)
+    store = Store(judging, config.cache)
+    listed = read_listing(config.images, data.groups) if config.images and (config.images / NAME).exists() else None
+    pipeline = judged(config.model, config.device) if config.model else None
+    size = pipeline.unet.config.image_size if pipeline else config.size or SIZE
     pictures = read(data, [path for _, path in paths], size)
-    describe = (
-        features.colour_and_shape if config.features == "colour-and-shape" else describe_with(config.features, device)
-    )
-    space = Space(describe, pictures, groups, attributes)
+    with phase(f"evaluate: {config.features} of {len(pictures)} pictures"):
+        space = Space(lambda made: judging.compared(store.describe(made)), pictures, groups, attributes)
     # the grey feature space knows objects on calm backgrounds: for drawn data with known shapes only
     grey = (
         Space(features.shape_only, pictures, groups, attributes)
-        if any("shape" in a for a in attributes.values())
+        if all("shape" in attributes.get(label, ()) for label in data.groups)
         else None
     )
 
-    chosen = spread(data.groups, config.conditions)
+    chosen, of = asked_for(config, data.groups, listed)
     conditions = [(place[data.groups[label][k]], label) for label, k in chosen]
+    asked = Asked(np.array([i for i, _ in conditions]), np.array([label for _, label in conditions]), of)
     result = {"config": json.loads(json.dumps(dataclasses.asdict(config), default=str))}
     result |= {"groups": len(data.groups), "pictures": len(paths), "chance": 1 / len(data.groups), "figures": {}}
 
@@ -166,32 +123,82 @@ def evaluate(config: EvaluateConfig) -> dict:
             row["same_shape_in_grey"] = grey.figures(made, picks, None)["same_shape"]
         result["figures"][name] = row
 
+    gallery, names = store.describe(pictures), np.array(groups)
+    repeated, sets = [conditions[i] for i in of], of.tolist()
     if pipeline is not None:
-        made, ignoring = sampled(pipeline, config, data, [data.groups[label][k] for label, k in chosen])
-        repeated = [pick for pick in conditions for _ in range(config.n)]
-        sets = [i for i in range(len(conditions)) for _ in range(config.n)]
+        sources = [data.groups[label][k] for label, k in chosen]
+        with phase(f"evaluate: {len(chosen)} conditions, {config.n} variations of each, and as many without"):
+            made, ignoring = sampled(pipeline, config, data, sources)
+        if config.keep:
+            keep(config.keep, made, config.n, sources, [label for label, _ in chosen])
         add("model", made, repeated, sets)
-        add("ignore the condition", ignoring, repeated, sets)
-        result["loss"] = losses(pipeline, config, data, device)
+        add(IGNORE, ignoring, repeated, sets)
+        with phase("evaluate: denoising loss of right and shuffled conditions"):
+            result["loss"] = losses(pipeline, config, data, device)
+        # samples without a condition are independent of one another
+        alone = dataclasses.replace(asked.row(store.describe(ignoring)), units=np.arange(len(ignoring)))
+        rows = {"model": asked.row(store.describe(made)), IGNORE: alone}
+    elif listed:
+        made = read_files(config.images, listed.files, size)
+        add("images", made, repeated, sets)
+        rows = {"images": asked.row(store.describe(made)), IGNORE: asked.any(gallery, config.seed)}
     else:
-        made_data = scan(config.images, "reconstruct")
-        unknown = sorted(set(made_data.groups) - set(data.groups))
-        if unknown:
-            raise UserError(
-                f"--images has {unknown[0]!r}, which is no label of --data: name its folders after the labels"
-            )
-        listed = [(label, path) for label, members in made_data.groups.items() for path in members]
-        made = read(made_data, [path for _, path in listed], size)
-        add("images", made, [(-1, label) for label, _ in listed], [label for label, _ in listed])
+        made, labels = read_labelled(config.images, data.groups, size)
+        add("images", made, [(-1, label) for label in labels], labels)
+        rows = {"images": unasked(store.describe(made), labels), IGNORE: asked.any(gallery, config.seed)}
     copies = pictures[[i for i, _ in conditions]]
-    add("copy the condition", np.repeat(copies, 2, 0), [c for c in conditions for _ in range(2)], repeats(len(copies)))
+    add(COPY, np.repeat(copies, 2, 0), [c for c in conditions for _ in range(2)], repeats(len(copies)))
     others = [(k + 1) % len(data.groups[label]) for label, k in chosen]
     real = pictures[[place[data.groups[label][o]] for (label, _), o in zip(chosen, others, strict=True)]]
     # a real picture is its own nearest: it is left out instead of the condition
     own = [(place[data.groups[label][o]], label) for (label, _), o in zip(chosen, others, strict=True)]
-    add("real pictures", real, own, [label for _, label in own])
+    add(REAL, real, own, [label for _, label in own])
+
+    rows |= {COPY: asked.copies(gallery), REAL: asked.others(gallery, names, config.seed)}
+    unseen = asked.row(store.describe(noise(len(of), size, config.seed)))
+    rows[NOISE] = dataclasses.replace(unseen, units=np.arange(len(of)))
+    jury = Jury(judging, gallery, names, config.bootstrap, config.seed)
+    result["metrics"] = jury.table({name: row for name, row in rows.items() if row is not None})
+    known = listed is not None or pipeline is not None
+    result["metrics"] |= {"conditions": len(chosen), "units": "conditions" if known else "pictures"}
     write(config, result)
     return result
+
+
+def asked_for(
+    config: EvaluateConfig, groups: dict[str, tuple[str, ...]], listed: Listed | None
+) -> tuple[list[tuple[str, int]], np.ndarray]:
+    """The conditions as (group, place in it), and for each made picture the number of its condition.
+
+    Raises:
+        UserError: conditions are asked for that a list of pictures has fixed.
+    """
+    if listed is None:
+        count = sum(map(len, groups.values())) if config.shots else config.conditions
+        chosen = [(label, k) for label, k in spread(groups, count) if config.shots is None or k < config.shots]
+        return chosen, np.repeat(np.arange(len(chosen)), config.n)
+    default = next(field.default for field in dataclasses.fields(config) if field.name == "conditions")
+    if config.shots is not None or config.conditions != default:
+        raise UserError(f"{config.images / NAME} says what the conditions are: leave --shots and --conditions out")
+    number = {pair: i for i, pair in enumerate(dict.fromkeys(zip(listed.classes, listed.conditions, strict=True)))}
+    chosen = [(label, groups[label].index(path)) for label, path in number]
+    return chosen, np.array([number[pair] for pair in zip(listed.classes, listed.conditions, strict=True)])
+
+
+def unasked(described: np.ndarray, labels: list[str]) -> Row:
+    """Pictures of which the class alone is known: nothing says that any two of them have a condition in common."""
+    count = len(described)
+    return Row(described, np.array(labels), np.arange(count), np.array(labels), np.full(count, -1))
+
+
+def read_attributes(path: Path | None) -> dict[str, dict]:
+    """What is said of each group; nothing without a file. Raises `UserError` for another file than that."""
+    attributes = read_json(path) if path else {}
+    for group, known in attributes.items():
+        if not isinstance(known, dict):
+            kind = type(known).__name__
+            raise UserError(f"{path} says a {kind} of group {group!r}: expected {{group: {{attribute: value}}}}")
+    return attributes
 
 
 def repeats(count: int) -> list[int]:
@@ -199,10 +206,8 @@ def repeats(count: int) -> list[int]:
 
 
 def read(data, paths: list[str], size: int) -> np.ndarray:
-    """Pictures uint8 `[N, size, size, 3]`, centre crops. Raises `UserError` for one that cannot be decoded."""
-    from semantica.images import fit, load_image
-
-    return np.stack([fit(load_image(data.root / path, near=2 * size), size) for path in paths])
+    """`read_files` of a data folder that `scan` listed."""
+    return read_files(data.root, paths, size)
 
 
 def sampled(pipeline, config: EvaluateConfig, data, paths: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -249,7 +254,11 @@ def write(config: EvaluateConfig, result: dict) -> None:
         console.print(
             f"denoising loss {loss['right']:.5f}, {below} the {loss['shuffled']:.5f} with shuffled conditions"
         )
+    show(console, result["metrics"], "model" if config.model else "images")
     folder = config.model if config.model else config.images.parent
     out = config.out or folder / "evaluation.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, result)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, result)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another file") from error

@@ -164,11 +164,18 @@ def training_groups(seed: int, groups: int) -> list[Attributes]:
     return chosen
 
 
-def is_complete(out: Path, marker: str, pictures: int) -> bool:
-    """Whether `out` is a web with this text in `web.json` that still has all its pictures."""
-    if not (out / "web.json").is_file() or (out / "web.json").read_text() != marker:
-        return False
-    return (out / "attributes.json").is_file() and sum(1 for _ in out.glob("*/*/*.png")) == pictures
+def is_missing(out: Path, marker: str, pictures: int, beside: str = "attributes.json") -> bool:
+    """Whether `out` has yet to be drawn: it is no web with this text in `web.json`, or lacks a picture or the table
+    `beside` them.
+
+    Raises `UserError` where it holds something that is not a web.
+    """
+    if not (out / "web.json").is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists and is not a drawn web: give another folder, or remove it first")
+        return True
+    complete = (out / "web.json").read_text() == marker and (out / beside).is_file()
+    return not complete or sum(1 for _ in out.glob("*/*/*.png")) != pictures
 
 
 def draw_web(out: Path, seed: int = 0, groups: int = 240, images_per_group: int = 32) -> None:
@@ -190,10 +197,8 @@ def draw_web(out: Path, seed: int = 0, groups: int = 240, images_per_group: int 
     chosen = [("val", group) for group in held_out_groups()] + [("train", g) for g in training_groups(seed, groups)]
     arguments = {"version": VERSION, "seed": seed, "groups": groups, "images_per_group": images_per_group}
     marker = json.dumps(arguments)
-    if is_complete(out, marker, len(chosen) * images_per_group):
+    if not is_missing(out, marker, len(chosen) * images_per_group):
         return
-    if out.exists() and not (out / "web.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not a drawn web: give another folder, or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
     with written(out, apart=True, durable=False) as web:
         table = {}

@@ -6,8 +6,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from semantica.benchmarks.harness.table import Column, Kind, against, mebibytes, milliseconds, times_by_shape
-from semantica.benchmarks.harness.verb import Outputs, measure, named_apart, need
+from semantica.benchmarks.harness.table import (
+    Column,
+    Kind,
+    against,
+    against_fastest,
+    mebibytes,
+    milliseconds,
+    share,
+    times_by_shape,
+)
+from semantica.benchmarks.harness.verb import Outputs, leave_out, listed, measure, named_apart, need
 from semantica.benchmarks.sampling import BOUND, GUIDANCE
 from semantica.errors import UserError
 from semantica.ranges import nvtx
@@ -26,7 +35,8 @@ class SamplingConfig(Outputs):
     models: Annotated[str, tyro.conf.arg(metavar="NAMES")] = ""
     """Presets (with drawn weights), "64px-16M", or run folders, separated by commas; by default tiny, small and
     64px-16M, of which --quick takes the first. Or public models: names (drawn weights; sd-1.5, sdxl-base,
-    sd-1.5+ip-adapter) or folders of diffusers' pipelines, of which the UNet and the decoder are raced."""
+    sd-1.5+ip-adapter) or folders of diffusers' pipelines, of which the UNet and the decoder are raced: in PyTorch, and
+    exported once, in each engine that is installed."""
     batch: tuple[int, ...] = ()
     """Images at a time: 1 is SingleStream, more is Offline; by default 1 and 8, of public models 1."""
     steps: tuple[int, ...] = ()
@@ -63,10 +73,12 @@ def sample(config: SamplingConfig) -> int:
     if config.rounds < 1 or not config.seconds >= 0:
         raise UserError(f"--rounds {config.rounds} --seconds {config.seconds:g}: give at least 1 and 0")
 
+    if config.ladder:
+        leave_out(config, "says nothing to --ladder, which has rungs of its own", "only")
     if config.nvtx:
         nvtx()
 
-    models = tuple(filter(None, config.models.split(",")))
+    models = listed(config.models)
     named_apart(models)
     if models:
         from semantica.benchmarks.kernels.public import is_public
@@ -75,7 +87,9 @@ def sample(config: SamplingConfig) -> int:
         if any(public):
             if not all(public):
                 raise UserError(f"--models {config.models}: race public models by themselves")
+            leave_out(config, "marks ranges of presets and of run folders, not of public models", "nvtx")
             return sample_public(config, models)
+    leave_out(config, "is for public models", "stages")
 
     from semantica.benchmarks.sampling.models import check
     from semantica.benchmarks.sampling.suite import QUICK, SamplingBench, protocol
@@ -106,32 +120,35 @@ def sample_public(config: SamplingConfig, models: tuple[str, ...]) -> int:
     """Races of public UNets and their decoders; returns the exit code.
 
     Raises:
-        UserError: a name of --only that is unknown, or an own function that cannot be imported.
+        UserError: a name of --only that is unknown or absent, or an own function that cannot be imported.
     """
-    from semantica.benchmarks.harness.race import Protocol
     from semantica.benchmarks.unets.contenders import CONTENDERS, builder_of, rungs
-    from semantica.benchmarks.unets.suite import UNetBench
+    from semantica.benchmarks.unets.engines import ENGINES
+    from semantica.benchmarks.unets.suite import QUICK, UNetBench, protocol
     from semantica.benchmarks.unets.table import KIND
 
     for target in config.impl:
         builder_of(target)
-    asked = tuple(filter(None, config.only.split(",")))
+    device = config.device_kind()
+    absent = {name: reason for name, engine in ENGINES.items() if (reason := engine.why_not(device))}
+    asked, known, own = listed(config.only), {**CONTENDERS, **ENGINES}, tuple(dict.fromkeys(config.impl))
     for name in asked:
-        if name not in CONTENDERS:
-            raise UserError(f"--only {name}: choose some of {', '.join(CONTENDERS)}")
-    raced = tuple(name for name, contender in CONTENDERS.items() if contender.raced)
-    least = 2 if config.quick else config.rounds
+        if name not in known:
+            raise UserError(f"--only {name}: choose some of {', '.join(known)}")
+        if name in absent:
+            raise UserError(f"--only {name}: {absent[name]}")
+    raced = tuple(name for name, contender in known.items() if contender.raced and name not in absent)
     bench = UNetBench(
         models=models,
         batches=config.batch or (1,),
         steps=config.steps or (1,),
-        names=(*(rungs("unet") if config.ladder else asked or raced), *config.impl),
-        device=config.device_kind(),
+        names=(*(rungs("unet") if config.ladder else asked or raced), *own),
+        device=device,
+        absent={} if asked or config.ladder else absent,
         ladder=config.ladder,
         quick=config.quick,
         stages=config.stages,
-        # the first call of each was before
-        protocol=Protocol(warmup=0, least=least, most=max(least, 50), seconds=0.0 if config.quick else config.seconds),
+        protocol=QUICK if config.quick else protocol(config.rounds, config.seconds),
     )
     if not bench.races:
         bench.closing.close()
@@ -150,18 +167,19 @@ def contenders(config: SamplingConfig, device: str) -> tuple[tuple[str, ...], di
 
     for target in config.impl:
         builder_of(target)
+    own = tuple(dict.fromkeys(config.impl))
     if config.ladder:
-        return (*ladder_names(device), *config.impl), {}
+        return (*ladder_names(device), *own), {}
     reasons = {name: contender.why_not(device) for name, contender in CONTENDERS.items()}
     absent = {name: reason for name, reason in reasons.items() if reason}
-    asked = tuple(filter(None, config.only.split(",")))
+    asked = listed(config.only)
     for name in asked:
         if name not in CONTENDERS:
             raise UserError(f"--only {name}: choose some of {', '.join(CONTENDERS)}")
         if name in absent:
             raise UserError(f"--only {name}: {absent[name]}")
     raced = (name for name, contender in CONTENDERS.items() if contender.raced and name not in absent)
-    return (*(asked or raced), *config.impl), absent
+    return (*(asked or raced), *own), absent
 
 
 ABOUT = (
@@ -171,6 +189,13 @@ ABOUT = (
     "building and compiling. Nominal operations: encoder and both branches of every step, keys and values once; "
     "implementations that leave some of them out can exceed the matrix rate."
 )
+
+
+def tail(head: str, field: str, runs: int) -> Column:
+    """A high quantile, of which fewer runs have but their slowest one: empty for those."""
+    return Column(head, lambda row, rows: f"{row[field] / 1e3:.1f}" if row["rounds"] >= runs else "")
+
+
 KIND = Kind(
     title="Semantica: sampling",
     about=ABOUT.format(guidance=GUIDANCE, bound=BOUND),
@@ -181,17 +206,18 @@ KIND = Kind(
         Column("implementation", "{impl}"),
         Column("arithmetic", "{dtype}"),
         milliseconds("p50 ms", "median_us"),
-        milliseconds("p95 ms", "p95_us"),
-        milliseconds("p99 ms", "p99_us"),
+        tail("p95 ms", "p95_us", 20),
+        tail("p99 ms", "p99_us", 100),
         Column("runs", "{rounds}", detail=True),
         Column("images/s", "{images_per_s:.2f}"),
         against("plain"),
         against("strong"),
+        against_fastest(),
         Column("PSNR dB", "{psnr_db:.1f}"),
         Column("first call s", lambda row, rows: f"{row['build_s'] + row['first_s']:.1f}"),
         mebibytes("peak MiB", "peak_bytes"),
         Column("nominal TFLOP/s", "{tflops:.3g}", detail=True),
-        Column("of matrix", "{share_of_matrix_rate:.0%}"),
+        share("of matrix", "share_of_matrix_rate"),
     ),
     by="shape",
     apart=3,

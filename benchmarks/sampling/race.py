@@ -19,11 +19,11 @@ import numpy as np
 
 from semantica.benchmarks.harness import process
 from semantica.benchmarks.harness.process import Entrant, Process, Wrong, fair
-from semantica.benchmarks.harness.progress import phase
 from semantica.benchmarks.harness.race import Protocol
 from semantica.benchmarks.sampling import BOUND, GUIDANCE, MARGIN
 from semantica.benchmarks.sampling.models import contents
 from semantica.errors import UserError
+from semantica.progress import phase
 
 
 def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -99,7 +99,8 @@ class ModelRace:
         self.image_size, self.condition_size = sizes(model)
         self.seeds = itertools.count()
         self.samplers, self.built, self.failed = {}, {}, dict(failed)
-        entered = ["reference", *(name for name in names if name not in failed)]
+        # raced, too, where it is asked for
+        entered = list(dict.fromkeys(("reference", *(name for name in names if name not in failed))))
         with phase(f"{model.name}: build {len(entered)} implementations", len(entered)) as done:
             for name in entered:
                 sampler = self.samplers[name] = make(name, place)

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from semantica.benchmarks.harness import store
 from semantica.benchmarks.harness.process import Wrong
-from semantica.benchmarks.harness.progress import phase
 from semantica.benchmarks.harness.race import Protocol
 from semantica.benchmarks.harness.sources import source_hash
 from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_generate_tests, test_row
 from semantica.benchmarks.sampling import GUIDANCE
 from semantica.benchmarks.sampling.contenders import CONTENDERS
-from semantica.benchmarks.sampling.models import folder_of
+from semantica.benchmarks.sampling.models import NAMES, folder_of
 from semantica.benchmarks.sampling.race import ModelRace, Sampled, Sampler
+from semantica.progress import phase
 
 __all__ = ["bench", "pytest_generate_tests", "test_row"]
 QUICK = Protocol(warmup=0, least=2, most=5, seconds=1.0)
@@ -45,9 +45,15 @@ def operations(model: Path, batch: int, steps: int) -> int:
 
     pipeline = SemanticaPipeline.from_pretrained(model)
     size = pipeline.encoder.image_size
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        tokens = on_meta(pipeline.encoder)(torch.empty(batch, 3, size, size, device="meta")).tokens.shape[1]
-    return counter.get_total_flops() + 2 * steps * cost(pipeline.unet, tokens, batch)["flops_forward"]
+    unet = on_meta(pipeline.unet)
+    with FlopCounterMode(display=False) as encoding, torch.no_grad():
+        stream = on_meta(pipeline.encoder)(torch.empty(batch, 3, size, size, device="meta"))
+    with FlopCounterMode(display=False) as keys, torch.no_grad():
+        unet.condition(dict.fromkeys(unet.stream_names, stream))
+    # an evaluation's keys and values are in its cost, and are made once for each branch
+    once = keys.get_total_flops()
+    evaluation = cost(pipeline.unet, stream.tokens.shape[1], batch)["flops_forward"] - once
+    return encoding.get_total_flops() + 2 * once + 2 * steps * evaluation
 
 
 def semantica(*arguments) -> None:
@@ -83,6 +89,13 @@ class SamplingBench(Bench):
         self.current: ModelRace | None = None
         self.model = ""
 
+    def which(self, race: tuple[str]) -> dict:
+        name, *_ = self.runs[race]
+        return {} if name in NAMES else {"model": store.configured(Path(name))}
+
+    def serves(self, row: dict) -> bool:
+        return row["rounds"] >= self.protocol.least and super().serves(row)
+
     def run(self, race: tuple[str], what: str) -> dict[str, Outcome]:
         model, batch, steps = self.runs[race]
         if model != self.model:
@@ -110,13 +123,13 @@ class SamplingBench(Bench):
         row |= {"images_per_s": batch * len(times.device) / sum(times.device), "psnr_db": entrant.psnr}
         row |= {"build_s": entrant.built["seconds"], **entrant.facts}
         row |= {"quick": True} if self.quick else {}
-        return row | {"kernel_hash": None, **self.code(race, name)}
+        return row | self.which(race) | {"kernel_hash": None, **self.code(race, name)}
 
     def code(self, race: tuple[str], name: str) -> dict:
         ours, arch = name in CONTENDERS and CONTENDERS[name].ours, store.environment(self.device)["arch"]
         if not ours and self.op != "sample_ladder":
             return {}
-        return {"op": self.op, "arch": arch, "kernel_hash": source_hash(self.op, arch)}
+        return {"op": self.op, "arch": arch, "kernel_hash": source_hash(self.op, arch, name)}
 
     def export(self, where: Path) -> tuple[dict[str, Path], dict[str, str]]:
         """Bundles of the model for those that run one, engines built; and why some have none, by name."""

@@ -1,19 +1,22 @@
 """`semantica bench train`: training steps, from a plain loop to the trainer, and where a step's time goes."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.extras import literal_type_from_choices
 
 from semantica.benchmarks.harness import table
-from semantica.benchmarks.harness.verb import Outputs, measure, need
+from semantica.benchmarks.harness.verb import Outputs, leave_out, listed, measure, named_apart, need
 from semantica.benchmarks.training.tables import KIND
 from semantica.errors import UserError
 from semantica.files import write_json
 from semantica.model.presets import PRESETS
+
+# pictures a step of a preset
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,15 @@ class TrainingConfig(Outputs):
     """
 
     preset: literal_type_from_choices(PRESETS) = "tiny"
-    batch: int = 16
+    models: Annotated[str, tyro.conf.arg(metavar="NAMES")] = ""
+    """Instead: fine-tune the UNets of public models, separated by commas: names (drawn weights; sd-1.5, sdxl-base) or
+    folders of diffusers' pipelines. The step is that of diffusers' text-to-image scripts."""
+    tune: tuple[Literal["lora", "full"], ...] = ("lora", "full")
+    """Of public models: adapters of the attentions alone, or every weight."""
+    size: int | None = None
+    """Of public models: side of the pictures in pixels, by default what the model was made for."""
+    batch: int | None = None
+    """Pictures a step, by default 16, of public models 1."""
     steps: int = 20
     """Timed steps of each rung."""
     only: Annotated[str, tyro.conf.arg(metavar="NAMES")] = ""
@@ -50,14 +61,20 @@ def train(config: TrainingConfig) -> int:
     """
     config.check()
     need("pytest", "pytest_benchmark")
-    for name in ("batch", "steps"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} is {getattr(config, name)}: give at least 1")
+    for name in ("batch", "steps", "size"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}: give at least 1")
     if (config.workers or 0) < 0:
         raise UserError(f"--workers is {config.workers}: give 0 or more")
     if any(count < 1 for count in config.processes) or len(set(config.processes)) < len(config.processes):
         raise UserError(f"--processes is {' '.join(map(str, config.processes))}: give different numbers from 1 on")
 
+    if config.models:
+        return tune(config)
+    leave_out(config, "is for --models", "size", "tune")
+    if config.batch is None:
+        config = replace(config, batch=BATCH)
     if config.sustained is not None:
         return sustain(config)
     if config.data is not None:
@@ -79,10 +96,46 @@ def train(config: TrainingConfig) -> int:
     return 1 if bench.wrong else 0
 
 
+def tune(config: TrainingConfig) -> int:
+    """`--models`; returns the exit code. Raises `UserError` for what does not go with it, and for unknown models."""
+    alone = ("preset", "sustained", "data", "processes", "workers")
+    leave_out(config, "says nothing to --models, which are fine-tuned on drawn latents", *alone)
+    from semantica.benchmarks.finetuning.contenders import CONTENDERS
+    from semantica.benchmarks.finetuning.suite import TuningBench
+    from semantica.benchmarks.finetuning.table import KIND
+    from semantica.benchmarks.kernels.public import check, configuration, split
+
+    models = listed(config.models)
+    named_apart(models)
+    if not config.tune or len(set(config.tune)) < len(config.tune):
+        raise UserError(f"--tune {' '.join(config.tune)}: give lora, full or both")
+    if "lora" in config.tune:
+        need("peft")
+    sides = {}
+    for model in models:
+        check(model)
+        if split(model)[1]:
+            raise UserError(f"--models {model}: IP-Adapters are not fine-tuned here, give {split(model)[0]}")
+        unet, vae = (configuration(model, part) for part in ("unet", "vae"))
+        # of a pixel of the latents in pixels, and the least side that the UNet halves at every level but the last
+        scale, least = (2 ** (len(part["block_out_channels"]) - 1) for part in (vae, unet))
+        size = config.size or unet["sample_size"] * scale
+        if size % (scale * least):
+            raise UserError(f"--size {size}: {model} takes multiples of {scale * least}")
+        sides[model] = size // scale
+    asked = listed(config.only)
+    for name in (name for name in asked if name not in CONTENDERS):
+        raise UserError(f"--only {name}: choose some of {', '.join(CONTENDERS)}")
+    names = tuple(name for name in CONTENDERS if not asked or name in asked)
+    bench = TuningBench(sides, config.tune, config.batch or 1, config.steps, names, config.device_kind())
+    measure(config, bench, KIND)
+    return 1 if bench.wrong else 0
+
+
 def chosen(only: str, ladder: tuple[str, ...]) -> tuple[str, ...]:
     """Rungs of --only in the order of the ladder, after its first; all without it. Raises `UserError` for another."""
-    asked = {name.strip() for name in only.split(",")} - {""}
-    for name in asked.difference(ladder):
+    asked = listed(only)
+    for name in (name for name in asked if name not in ladder):
         raise UserError(f"--only {name}: choose some of {', '.join(ladder)}")
     return tuple(name for name in ladder if not asked or name in asked or name == ladder[0])
 
@@ -91,9 +144,8 @@ def sustain(config: TrainingConfig) -> int:
     """`--sustained`; returns the exit code. Raises `UserError` for what does not go with it, and for bad data."""
     if not config.sustained >= 1:
         raise UserError(f"--sustained is {config.sustained}: give at least 1 second")
-    if config.processes or config.only or config.html or config.png:
-        left = "leave out --processes, --only, --html and --png"
-        raise UserError(f"--sustained measures the trainer in one process and makes no page: {left}")
+    other = ("steps", "only", "processes", "resume", "html", "png")
+    leave_out(config, "says nothing to --sustained, which times the trainer in one process and makes no page", *other)
 
     from semantica.benchmarks.harness.store import environment
     from semantica.benchmarks.training import sustained

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from semantica.benchmarks.harness.progress import phase
 from semantica.benchmarks.harness.sources import source_hash
 from semantica.benchmarks.harness.store import environment
 from semantica.benchmarks.training import ROUNDS
 from semantica.errors import ArtifactError, UserError
+from semantica.progress import phase
 
 # steps of a row in the log; the first row, with compiling, is not counted
 EVERY = 4

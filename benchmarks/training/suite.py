@@ -14,12 +14,12 @@ from pathlib import Path
 
 from semantica.benchmarks.harness import process, store
 from semantica.benchmarks.harness.process import Entrant, Process, Wrong
-from semantica.benchmarks.harness.progress import phase
 from semantica.benchmarks.harness.race import Protocol
 from semantica.benchmarks.harness.sources import source_hash
 from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_generate_tests, test_row
 from semantica.benchmarks.harness.table import cells, heads
 from semantica.benchmarks.training.tables import SCALED, SCALING, SHARES, shares
+from semantica.progress import phase
 
 __all__ = ["bench", "pytest_generate_tests", "test_row"]
 # steps before the clock: compiled, allocated and cached by then; their losses are compared
@@ -63,11 +63,18 @@ class TrainingBench(Bench):
         self.races = {(f"{self.preset} batch {self.batch}",): list(self.rungs)}
         self.parks = self.device == "cuda" if self.parks is None else self.parks
 
+    @property
+    def turns(self) -> int:
+        return -(-self.steps // TURN[self.device])
+
+    def serves(self, row: dict) -> bool:
+        # as many steps as are asked for now
+        return row["rounds"] == self.turns * TURN[self.device] and super().serves(row)
+
     def run(self, race: tuple[str], what: str) -> dict[str, Outcome]:
         place = Path(self.closing.enter_context(tempfile.TemporaryDirectory()))
         entrants = self.start(place, what)
-        count = TURN[self.device]
-        turns = -(-self.steps // count)
+        count, turns = TURN[self.device], self.turns
         protocol = Protocol(warmup=0, least=turns, most=turns, seconds=0.0)
 
         def turn(entrant: Entrant, content: None) -> dict:
@@ -128,7 +135,7 @@ class TrainingBench(Bench):
         row = store.row(("train", rung, *race, "step", arithmetic, "both"), times, self.device, flops, ceilings)
         rate = len(times.device) / total
         row |= {"images_per_s": self.batch * rate, "tflops": flops * rate / 1e12}
-        row["mfu"] = row["tflops"] / store.matrix_rate(ceilings, arithmetic)
+        row["mfu"] = store.share(row["tflops"], store.matrix_rate(ceilings, arithmetic))
         row["data_wait"] = sum(entrant.all("waits")) / total
         row |= {"loss": entrant.first["losses"][-1], **entrant.facts}
         row |= {"parked": self.parks, "parked_bytes": entrant.built.get("parked_bytes", 0)}

@@ -53,7 +53,7 @@ def measure(
 
     Returns:
         `loader`, `step`, `together`: samples a second; `share` of the step's speed that is left with data; `data_wait`:
-        share of the time in which the host waited for a batch.
+        share of the time in which a batch was waited for and the device had nothing else to do.
     """
     trainer = Trainer()
     built = trainer.build(rung=rung, data=data, preset=preset, batch=batch, device=device, workers=0)

@@ -3,7 +3,16 @@
 import functools
 from statistics import median
 
-from semantica.benchmarks.harness.table import Column, Kind, against, mebibytes, milliseconds, times_by_shape
+from semantica.benchmarks.harness.table import (
+    RACED,
+    Column,
+    Kind,
+    against,
+    mebibytes,
+    milliseconds,
+    share,
+    times_by_shape,
+)
 from semantica.benchmarks.training import ROUNDS
 
 KIND = Kind(
@@ -12,23 +21,20 @@ KIND = Kind(
         "Each rung trained in a process of its own, in turns of a few steps, from the same weights on the same samples "
         "and noise; its first losses are those of the plain loop. MFU: operations of the model, by the rate of a "
         "matrix product in the rung's precision, timed in the same rounds. Data wait: share of the time in which the "
-        "step waited for its batch. First step: with compiling. On a GPU the steps of a turn are timed together, the "
-        "device being waited for at their end, and a rung that waits for its turn keeps nothing there but its process: "
-        "weights are parked on the host, and two steps that are not timed come first when it goes on. fp32 is fp32 "
-        "throughout, TF32 off."
+        "step waited for its batch and the device had nothing else to do. First step: with compiling. On a GPU the "
+        "steps of a turn are timed together, the device being waited for at their end, and a rung that waits for its "
+        "turn keeps nothing there but its process: weights are parked on the host, and two steps that are not timed "
+        "come first when it goes on. fp32 is fp32 throughout, TF32 off."
     ),
     columns=(
-        Column("operator", "{op}", detail=True),
-        Column("problem", "{shape}"),
-        Column("implementation", "{impl}"),
-        Column("arithmetic", "{dtype}"),
+        *RACED,
         milliseconds("median ms", "median_us"),
         milliseconds("p20 - p80", "p20_us", "p80_us", detail=True),
         Column("steps", "{rounds}", detail=True),
         Column("images/s", "{images_per_s:.1f}"),
         against("plain"),
         against("strong"),
-        Column("MFU", "{mfu:.1%}"),
+        share("MFU", "mfu", ".1%"),
         Column("data wait", "{data_wait:.1%}"),
         mebibytes("peak MiB", "peak_bytes"),
         Column("first step s", "{first_s:.1f}"),

@@ -33,7 +33,7 @@ from semantica.train.data.open import open_data
 from semantica.train.data.pairs import Pairs
 from semantica.train.graph import StepGraph
 from semantica.train.objective import Objective
-from semantica.train.run.measure import drained
+from semantica.train.run.measure import Mark, drained, received
 from semantica.train.state import TrainState
 
 STRONG = "strong"
@@ -112,6 +112,7 @@ class Trainer:
     def build(self, rung: str, data: str, preset: str, batch: int, device: str, workers: int) -> dict:
         switches = rungs(device)[rung]
         self.device = torch.device(device)
+        self.mark = Mark(self.device)
         if switches.kept_memory:
             keep_freed_memory()
         config = TrainConfig(data, Path("unused"), preset=preset, batch=batch, workers=workers, graph=switches.recorded)
@@ -139,11 +140,9 @@ class Trainer:
         return {"flops_per_image": self.flops, "arithmetic": "bf16" if switches.bf16 else "fp32"}
 
     def step(self) -> tuple[torch.Tensor, float]:
-        """The loss, still on the device, and the seconds that were spent waiting for data."""
+        """The loss, still on the device, and the seconds that it waited for data."""
         torch.manual_seed(self.state.step)
-        began = time.perf_counter()
-        batch = next(self.feed)
-        waited = time.perf_counter() - began
+        batch, waited = received(self.feed, self.mark, time.perf_counter)
         logsnr = sent(noise_levels(batch["u"], self.schedule), self.device)
         images = (batch[name] for name in ("condition", "target", "noise"))
         (loss,) = self.gradients(*images, logsnr, batch["drop"])

@@ -1,4 +1,4 @@
-"""Who is raced on public UNets and decoders: stock diffusers, `semantica.accelerate`, and the denoiser made of it.
+"""Who is raced on public UNets and decoders: stock diffusers, `semantica.accelerate`, the denoiser made of it, engines.
 
 Each is `(content, steps, guidance) -> array`: from noise and tokens to latents by DDIM, or from latents to pictures,
 float32 numpy in and out, so that whatever a call costs is inside what is timed.
@@ -6,7 +6,7 @@ float32 numpy in and out, so that whatever a call costs is inside what is timed.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from semantica.benchmarks.harness.ladder import cumulative
 from semantica.benchmarks.harness.process import resolve
+from semantica.benchmarks.unets.engines import ENGINES
 from semantica.benchmarks.unets.models import Content, load_unet, scheduler_of
 from semantica.condition import Stream
 from semantica.device import pick_precision
@@ -48,12 +49,16 @@ class Switches:
 
 @dataclass(frozen=True)
 class Build:
-    """Where an implementation finds its model, and where it is to run; stage: "unet" or "decoder"."""
+    """Where an implementation finds its model, and where it is to run; stage: "unet" or "decoder".
+
+    bundle: of the same model, for those of `ENGINES`.
+    """
 
     folder: Path
     stage: str
     adapter: str
     device: str
+    bundle: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,28 @@ def switches_of(name: str, stage: str) -> Switches | None:
     return ladder[name] if name in ladder else CONTENDERS[name].switches if name in CONTENDERS else None
 
 
+def stock_of(name: str, stage: str) -> str:
+    """The contender that is stock diffusers with the same switches; empty where there is none."""
+    switches = switches_of(name, stage)
+    if switches is None:
+        return ""
+    stock = replace(switches, fused=False, condition_once=False)
+    return next((other for other, contender in CONTENDERS.items() if contender.switches == stock), "")
+
+
+def runs(name: str, stage: str) -> bool:
+    """Whether an implementation has a stage."""
+    return stage == "unet" or not (name in CONTENDERS and CONTENDERS[name].unet_only or name == "+ condition once")
+
+
 def builder_of(name: str) -> Callable[[Build], tuple[Call, str]]:
     """By name, or "module:function" that takes a `Build` and returns a call and the name of its arithmetic.
 
     Raises:
         UserError: no such module or function.
     """
+    if name in ENGINES:
+        return ENGINES[name].build
     if name not in CONTENDERS and name not in rungs("unet"):
         return resolve(name)
 

@@ -3,7 +3,8 @@
 Truth is stock diffusers in fp32. bf16 may be `LEEWAY` times as far from it as stock diffusers in bf16, measured first.
 As many implementations are raced side by side, in random order within rounds, as memory holds; the others follow.
 Each round has noise that no call had before. The first results and those of one round chosen beforehand are held
-against the truth, those of other rounds against the most accurate of their heat.
+against the truth, those of other rounds against the most accurate of their heat. What an IP-Adapter costs is the
+difference to the same UNet without it, run beside it in every round.
 """
 
 import itertools
@@ -16,13 +17,16 @@ import numpy as np
 
 from semantica.benchmarks.harness import process, store
 from semantica.benchmarks.harness.process import Entrant, Process, Wrong, fair
-from semantica.benchmarks.harness.progress import phase
-from semantica.benchmarks.harness.race import Protocol
+from semantica.benchmarks.harness.race import Ceilings, Protocol, quantile
 from semantica.benchmarks.harness.sources import source_hash
 from semantica.benchmarks.harness.suite import Bench, Outcome, bench, pytest_generate_tests, test_row
 from semantica.benchmarks.kernels.public import split
-from semantica.benchmarks.unets.contenders import CONTENDERS, switches_of
+from semantica.benchmarks.unets import bundles
+from semantica.benchmarks.unets.contenders import runs, stock_of, switches_of
+from semantica.benchmarks.unets.engines import ENGINES
 from semantica.benchmarks.unets.models import TEXTS, Content, contents, folder_of, operations, parameters, size_of
+from semantica.fused.published import MODELS
+from semantica.progress import phase
 
 __all__ = ["bench", "pytest_generate_tests", "test_row"]
 # guidance of Stable Diffusion's pipeline unless told otherwise
@@ -33,6 +37,12 @@ EXACT, LEEWAY = 1e-3, 1.5
 MARGIN = 3.0
 # bytes of activations, libraries and compilers of a process
 WORKSPACE = 2 << 30
+QUICK = Protocol(warmup=0, least=2, most=2, seconds=0.0)
+
+
+def protocol(rounds: int, seconds: float) -> Protocol:
+    """Two rounds of warm-up after the first calls: tuned and frozen graphs are slow in their second and third, too."""
+    return Protocol(warmup=2, least=rounds, most=max(rounds, 50), seconds=seconds)
 
 
 def distance(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -40,6 +50,12 @@ def distance(actual: np.ndarray, expected: np.ndarray) -> float:
     if actual.shape != expected.shape or not np.isfinite(actual).all():
         return np.inf
     return float(np.linalg.norm(actual.astype(np.float64) - expected) / np.linalg.norm(expected))
+
+
+def error_of_median(values: list[float]) -> float:
+    """Standard error of a median, from quantiles, as of a normal distribution: 1.2533 standard deviations by root n,
+    and these 1 / 1.683 of what lies between the 20th and 80th percentile."""
+    return 1.2533 / 1.683 * (quantile(values, 0.8) - quantile(values, 0.2)) / len(values) ** 0.5
 
 
 class Runner(Process):
@@ -52,6 +68,10 @@ class Runner(Process):
         np.savez(self.folder / "content.npz", **content)
         answer = self.ask("run", steps=steps, guidance=GUIDANCE)
         return answer, np.load(self.folder / "made.npy")
+
+    def run_without(self, steps: int) -> list[float]:
+        """Seconds of the same content without the adapter."""
+        return self.ask("run_without", steps=steps, guidance=GUIDANCE)["seconds"]
 
 
 @dataclass(eq=False)
@@ -73,13 +93,13 @@ class Raced(Entrant):
 
 
 def memory(device: str) -> int:
-    """Bytes that are free."""
+    """Bytes that are free, less those of the ceilings beside a race."""
     if device == "cuda":
         import torch
 
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info()[0] - Ceilings.bytes(device)
     (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) << 10
+    return (int(line.split()[1]) << 10) - Ceilings.bytes(device)
 
 
 def heats(needs: dict[str, int], room: int) -> list[list[str]]:
@@ -107,17 +127,16 @@ class UNetBench(Bench):
     ladder: bool = False
     quick: bool = False
     stages: tuple[str, ...] = ("unet", "decoder")
-    protocol: Protocol = Protocol(warmup=0, least=2, most=2, seconds=0.0)
+    protocol: Protocol = QUICK
     runs: dict[tuple[str, ...], tuple] = field(default_factory=dict)
 
     def __post_init__(self):
         for model, stage, batch in itertools.product(self.models, self.stages, self.batches):
-            names = [n for n in self.names if stage == "unet" or n not in CONTENDERS or not CONTENDERS[n].unet_only]
-            names = [n for n in names if stage == "unet" or n != "+ condition once"]
+            names = [name for name in self.names if runs(name, stage)]
             for steps in (self.steps if stage == "unet" else (1,)) if names else ():
                 side, called = size_of(model), Path(model).name
-                runs = f"UNet {side}x{side}, {steps} steps" if stage == "unet" else f"decoder {side}x{side}"
-                race = (f"{called} {runs} batch {batch}",)
+                what = f"UNet {side}x{side}, {steps} steps" if stage == "unet" else f"decoder {side}x{side}"
+                race = (f"{called} {what} batch {batch}",)
                 self.runs[race], self.races[race] = (model, stage, batch, steps), names
         self.place = Path(self.closing.enter_context(tempfile.TemporaryDirectory()))
         self.count = itertools.count()
@@ -127,10 +146,37 @@ class UNetBench(Bench):
         entrant = Raced(Runner(name, self.place / f"race-{next(self.count)}"))
         self.closing.callback(entrant.process.close)
         with entrant.refusing():
-            folder, (_, adapter) = str(folder_of(model, self.place)), split(model)
-            asked = dict(name=name, model=folder, stage=stage, adapter=adapter, device=self.device)
-            entrant.built = entrant.process.ask("build", **asked)
+            asked = dict(name=name, stage=stage, adapter=split(model)[1], device=self.device)
+            bundle = str(self.bundle(name, model)) if name in ENGINES else None
+            entrant.built = entrant.process.ask(
+                "build", **asked, model=str(folder_of(model, self.place)), bundle=bundle
+            )
         return entrant
+
+    def bundle(self, name: str, model: str) -> Path:
+        """Where an engine's bundle is, made once for all races; raises `Wrong` where that fails."""
+        # both branches of guidance count
+        batches = (1, 2 * min(self.batches), 2 * max(self.batches))
+        request = dict(folder=str(folder_of(model, self.place)), name=model, adapter=split(model)[1], batches=batches)
+        backend = name if ENGINES[name].built else ""
+        return bundles.made(self.place, **request, backend=backend, precision=ENGINES[name].bundle)
+
+    def without_bundle(self, names: list[str], model: str, what: str) -> dict[str, Outcome]:
+        """Engines whose bundle cannot be made, and why. Nothing else holds memory while the others' are made."""
+        engines, failed = [name for name in names if name in ENGINES], {}
+        with phase(f"{what}: export for {', '.join(engines)}", len(engines)) as done:
+            for name in engines:
+                try:
+                    self.bundle(name, model)
+                except Wrong as error:
+                    failed[name] = str(error)
+                done.update()
+        return failed
+
+    def paired(self, name: str, race: tuple[str]) -> bool:
+        """Whether what an adapter costs is measured: each run beside one without it."""
+        model, stage, *_ = self.runs[race]
+        return bool(split(model)[1]) and stage == "unet" and switches_of(name, stage) is not None and not self.ladder
 
     def truths(self, name: str, race: tuple[str], asked: list[Content]) -> list[np.ndarray]:
         """What an implementation makes of contents, in a process that is gone afterwards."""
@@ -142,6 +188,13 @@ class UNetBench(Bench):
             return [entrant.process.run(content, steps)[1] for content in asked]
         finally:
             entrant.process.close()
+
+    def which(self, race: tuple[str]) -> dict:
+        base, _ = split(self.runs[race][0])
+        return {} if base in MODELS else {"model": store.configured(Path(base))}
+
+    def serves(self, row: dict) -> bool:
+        return row["rounds"] >= self.protocol.least and super().serves(row)
 
     def run(self, race: tuple[str], what: str) -> dict[str, Outcome]:
         model, stage, batch, steps = self.runs[race]
@@ -157,8 +210,10 @@ class UNetBench(Bench):
                 raise Wrong("the model ignores its condition: its results prove nothing")
         except Wrong as error:
             return dict.fromkeys(names, f"nothing to compare with: {error}")
-        size, found = parameters(model, stage), {}
-        for heat in heats({name: self.need(name, stage, size) for name in names}, memory(self.device) - 4 * size):
+        size, found = parameters(model, stage), self.without_bundle(names, model, what)
+        raced = [name for name in names if name not in found]
+        needs = {name: self.need(name, stage, size) * (1 + self.paired(name, race)) for name in raced}
+        for heat in heats(needs, memory(self.device) - 4 * size):
             found |= self.heat(heat, race, what, limit, (first, truth), (chosen, later))
         return found
 
@@ -182,7 +237,10 @@ class UNetBench(Bench):
                         entrant.limit = EXACT if entrant.built["arithmetic"] == "fp32" else limit
                         entrant.first, made = entrant.process.run(first[0], steps)
                         entrant.judge(made, first[1], "first call")
+                        if self.paired(name, race):
+                            entrant.process.run_without(steps)
                 done.update()
+        pairs = {id(entrants[name]) for name in names if self.paired(name, race)}
         anchor = min(fair(entrants.values()), key=lambda entrant: entrant.error, default=None)
         examined, seeds = random.Random().randrange(max(self.protocol.least, 1)) + 1, itertools.count(TEXTS)
         rounds = itertools.count(1 - self.protocol.warmup)
@@ -193,7 +251,7 @@ class UNetBench(Bench):
 
         def turn(entrant: Raced, content: Content) -> dict:
             answer, entrant.made = entrant.process.run(content, steps)
-            return answer
+            return answer | ({"without": entrant.process.run_without(steps)} if id(entrant) in pairs else {})
 
         def judge(ran: list[Raced], content: Content, number: int) -> None:
             for entrant in ran:
@@ -217,8 +275,12 @@ class UNetBench(Bench):
         row = store.row(named, entrant.times, self.device, steps * operations(model, stage, batch), ceilings)
         row |= {"evaluation_us": row["median_us"] / steps, "rel_error": entrant.error, "half_error": limit / LEEWAY}
         row |= {"build_s": entrant.built["seconds"], **entrant.facts}
+        if self.paired(name, race):
+            added = [one - other for one, other in zip(entrant.all("seconds"), entrant.all("without"), strict=True)]
+            found = {"added_us": quantile(added, 0.5), "added_error_us": error_of_median(added)}
+            row |= {key: value * 1e6 / steps for key, value in found.items()} | {"stock": stock_of(name, stage)}
         row |= {"quick": True} if self.quick else {}
-        return row | {"kernel_hash": None, **self.code(race, name)}
+        return row | self.which(race) | {"kernel_hash": None, **self.code(race, name)}
 
     def op(self, race: tuple[str]) -> str:
         _, stage, *_ = self.runs[race]
@@ -228,5 +290,5 @@ class UNetBench(Bench):
         op, arch = self.op(race), store.environment(self.device)["arch"]
         switches = switches_of(name, self.runs[race][1])
         # of the user's own functions nobody knows what they are made of
-        ours = self.ladder or switches is None or switches.fused
-        return {"op": op, "arch": arch, "kernel_hash": source_hash(op, arch)} if ours else {}
+        ours = ENGINES[name].ours if name in ENGINES else self.ladder or switches is None or switches.fused
+        return {"op": op, "arch": arch, "kernel_hash": source_hash(op, arch, name)} if ours else {}

@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
 
 #define SHARED(type, name, size) __shared__ type name[size]
 
@@ -93,7 +94,10 @@ struct LaunchShape {
   bool cooperative = false;
 };
 
-// a kernel's launch as CUDA takes it; `error` is CUDA's
+// limits of a kernel are the process's: no thread may set them between another's setting and its launch
+inline std::mutex limits;
+
+// a kernel's launch as CUDA takes it, with `limits` held; `error` is CUDA's
 struct Launch {
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
@@ -128,6 +132,7 @@ struct Launch {
 // starts a kernel on a stream; returns CUDA's error, 0 for none
 template <typename... P, typename... A>
 int launch(void (*kernel)(P...), const LaunchShape& shape, cudaStream_t stream, A... arguments) {
+  const std::lock_guard<std::mutex> held(limits);
   const Launch made(reinterpret_cast<const void*>(kernel), shape, stream);
   return made.error ? made.error : cudaLaunchKernelEx(&made.config, kernel, P(arguments)...);
 }
@@ -136,6 +141,7 @@ int launch(void (*kernel)(P...), const LaunchShape& shape, cudaStream_t stream, 
 template <typename... P>
 int clusters_at_once(void (*kernel)(P...), const LaunchShape& shape, int* count) {
   const void* function = reinterpret_cast<const void*>(kernel);
+  const std::lock_guard<std::mutex> held(limits);
   const Launch made(function, shape, nullptr);
   if (made.error) return made.error;
   const cudaError_t error = cudaOccupancyMaxActiveClusters(count, function, &made.config);

@@ -6,7 +6,7 @@ from typing import Any
 from semantica import cache
 from semantica.engines import BACKENDS, Bundle, Engine, load_engine
 from semantica.engines.built import FORMAT, VERSION, engine_folder
-from semantica.engines.bundle import CONDITION, DECODE, DENOISE, MANIFEST, read_manifest
+from semantica.engines.bundle import DECODE, DENOISE, MANIFEST, read_manifest
 from semantica.errors import ArtifactError, UserError
 from semantica.export.builders import Builder, _process
 
@@ -32,8 +32,6 @@ class TensorRTBuilder(Builder):
         return arch
 
     def check(self, bundle: Bundle) -> None:
-        if DECODE in bundle.manifest["files"]:
-            raise UserError(f"{bundle.folder} is of a diffusers pipeline, which {self.backend} does not build so far")
         attention = bundle.manifest["graphs"][DENOISE]["nodes"].get("Attention", 0)
         if bundle.precision == "fp32" and attention:
             raise UserError(f"{bundle.folder} is fp32, for which {self.backend} has no attention: export fp16 or bf16")
@@ -41,7 +39,7 @@ class TensorRTBuilder(Builder):
     def build(
         self, bundle: Bundle, arch: str, batches: tuple[int, int, int], folder: Path, refittable: bool = False
     ) -> dict[str, Any]:
-        """Both engines, each in a process of its own; the record holds the layers of the parsed networks."""
+        """An engine of each graph, in a process of its own; the record holds the layers of the parsed networks."""
         profile = dict(zip(("min", "opt", "max"), batches))
         record: dict[str, Any] = {"profile": profile, "refittable": refittable, "layers": {}}
         here = present_gpu() == arch
@@ -49,18 +47,19 @@ class TensorRTBuilder(Builder):
             import torch
 
             record["card"] = torch.cuda.get_device_name()
-        for name in (CONDITION, DENOISE):
+        for name in bundle.graphs:
             request = {
                 "module": self.module,
                 "onnx": str((bundle.folder / name).resolve()),
-                "profile": profile,
+                # latents are decoded one at a time
+                "profile": dict.fromkeys(profile, 1) if name == DECODE else profile,
                 "engine": str(folder / name.replace(".onnx", ".engine")),
                 "layers": str(folder / name.replace(".onnx", ".layers.json")) if here else None,
                 "refittable": refittable,
                 **self.options(arch),
             }
             made = run_worker(request, folder / "request.json", self.backend, name)
-            check_types(made["layers"], bundle.precision, name)
+            check_types(made["layers"], bundle.precision_of(name), name)
             record["layers"][name], record["backend_version"] = made["layers"], made["backend_version"]
         return record
 

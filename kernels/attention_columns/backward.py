@@ -17,6 +17,7 @@ from semantica.kernels.attention_columns.tiles import load_chosen, load_tokens
 from semantica.kernels.attention_moments.tiles import (
     load_queries,
     map_tile,
+    near,
     query_splits,
     rows_of,
     settings,
@@ -27,7 +28,6 @@ from semantica.kernels.cross_attention.tiles import (
     aligned,
     alignment,
     contiguous,
-    dense,
     query_tile,
     split_dim,
     store_rows,
@@ -126,7 +126,7 @@ def columns_place_kernel(
 def plan_backward(dc, q, k, lse, tokens, lengths, needs) -> tuple[list[Launch], tuple[Tensor, ...]]:
     """Launches, and what they write: dq, dlse, dk (empty where not needed). Works on meta tensors."""
     batch, queries, heads, dim = q.shape
-    q, k = dense(q), dense(k)
+    q, k = near(q), near(k)
     (lse, lse_strides), (dc, tokens, lengths) = rows_of(q, lse), contiguous(dc, tokens, lengths)
     count = tokens.shape[1]
 

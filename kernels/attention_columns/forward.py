@@ -10,13 +10,12 @@ from torch import Tensor
 
 from semantica.kernels import replay
 from semantica.kernels.attention_columns.tiles import load_chosen, load_tokens
-from semantica.kernels.attention_moments.tiles import load_queries, map_tile, rows_of, settings
+from semantica.kernels.attention_moments.tiles import load_queries, map_tile, near, rows_of, settings
 from semantica.kernels.cross_attention.tiles import (
     GRID_LIMIT,
     aligned,
     alignment,
     contiguous,
-    dense,
     query_tile,
     split_dim,
     strides,
@@ -52,7 +51,7 @@ def plan_forward(q, k, lse, tokens, lengths) -> tuple[list[Launch], tuple[Tensor
     batch, queries, heads, dim = q.shape
     if max(batch, heads) > GRID_LIMIT:
         raise ValueError(f"q {tuple(q.shape)} = [B, N, H, D]: at most {GRID_LIMIT} samples or heads fit one launch")
-    q, k = dense(q), dense(k)
+    q, k = near(q), near(k)
     (lse, lse_strides), (tokens, lengths) = rows_of(q, lse), contiguous(tokens, lengths)
     count = tokens.shape[1]
     out = torch.empty((batch, heads, queries, count), dtype=torch.float32, device=q.device)

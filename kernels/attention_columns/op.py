@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from semantica.kernels import dispatch
-from semantica.kernels.attention_moments.op import attention_map, check, normalised, with_gradient
+from semantica.kernels.attention_moments.op import attention_map, check, normalised, save
 from semantica.kernels.cross_attention.op import fused, widen
 
 
@@ -109,7 +109,7 @@ def backward(ctx, dc):
     return dq if q else None, dk if k else None, dlse if lse else None, None, None
 
 
-run = with_gradient(op, backward)
+run = dispatch.with_gradient(op, save, backward)
 
 
 dispatch.register_triton(
@@ -169,4 +169,8 @@ def checked_tokens(tokens: Tensor | Sequence[int], q: Tensor, k: Tensor) -> Tens
     wrong = [t for t in tokens if not 0 <= t < k.shape[1]]
     if wrong:
         raise ValueError(f"tokens has {wrong[0]}: k {tuple(k.shape)} has tokens 0 to {k.shape[1] - 1}")
-    return torch.tensor(tokens, device=q.device)
+    host = torch.tensor(tokens)
+    if q.device.type != "cuda" or torch.compiler.is_compiling():
+        return host.to(q.device)
+    # from pageable memory the copy would wait for what the device still has to do
+    return host.pin_memory().to(q.device, non_blocking=True)

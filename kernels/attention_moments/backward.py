@@ -23,6 +23,7 @@ from semantica.kernels.attention_moments.tiles import (
     load_block,
     load_queries,
     map_tile,
+    near,
     plan_sum,
     query_splits,
     rows_of,
@@ -250,7 +251,7 @@ def plan_backward(dm, q, k, lse, features, lengths, needs) -> tuple[list[Launch]
     """Launches, and what they write: dq, dlse, dk, dfeatures (empty where not needed). Works on meta tensors."""
     batch, queries, heads, dim = q.shape
     keys, count = k.shape[1], features.shape[-1]
-    q, k, features = dense(q), dense(k), dense(features)
+    q, k, features = near(q), near(k), dense(features)
     (lse, lse_strides), (dm, lengths) = rows_of(q, lse), contiguous(dm, lengths)
 
     def new(like: Tensor, need: bool) -> Tensor:

@@ -18,6 +18,7 @@ from semantica.kernels.attention_moments.tiles import (
     key_spans,
     load_block,
     load_queries,
+    near,
     plan_sum,
     query_splits,
     rows_of,
@@ -98,7 +99,7 @@ def plan_forward(q, k, lse, features, lengths) -> tuple[list[Launch], tuple[Tens
     keys, count = k.shape[1], features.shape[-1]
     if max(batch, heads) > GRID_LIMIT:
         raise ValueError(f"q {tuple(q.shape)} = [B, N, H, D]: at most {GRID_LIMIT} samples or heads fit one launch")
-    q, k, features = dense(q), dense(k), dense(features)
+    q, k, features = near(q), near(k), dense(features)
     (lse, lse_strides), (lengths,) = rows_of(q, lse), contiguous(lengths)
     out = torch.empty((batch, heads, keys, count), dtype=torch.float32, device=q.device)
     if q.numel() == 0:

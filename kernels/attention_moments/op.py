@@ -4,26 +4,24 @@ The map P is never stored. Its moments are what training-free steering reads: ma
 with features (1, x, y, x^2, y^2, xy), its pooled appearance with activations (Epstein et al., arXiv 2306.00986).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from semantica.kernels import dispatch
 from semantica.kernels.checks import check_dtype, check_tensors
-from semantica.kernels.cross_attention.op import HEAD_DIMS, RMS_EPS, fused, widen
-
-# values of the map that plain torch holds at a time, however long queries and keys are
-CHUNK = 1 << 18
+from semantica.kernels.cross_attention.op import HEAD_DIMS, RMS_EPS, chunks, fused, widen
 
 
 def normalised(q: Tensor, weight: Tensor | None) -> Tensor:
-    """RMS norm over D in fp32, rounded once to q's type: as the kernels of `cross_attention` do it."""
+    """RMS norm over D in fp32, rounded once to q's type: as `cross_attention` does it on the same device."""
     if weight is None:
         return q
     wide = widen(q)
+    # plain torch rounds the weight too: with the logarithms of other queries no map sums to 1
+    weight = weight if fused(q) else weight.to(q.dtype)
     return F.rms_norm(wide, q.shape[-1:], weight.to(wide.dtype), RMS_EPS).to(q.dtype)
 
 
@@ -32,12 +30,6 @@ def valid(lengths: Tensor | None, keys: int) -> Tensor | None:
     if lengths is None:
         return None
     return (torch.arange(keys, device=lengths.device) < lengths[:, None])[:, None, None, :]
-
-
-def chunks(queries: int, width: int) -> list[slice]:
-    """The queries in stretches of which the map has at most `CHUNK` values, or one row."""
-    step = max(1, CHUNK // max(1, width))
-    return [slice(start, min(start + step, queries)) for start in range(0, queries, step)]
 
 
 def heads_first(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,46 +145,20 @@ def _(dm, q, k, lse, features, lengths, needs):
     return [a.new_empty(a.shape) if need else q.new_empty(0) for a, need in given]
 
 
-def with_gradient(op, backward) -> Callable[..., Tensor]:
-    """Give an op that saves all its inputs its gradient; returns what calls it, past torch's dispatcher where it may.
-
-    backward: `(ctx, gradient) -> gradients of the inputs`. See `dispatch.direct`.
-    """
-
-    def save(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    class Fused(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, kernel, *inputs):
-            ctx.save_for_backward(*inputs)
-            return kernel(*inputs)
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, gradient):
-            return None, *backward(ctx, gradient)
-
-    def run(*arguments: Tensor | None) -> Tensor:
-        kernel = dispatch.direct(op, arguments)
-        if kernel is None:
-            return op(*arguments)
-        return Fused.apply(kernel, *arguments) if dispatch.differentiable(arguments) else kernel(*arguments)
-
-    op.register_autograd(backward, setup_context=save)
-    return run
+def save(ctx, inputs, output):
+    """What both readers of an attention map keep."""
+    ctx.save_for_backward(*inputs)
 
 
 def backward(ctx, dm):
-    needed = ctx.needs_input_grad
     # past the dispatcher the kernel comes first
-    q, k, lse, features = needed[-5:-1]
+    q, k, lse, features = ctx.needs_input_grad[-5:-1]
     needs = [q or lse, k, features]
     dq, dlse, dk, df = dispatch.call(op_backward, dm, *ctx.saved_tensors, needs)
     return dq if q else None, dk if k else None, dlse if lse else None, df if features else None, None
 
 
-run = with_gradient(op, backward)
+run = dispatch.with_gradient(op, save, backward)
 
 
 dispatch.register_triton(

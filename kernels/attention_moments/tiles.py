@@ -11,7 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from semantica.kernels import launch
-from semantica.kernels.cross_attention.tiles import PROCESSORS, dot_rows, exp_minus, load_rows, scaled, stream_tiles
+from semantica.kernels.cross_attention.tiles import (
+    PROCESSORS,
+    dense,
+    dot_rows,
+    exp_minus,
+    far,
+    load_rows,
+    scaled,
+    stream_tiles,
+)
 
 
 @triton.jit
@@ -104,6 +113,12 @@ def query_splits(queries: int, block_n: int, programs: int) -> tuple[int, int]:
     splits = max(1, min(PROCESSORS // max(1, programs), tiles))
     span = triton.cdiv(tiles, splits) * block_n
     return triton.cdiv(queries, span), span
+
+
+def near(a: Tensor) -> Tensor:
+    """`dense`, and copied where 32 bits, with which these kernels count heads, are too few for the offset of one."""
+    a = dense(a)
+    return a.contiguous() if far(a) else a
 
 
 def rows_of(q: Tensor, lse: Tensor) -> tuple[Tensor, dict[str, int]]:

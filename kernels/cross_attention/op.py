@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from semantica.kernels import dispatch, launch
@@ -18,6 +17,14 @@ from semantica.kernels.checks import check_dtype, check_tensors
 # of which a row of 16-bit values is whole transactions of 16 bytes
 HEAD_DIMS = range(16, 161, 8)
 RMS_EPS = 1e-6
+# values of an attention map that plain torch holds at a time, however long queries and keys are
+CHUNK = 1 << 18
+
+
+def chunks(queries: int, width: int) -> list[slice]:
+    """The queries in stretches of which a map, so many values wide, has at most `CHUNK` values, or one row."""
+    step = max(1, CHUNK // max(1, width))
+    return [slice(start, min(start + step, queries)) for start in range(0, max(1, queries), step)]
 
 
 def cross_attention_ref(
@@ -93,10 +100,22 @@ def forward_plain(
     if q.numel():
         # the dtype of the result is q's, whatever an enclosing autocast would prefer
         with torch.autocast(q.device.type, enabled=False):
-            results = cross_attention_ref(q, k, v, sizes, lengths, gates, q_weight, return_lse)
-        for output, result in zip(outputs, results if return_lse else [results]):
-            output.copy_(result)
+            outputs[0].copy_(cross_attention_ref(q, k, v, sizes, lengths, gates, q_weight))
+            if return_lse:
+                log_sums(outputs[1], q, k, sizes, lengths, q_weight)
     return outputs
+
+
+def log_sums(lse: Tensor, q: Tensor, k: Tensor, sizes: Sequence[int], lengths: Tensor | None, q_weight: Tensor | None):
+    """Fills `lse [B, H, S, N]`, a chunk of queries at a time; chunks that were kept would break the memory up."""
+    if q_weight is not None:
+        q = F.rms_norm(q, q.shape[-1:], q_weight.to(q.dtype), RMS_EPS)
+    q, k = widen(q).transpose(1, 2), widen(k).transpose(1, 2).contiguous()
+    for s, k_s in enumerate(k.split(list(sizes), 2)):
+        there = None if lengths is None else valid(lengths, s, sizes[s])
+        for part in chunks(q.shape[2], q.shape[0] * q.shape[1] * sizes[s]):
+            scores = q[:, :, part] @ k_s.transpose(2, 3) * q.shape[-1] ** -0.5
+            lse[:, :, s, part] = (scores if there is None else scores.masked_fill(~there, -torch.inf)).logsumexp(-1)
 
 
 op = torch.library.custom_op("semantica::cross_attention", forward_plain, mutates_args=())
@@ -141,27 +160,36 @@ def backward_ref(do, q, k, v, dlse, sizes, lengths, gates, q_weight):
         qs = unit * weight
     dq, dks, dvs, dgates = torch.zeros_like(qs), [], [], []
     for s, (k_s, v_s) in enumerate(zip(ks.split(list(sizes), 2), vs.split(list(sizes), 2), strict=True)):
-        scores = qs @ k_s.transpose(2, 3) * dim**-0.5
-        if lengths is None:
-            p = scores.softmax(-1)
-        else:
-            mask = valid(lengths, s, sizes[s])
-            # a row with no token at all must become zeros, not NaN
-            p = scores.masked_fill(~mask, -torch.finfo(wide).max).softmax(-1) * mask
-        dp = do @ v_s.transpose(2, 3)
-        rows = (p * dp).sum(-1, keepdim=True)
+        mask = None if lengths is None else valid(lengths, s, sizes[s])
         gate = 1 if gates is None else gates[:, s, :, None, None].to(wide)
-        if gates is not None:
-            # sum over d of do . o equals the row sums of p * dp
-            dgates.append(rows.sum((2, 3)))
-        ds = p * (dp - rows) * (gate * dim**-0.5)
+        sums: list[Tensor] = []
+        parts = [slice(None)]
         if dlse is not None:
-            through_lse = p * (dlse[:, :, s, :, None] * dim**-0.5)
-            # the gradient of log 0 may be anything; nothing depends on it
-            ds = ds + (through_lse if lengths is None else through_lse.masked_fill(~mask, 0))
-        dq = dq + ds @ k_s
-        dks.append(ds.transpose(2, 3) @ qs)
-        dvs.append(p.transpose(2, 3) @ do * gate)
+            # whoever reads the map asks for its logarithms, and for memory that does not grow with it
+            parts = chunks(qs.shape[2], qs.shape[0] * qs.shape[1] * sizes[s])
+        for part in parts:
+            scores = qs[:, :, part] @ k_s.transpose(2, 3) * dim**-0.5
+            if mask is None:
+                p = scores.softmax(-1)
+            else:
+                # a row with no token at all must become zeros, not NaN
+                p = scores.masked_fill(~mask, -torch.finfo(wide).max).softmax(-1) * mask
+            given = do[:, :, part]
+            dp = given @ v_s.transpose(2, 3)
+            rows = (p * dp).sum(-1, keepdim=True)
+            ds = p * (dp - rows) * (gate * dim**-0.5)
+            if dlse is not None:
+                through_lse = p * (dlse[:, :, s, part, None] * dim**-0.5)
+                # the gradient of log 0 may be anything; nothing depends on it
+                ds = ds + (through_lse if mask is None else through_lse.masked_fill(~mask, 0))
+            dq[:, :, part] += ds @ k_s
+            # sum over d of do . o equals the row sums of p * dp
+            found = ds.transpose(2, 3) @ qs[:, :, part], p.transpose(2, 3) @ given, rows.sum((2, 3))
+            sums = [a + b for a, b in zip(sums, found)] if sums else list(found)
+        dks.append(sums[0])
+        dvs.append(sums[1] * gate)
+        if gates is not None:
+            dgates.append(sums[2])
     dgates = q.new_empty(0) if gates is None else torch.stack(dgates, 1).to(gates.dtype)
     dweight = q.new_empty(0)
     if q_weight is not None:
@@ -202,22 +230,7 @@ def backward(ctx, do, dlse):
     return dq, dk, dv, None, None, dgates, dweight, None
 
 
-op.register_autograd(backward, setup_context=save)
-
-
-class Fused(torch.autograd.Function):
-    """The op with its gradients, past torch's dispatcher: see `dispatch.direct`."""
-
-    @staticmethod
-    def forward(ctx, kernel, *inputs):
-        outputs = kernel(*inputs)
-        save(ctx, inputs, outputs)
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients):
-        return None, *backward(ctx, *gradients)
+run = dispatch.with_gradient(op, save, backward)
 
 
 dispatch.register_triton(
@@ -263,17 +276,11 @@ def cross_attention(
     """
     check(q, k, v, sizes, lengths, gates, q_weight)
     arguments = q, k, v, list(sizes), lengths, gates, q_weight, return_lse
-    kernel = dispatch.direct(op, arguments)
-    if kernel is None and dispatch.transformed():
+    if dispatch.transformed():
         # the one of torch's kernels that has a derivative in every mode
         with torch.autocast(q.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
             return cross_attention_ref(*arguments)
-    if kernel is None:
-        o, lse = op(*arguments)
-    elif dispatch.differentiable(arguments):
-        o, lse = Fused.apply(kernel, *arguments)
-    else:
-        o, lse = kernel(*arguments)
+    o, lse = run(*arguments)
     return (o, lse) if return_lse else o
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from semantica.kernels import dispatch, launch
 from semantica.kernels.checks import check_dtype, check_tensors
@@ -149,11 +148,15 @@ def save(ctx, inputs, output):
     x, groups, weight, bias, scale, shift, activation, _, addend = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    # zeros for the statistics would be filled in for nothing
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, addend)
     ctx.settings = groups, activation
 
 
 def backward(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 9
     x, mean, rstd, weight, bias, scale, shift, addend = ctx.saved_tensors
     groups, activation = ctx.settings
     inputs = dy, x, mean, rstd, groups, weight, bias, scale, shift, activation, addend
@@ -162,24 +165,7 @@ def backward(ctx, dy, *_):
     return dx, None, dweight, dbias, dscale, dshift, None, None, daddend
 
 
-op.register_autograd(backward, setup_context=save)
-
-
-class Fused(torch.autograd.Function):
-    """The op with its gradients, past torch's dispatcher: see `dispatch.direct`."""
-
-    @staticmethod
-    def forward(ctx, kernel, *inputs):
-        outputs = kernel(*inputs)
-        save(ctx, inputs, outputs)
-        # zeros for the statistics would be filled in for nothing
-        ctx.set_materialize_grads(False)
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, *_):
-        return (None,) * 10 if dy is None else (None, *backward(ctx, dy))
+run = dispatch.with_gradient(op, save, backward)
 
 
 def supports(*dtypes: torch.dtype):
@@ -249,13 +235,10 @@ def group_norm(
     """
     check(x, groups, weight, bias, scale, shift, activation, addend)
     arguments = x, groups, weight, bias, scale, shift, activation, eps, addend
-    kernel = dispatch.direct(op, arguments)
-    if kernel is None and dispatch.transformed():
+    if dispatch.transformed():
         with torch.autocast(x.device.type, enabled=False):
             return group_norm_ref(*arguments)
-    if kernel is None:
-        return op(*arguments)[0]
-    return (Fused.apply(kernel, *arguments) if dispatch.differentiable(arguments) else kernel(*arguments))[0]
+    return run(*arguments)[0]
 
 
 def check(x, groups, weight, bias, scale, shift, activation, addend):

@@ -8,9 +8,10 @@ import numpy as np
 
 from semantica.condition import Condition, concatenate
 from semantica.engines.bundle import Bundle
+from semantica.engines.embedding import noise_embedding
 from semantica.errors import UserError
 from semantica.inputs import by_name, samples_in
-from semantica.sampling.loop import Velocity
+from semantica.sampling.loop import Velocity, like
 
 Array = Any  # numpy.ndarray or torch.Tensor
 
@@ -54,7 +55,7 @@ class Engine(ABC):
         """No gradients, and no module that guiders could change."""
         name = f"engine {self.backend!r}"
         return {
-            "module": f"{name} takes no guider: use guidance_scale and interval, or the engine 'torch'",
+            "module": f"{name} takes no guider that changes the network: use another one, or the engine 'torch'",
             "gradients": f"{name} gives no gradients: sample the run folder that it was exported from",
         }
 
@@ -155,6 +156,11 @@ class GraphEngine(Engine):
         """
         self.check("latents", latents, len(latents))
         return concatenate([self.decoder({"latents": latents[i : i + 1]})["images"] for i in range(len(latents))])
+
+    def embedding(self, logsnr: Array) -> Array:
+        """Embeddings `[N, E]` float32 of noise levels `[N]`, to which a condition's is added."""
+        wide = logsnr if isinstance(logsnr, np.ndarray) else logsnr.cpu().numpy()
+        return like(noise_embedding(self.bundle, wide, "np" if self.array == "numpy" else "pt"), logsnr)
 
     def as_condition(self, outputs: dict[str, Array], sizes: tuple[int, ...]) -> Condition:
         """Named arrays k.i, v.i `[B, H, M, D]` and emb as a `Condition`, without a copy."""

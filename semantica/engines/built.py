@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from semantica.engines.bundle import CONDITION, DENOISE, MANIFEST, WEIGHTS, Bundle, check_files, read_manifest
+from semantica.engines.bundle import MANIFEST, WEIGHTS, Bundle, check_files, read_manifest
 from semantica.errors import UserError
 
 FORMAT, VERSION = "semantica-engine", 1
-# files of the bundle whose hashes an engine's manifest repeats: it was made from these
-SOURCES = (CONDITION, DENOISE, WEIGHTS)
+
+
+def sources(bundle: Bundle) -> tuple[str, ...]:
+    """Files of a bundle whose hashes an engine's manifest repeats: it was made from these."""
+    return (*bundle.graphs, WEIGHTS)
 
 
 def engine_folder(bundle: Bundle, backend: str, arch: str) -> Path:
@@ -36,7 +39,7 @@ def open_built(bundle: Bundle, backend: str, arch: str, version: str) -> tuple[P
         if manifest.get(key) != expected:
             raise UserError(f"{folder} was built for {key} {manifest.get(key)!r}, here it is {expected!r}: {how}")
     made_from, files = manifest.get("onnx"), bundle.manifest["files"]
-    if not isinstance(made_from, dict) or any(made_from.get(name) != files[name]["sha256"] for name in SOURCES):
+    if not isinstance(made_from, dict) or any(made_from.get(name) != files[name]["sha256"] for name in sources(bundle)):
         raise UserError(f"{folder} was built from other graphs than {bundle.folder} holds now: {how}")
     profile, files = manifest.get("profile"), manifest.get("files")
     if not isinstance(files, dict) or not isinstance(profile, dict) or type(profile.get("max")) is not int:

@@ -100,6 +100,19 @@ class Bundle:
         return batch, count, sum(self.sizes), width
 
     @property
+    def graphs(self) -> tuple[str, ...]:
+        """Its graphs by name: of conditions, of the denoiser, and of a decoder where latents are sampled."""
+        return (CONDITION, DENOISE, *((DECODE,) if DECODE in self.manifest["files"] else ()))
+
+    def precision_of(self, name: str) -> str:
+        """What a graph computes in: the bundle's precision; fp32 for decoders whose activations fp16 does not hold."""
+        if name != DECODE:
+            return self.precision
+        # bundles of an older version do not say it
+        wide = self.precision == "fp16" and self.manifest["model"]["vae"].get("force_upcast")
+        return self.manifest.get("decoder", {}).get("precision", "fp32" if wide else self.precision)
+
+    @property
     def tokenizers(self) -> dict[str, list[str]]:
         """Folders of the tokenizers of each input that takes text."""
         return self.manifest.get("tokenizers", {})
@@ -166,8 +179,14 @@ def check_parts(path: Path, manifest: dict[str, Any]) -> None:
         for names in texts.values()
     ):
         raise UserError(f"{path} has tokenizers that are not there: export the bundle again")
-    if DECODE in manifest["files"] and not (type(manifest.get("decode")) is int and manifest["decode"] > 0):
-        raise UserError(f"{path} has a decoder of no size: export the bundle again")
+    if DECODE in manifest["files"]:
+        if not (type(manifest.get("decode")) is int and manifest["decode"] > 0):
+            raise UserError(f"{path} has a decoder of no size: export the bundle again")
+        if not isinstance(manifest["model"].get("vae"), dict):
+            raise UserError(f"{path} says nothing of its decoder: export the bundle again")
+        said = manifest.get("decoder", {})
+        if not isinstance(said, dict) or said.get("precision", "fp32") not in PRECISIONS:
+            raise UserError(f"{path} has a decoder of an unknown precision: export the bundle again")
 
 
 def read_manifest(path: Path, kind: str, version: int) -> dict[str, Any]:

@@ -21,7 +21,11 @@ class CompiledEngine(TorchEngine):
     """`TorchEngine` whose whole runs go through a `CompiledDenoiser`; a single call is the eager network."""
 
     backend = "torch-compile"
-    refuses = dict.fromkeys(CompiledDenoiser.refuses, "engine 'torch-compile' takes no guider and no callback")
+    refuses = {
+        "steps": "engine 'torch-compile' takes no callback: use the engine 'torch'",
+        "module": "engine 'torch-compile' takes no guider that changes the network: use the engine 'torch'",
+        "gradients": "engine 'torch-compile' gives no gradients: sample the run folder that it was exported from",
+    }
 
     def __init__(self, bundle: Bundle, device: torch.device):
         super().__init__(bundle, device)

@@ -14,7 +14,7 @@ from semantica.engines.built import open_built
 from semantica.engines.bundle import NULL, Bundle
 from semantica.errors import UserError
 
-PACKAGES = {"encode": "condition.pt2", "denoise": "denoise.pt2"}
+PACKAGES = {"encode": "condition.pt2", "denoise": "denoise.pt2", "decode": "decode.pt2"}
 
 
 def architecture() -> str:
@@ -30,7 +30,7 @@ def load(bundle: Bundle, backend: str, device: str) -> "InductorEngine":
 
 
 class InductorEngine(GraphEngine):
-    """Two packages: native code, so load only what you built or trust."""
+    """Packages: native code, so load only what you built or trust."""
 
     backend, array = "inductor", "torch"
 
@@ -38,7 +38,8 @@ class InductorEngine(GraphEngine):
         super().__init__(bundle)
         self.arithmetic = bundle.precision
         self.max_batch = manifest["profile"]["max"]
-        self.packages = {name: torch._inductor.aoti_load_package(str(folder / file)) for name, file in PACKAGES.items()}
+        there = {name: folder / file for name, file in PACKAGES.items() if file in manifest["files"]}
+        self.packages = {name: torch._inductor.aoti_load_package(str(path)) for name, path in there.items()}
         self.null_arrays = load_file(bundle.folder / NULL)
 
     @torch.inference_mode()
@@ -50,3 +51,7 @@ class InductorEngine(GraphEngine):
     def denoiser(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         pairs = [(inputs[f"k.{i}"], inputs[f"v.{i}"]) for i in range(self.bundle.shapes["blocks"])]
         return {"v": self.packages["denoise"](inputs["z"], inputs["logsnr"], pairs, inputs["emb"])}
+
+    @torch.inference_mode()
+    def decoder(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"images": self.packages["decode"](inputs["latents"])}

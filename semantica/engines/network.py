@@ -66,6 +66,10 @@ class TorchEngine(Engine):
         self.unet.to(memory_format=torch.channels_last)
         sampling_attention(self.unet, device, self.unet.dtype)
 
+    def check(self, name: str, array: Tensor, batch: int) -> None:
+        # an embedding may be one for each block, see `UViT.forward`
+        super().check(name, array[:, 0] if name == "emb" and array.ndim == 3 else array, batch)
+
     @torch.inference_mode()
     def encode(self, inputs: Mapping[str, Tensor]) -> Condition:
         inputs = placed(inputs, self.unet.device, self.unet.dtype)
@@ -78,6 +82,16 @@ class TorchEngine(Engine):
     def null(self, batch: int) -> Condition:
         with current(self.place):
             return self.unet.null(batch).fill(self.bundle.sizes)
+
+    @torch.inference_mode()
+    def embedding(self, logsnr: Tensor) -> Tensor:
+        """See `semantica.sampling.loop.Denoiser`."""
+        with current(self.place):
+            return self.unet.embedding(logsnr)
+
+    def first_blocks(self, count: int) -> tuple[bool, ...]:
+        """See `UViT.first_blocks`."""
+        return self.unet.first_blocks(count)
 
     @property
     def module(self) -> UViT:

@@ -1,11 +1,21 @@
 """ONNX Runtime with tensors bound by address: for GPUs, where nothing may cross to the host between steps.
 
 Proved on a CPU and on devices that tests pretend; on CUDA itself it has not run yet.
+
+ONNX Runtime's CUDA provider keeps recorded graphs, and handles of cuBLAS and cuDNN, for each thread that ever ran a
+session. So each session has one thread that runs it, whichever asks: a batch size is recorded once and not by every
+thread of a server.
+
+It records at the first call, and in CUDA's global mode: what another thread of the process asks of CUDA meanwhile, such
+as whether an event has come or a device is done, fails there and spoils the recording. This package's own recordings
+wait for each other; of a server's other threads nothing is known here, so that each batch size is best called once
+before they start. A size whose recording failed is launched kernel by kernel, which the log says.
 """
 
+import logging
 import threading
 from collections.abc import Mapping
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import onnxruntime
@@ -13,12 +23,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semantica.device import current, numbered
+from semantica.device import current, pick_device
 from semantica.engines.base import GraphEngine
 from semantica.engines.bundle import CONDITION, DECODE, DENOISE, NULL, Bundle
-from semantica.engines.ort_session import CPU, CUDA, INSTALL, session
-from semantica.errors import UserError
+from semantica.engines.ort_session import CPU, CUDA, INSTALL, REFUSALS, session
+from semantica.errors import UserError, first_line
 from semantica.sampling.graphs import RECORDING
+
+logger = logging.getLogger(__name__)
+# batch sizes of a session that have buffers and a graph: ONNX Runtime never lets go of one
+SHAPES = 8
+# of an ONNX Runtime's graphs: none for this run
+UNRECORDED = "-1"
 
 # torch's element types by the name that ONNX Runtime gives to those of a graph, with ONNX's number
 ELEMENTS = {
@@ -30,12 +46,12 @@ ELEMENTS = {
 
 
 def load(bundle: Bundle, device: str) -> "BoundEngine":
-    """Raises `UserError` without a GPU, or where the installed ONNX Runtime has no CUDA."""
+    """Raises `UserError` without such a GPU, or where the installed ONNX Runtime has no CUDA."""
     if not torch.cuda.is_available():
         raise UserError(f"--device {device}: there is no CUDA device, or torch is a build without CUDA")
     if CUDA not in onnxruntime.get_available_providers():
         raise UserError(f"this ONNX Runtime has no CUDA: {INSTALL}")
-    return BoundEngine(bundle, numbered(torch.device(device)))
+    return BoundEngine(bundle, pick_device(device))
 
 
 def settings(device: torch.device, stream: int) -> dict[str, str]:
@@ -49,6 +65,8 @@ def settings(device: torch.device, stream: int) -> dict[str, str]:
         "use_tf32": "0",
         # every algorithm timed once for each shape, before the graph is recorded that runs in all steps since
         "cudnn_conv_algo_search": "EXHAUSTIVE",
+        # by default its memory grows to powers of two, though every run of a size takes the same
+        "arena_extend_strategy": "kSameAsRequested",
         # GroupNormalization is not there in that layout, and every convolution would be turned to and fro
         "prefer_nhwc": "0",
     }
@@ -75,7 +93,8 @@ class BoundEngine(GraphEngine):
 class Buffers:
     """Tensors of a batch size by name, and the binding that holds their addresses.
 
-    fixed: the inputs of many calls that lie in them now, known again as the same object. recorded: after a first run.
+    fixed: the inputs of many calls that lie in them now, known again as the same object. settled: whether the next run
+    records nothing.
     """
 
     inputs: dict[str, Tensor]
@@ -83,7 +102,7 @@ class Buffers:
     binding: onnxruntime.IOBinding
     options: onnxruntime.RunOptions
     fixed: Mapping[str, Tensor] | None = None
-    recorded: bool = False
+    settled: bool = False
 
 
 class BoundSession:
@@ -98,6 +117,7 @@ class BoundSession:
         self.kept: dict[int, Buffers] = {}
         with current(device):
             self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            self.runner = None if self.stream is None else ThreadPoolExecutor(1, f"onnxruntime-{name}")
             if self.stream is None:
                 self.session = session(bundle, name, CPU)
             else:
@@ -134,14 +154,37 @@ class BoundSession:
             given |= fixed
         for name, tensor in given.items():
             buffers.inputs[name].copy_(tensor)
-        # the first run of a size records
-        with nullcontext() if buffers.recorded or self.stream is None else RECORDING:
-            self.session.run_with_iobinding(buffers.binding, buffers.options)
-        buffers.fixed, buffers.recorded = fixed, True
+        if buffers.settled or not self.records(buffers):
+            self.launch(buffers)
+        buffers.fixed, buffers.settled = fixed, True
         for name, tensor in made.items():
             tensor.copy_(buffers.outputs[name])
 
+    def records(self, buffers: Buffers) -> bool:
+        """Run, and record the graph of all later runs; False where that fails: then nothing has run."""
+        try:
+            with RECORDING:
+                self.launch(buffers)
+        except (*REFUSALS, RuntimeError) as refused:
+            said = "ONNX Runtime recorded no graph of this batch size (%s): it launches every kernel from now on"
+            logger.warning(said, first_line(refused))
+            buffers.options.add_run_config_entry("gpu_graph_id", UNRECORDED)
+            return False
+        return True
+
+    def launch(self, buffers: Buffers) -> None:
+        def work() -> None:
+            # every thread has a current device of its own
+            with current(self.device):
+                self.session.run_with_iobinding(buffers.binding, buffers.options)
+
+        if self.runner is None:
+            work()
+        else:
+            self.runner.submit(work).result()
+
     def buffers(self, batch: int) -> Buffers:
+        """Those of a batch size; of one more than `SHAPES`, for one run without a graph."""
         if batch not in self.kept:
             binding, options, made = self.session.io_binding(), onnxruntime.RunOptions(), []
             for entries, bind in (
@@ -156,9 +199,13 @@ class BoundSession:
                     place = self.device.type, self.device.index or 0
                     bind(entry.name, *place, element, shape, tensor.data_ptr())
                 made.append(tensors)
+            keeps = len(self.kept) < SHAPES
             if self.stream is not None:
                 # a graph for each batch size; the host does not wait for a step
-                options.add_run_config_entry("gpu_graph_id", str(batch))
+                options.add_run_config_entry("gpu_graph_id", str(batch) if keeps else UNRECORDED)
                 options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-            self.kept[batch] = Buffers(*made, binding, options)
+            buffers = Buffers(*made, binding, options, settled=self.stream is None or not keeps)
+            if not keeps:
+                return buffers
+            self.kept[batch] = buffers
         return self.kept[batch]

@@ -19,15 +19,16 @@ from semantica.device import current, pick_device
 from semantica.engines import BACKENDS
 from semantica.engines.base import GraphEngine
 from semantica.engines.built import open_built
-from semantica.engines.bundle import CONDITION, DENOISE, NULL, Bundle
+from semantica.engines.bundle import CONDITION, DECODE, DENOISE, NULL, Bundle
 from semantica.engines.trt_context import Plan, Pool, Session
 from semantica.errors import ArtifactError, UserError, first_line
 from semantica.kernels.launch import architecture
 from semantica.sampling.graphs import CudaGraph, GraphCache, Replays, flatten
+from semantica.weak import Weak
 
 logger = logging.getLogger(__name__)
-FILES = {"encode": "condition.engine", "denoise": "denoise.engine"}
-GRAPHS = {"encode": CONDITION, "denoise": DENOISE}
+GRAPHS = {"encode": CONDITION, "denoise": DENOISE, "decode": DECODE}
+FILES = {name: graph.replace(".onnx", ".engine") for name, graph in GRAPHS.items()}
 # runs that are launched at the same time, and recorded ones that are kept: each has contexts, so memory, of its own
 SESSIONS, KEPT = 2, 4
 
@@ -56,7 +57,7 @@ def module_of(backend: str) -> ModuleType:
 
 
 class TensorRTEngine(GraphEngine):
-    """Two deserialised engines; everything stays on the device. Safe with several threads.
+    """A deserialised engine of each graph; everything stays on the device. Safe with several threads.
 
     A run takes one session of execution contexts for all its steps. A run that is all arithmetic is recorded as one
     CUDA graph with contexts of its own, and replayed where that is faster.
@@ -76,10 +77,12 @@ class TensorRTEngine(GraphEngine):
         with current(device):
             self.runtime, self.plans = trt.Runtime(self.logger), {}
             for name, file in FILES.items():
+                if GRAPHS[name] not in bundle.graphs:
+                    continue
                 kept = self.depends(manifest["files"][file]["sha256"]) if hasattr(trt, "IRuntimeCache") else None
                 self.plans[name] = Plan(trt, self.runtime, folder / file, device, kept)
-        # conditions are made one after the other
-        most = {"encode": 1, "denoise": SESSIONS}
+        # conditions are made one after the other, and so are pictures
+        most = {"encode": 1, "denoise": SESSIONS, "decode": 1}
         self.pools = {name: Pool(lambda plan=plan: Session(plan), most[name]) for name, plan in self.plans.items()}
         self.graphs = self.replays = None
         if device.type == "cuda":
@@ -93,7 +96,14 @@ class TensorRTEngine(GraphEngine):
         return {**cache.card(self.place), "library": f"{self.backend} {self.trt.__version__}", "engine": engine}
 
     def encoder(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with self.pools["encode"].lease() as session:
+        return self.once("encode", inputs)
+
+    def decoder(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.once("decode", inputs)
+
+    def once(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A graph that runs before the first step, or after the last one."""
+        with self.pools[name].lease() as session:
             made = session(inputs)
             session.rest()
         return made
@@ -112,9 +122,9 @@ class TensorRTEngine(GraphEngine):
     @torch.inference_mode(False)
     @torch.no_grad()
     def execute(
-        self, run: Callable, z: Tensor, levels: Tensor, condition: Condition, null: Condition | None, key: tuple | None
+        self, run: Callable, z: Tensor, levels: Tensor, condition: Condition, weak: Weak | None, key: tuple | None
     ) -> Tensor:
-        """As `CompiledDenoiser.execute`: `run(z, levels, condition, null)`, one session for all steps, or its graph.
+        """As `CompiledDenoiser.execute`: `run(z, levels, condition, weak)`, one session for all steps, or its graph.
 
         Raises `UserError` where z is on another device.
         """
@@ -122,13 +132,13 @@ class TensorRTEngine(GraphEngine):
             raise UserError(f"z is on {z.device}, this {self.backend} engine computes on {self.device}: move it there")
         with current(self.place), self.session():
             if key is None or self.graphs is None:
-                return run(z, levels, condition, null)
-            tensors, rebuild = flatten(condition, null)
+                return run(z, levels, condition, weak)
+            tensors, rebuild = flatten(condition, weak)
 
             def function(z: Tensor, levels: Tensor, *rest: Tensor) -> Tensor:
                 return run(z, levels, *rebuild(rest))
 
-            return self.graphs((*key, condition.sizes, null and null.sizes), function, z, levels, *tensors)
+            return self.graphs((*key, condition.sizes, weak and weak.kind), function, z, levels, *tensors)
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -186,7 +196,7 @@ class TensorRTEngine(GraphEngine):
         self.null_arrays = {name: array.to(self.place) for name, array in load_file(bundle.folder / NULL).items()}
 
     def serialized(self) -> dict[str, bytes]:
-        """Both engines with the weights that they have now, as refittable as they were."""
+        """The engines with the weights that they have now, as refittable as they were."""
         made = {}
         with current(self.place):
             for name, plan in self.plans.items():
@@ -200,4 +210,5 @@ def kind_of(bundle: Bundle) -> dict[str, Any]:
     """What two bundles have in common whose engines differ in weights alone."""
     names = ("precision", "opset", "streams", "shapes")
     nodes = {name: graph["nodes"] for name, graph in bundle.manifest.get("graphs", {}).items()}
-    return {name: bundle.manifest[name] for name in names} | {"nodes": nodes, "inputs": bundle.inputs}
+    more = {name: bundle.manifest.get(name) for name in ("attention", "decode")}
+    return {name: bundle.manifest[name] for name in names} | more | {"nodes": nodes, "inputs": bundle.inputs}

@@ -26,12 +26,25 @@ PLAIN = (AttnProcessor, AttnProcessor2_0)
 ADAPTED = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0)
 
 
+def attend(query: Tensor, keys: Tensor, values: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """`[B, N, H, D]`: all streams in one pass where the fused operator serves, else one after the other."""
+    # exporters have a form of their own for it
+    if (fused(query) or torch.compiler.is_exporting()) and query.shape[-1] in HEAD_DIMS:
+        return cross_attention(query, keys, values, sizes)
+    query, keys, values = (a.transpose(1, 2) for a in (query, keys, values))
+    parts = [(keys, values)] if len(sizes) == 1 else zip(keys.split(sizes, 2), values.split(sizes, 2))
+    return sum(F.scaled_dot_product_attention(query, k, v) for k, v in parts).transpose(1, 2)
+
+
 class PreparedAttnProcessor(nn.Module):
     """Cross-attention to the keys and values of a `Condition`, which stands where diffusers passes encoder states.
 
     Args:
         index: which of the condition's keys and values are this attention's.
         adapters: the processor of an IP-Adapter that stood here, whose projections and scales make part of them.
+
+    inner: what computes the attention itself, `(query, keys, values, sizes) -> [B, N, H, D]`; another one is another
+        implementation of the same.
     """
 
     def __init__(self, index: int, adapters: nn.Module | None = None):
@@ -40,6 +53,7 @@ class PreparedAttnProcessor(nn.Module):
         # under the names that they had, so that a state dict keeps its keys
         self.to_k_ip, self.to_v_ip = (getattr(adapters, name, nn.ModuleList()) for name in ("to_k_ip", "to_v_ip"))
         self.scale = list(getattr(adapters, "scale", ()))
+        self.inner = attend
 
     def keys_values(self, attn: Attention, tokens: Tensor, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, M, H, D]` of text tokens `[B, M0, C]` and of each adapter's `[B, M1, C]`, in a row.
@@ -61,17 +75,12 @@ class PreparedAttnProcessor(nn.Module):
         temb: Tensor | None = None,
     ) -> Tensor:
         made = encoder_hidden_states
-        keys, values = made.keys[self.index], made.values[self.index]
-        return around(attn, hidden_states, lambda query, _: self.attend(query, keys, values, made.sizes))
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """`[B, N, H, D]`: all streams in one pass where the fused operator serves, else one after the other."""
-        keys, values = keys.to(query.dtype), values.to(query.dtype)
-        if fused(query) and query.shape[-1] in HEAD_DIMS:
-            return cross_attention(query, keys, values, sizes)
-        query, keys, values = (a.transpose(1, 2) for a in (query, keys, values))
-        parts = [(keys, values)] if len(sizes) == 1 else zip(keys.split(sizes, 2), values.split(sizes, 2))
-        return sum(F.scaled_dot_product_attention(query, k, v) for k, v in parts).transpose(1, 2)
+        def inner(query: Tensor, _: Tensor) -> Tensor:
+            keys, values = (arrays[self.index].to(query.dtype) for arrays in (made.keys, made.values))
+            return self.inner(query, keys, values, made.sizes)
+
+        return around(attn, hidden_states, inner)
 
 
 class ConditionedUNet(UNet2DConditionModel):
@@ -157,7 +166,10 @@ def refuse(unet: UNet2DConditionModel) -> None:
     elif unet.class_embedding is not None:
         said = "class labels"
     elif config.in_channels != config.out_channels:
-        said = f"{config.in_channels} channels in and {config.out_channels} out"
+        raise UserError(
+            f"this UNet has {config.in_channels} channels in and {config.out_channels} out, as those that inpaint: "
+            "run it in diffusers' own pipeline, which semantica.accelerate(pipeline) makes faster"
+        )
     else:
         for name, module in unet.named_modules():
             if isinstance(module, Attention) and module.is_cross_attention:
@@ -168,5 +180,7 @@ def refuse(unet: UNet2DConditionModel) -> None:
                     said = f"{name} with a scale for each picture"
                 elif module.norm_q is not None or module.norm_k is not None or module.spatial_norm is not None:
                     said = f"{name} with norms of its own"
+        if not any(isinstance(module, Attention) and module.is_cross_attention for module in unet.modules()):
+            said = "no cross-attention"
     if said:
         raise UserError(f"this UNet has {said}: a condition knows tokens, IP-Adapters' pictures and SDXL's sizes only")

@@ -1,7 +1,7 @@
 """Any UNet of diffusers as a denoiser `(z, logsnr, condition) -> v` of `semantica.sampling.loop`."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from semantica.condition import Condition, Stream
 from semantica.discrete import DiscreteSchedule
 from semantica.errors import UserError
+from semantica.fused.branches import once
 from semantica.fused.conditioned import conditioned
 from semantica.solvers import alpha_sigma, guide
+from semantica.weak import Weak
 
 # closer to a timestep of the table than what fp32 can tell apart: that timestep itself
 EXACT = 1e-3
@@ -89,25 +91,33 @@ class UNetDenoiser(nn.Module):
                 pixels; by default the size that the UNet was made for, whole.
 
         Raises:
-            UserError: a stream is missing, unknown, of another width or with lengths, or has no pooled vector.
+            UserError: a stream is missing, unknown, of another width or with lengths, or has no pooled vector of the
+                width that the UNet was made for; or `time_ids` of another shape.
         """
         tokens, *pictures = self.checked(streams)
         batch, config = tokens.tokens.shape[0], self.unet.config
         if config.addition_embed_type == "text_time":
-            if tokens.pooled is None:
-                raise UserError(f"stream {self.stream_names[0]!r} has no pooled vector: this UNet needs one")
+            # six numbers and the pooled vector make the rest of what is embedded
+            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            found = None if tokens.pooled is None else tuple(tokens.pooled.shape)
+            if found != (batch, width):
+                raise UserError(f"stream {self.stream_names[0]!r} has a pooled vector {found}: expected {batch, width}")
             if time_ids is None:
                 # a latent pixel is eight of the picture
                 side = 8.0 * self.schedule.image_size
-                time_ids = tokens.tokens.new_tensor([side, side, 0, 0, side, side], dtype=torch.float32).expand(
-                    batch, 6
-                )
+                sizes = tokens.tokens.new_tensor([side, side, 0, 0, side, side], dtype=torch.float32)
+                time_ids = sizes.expand(batch, 6)
+            if tuple(time_ids.shape) != (batch, 6):
+                raise UserError(f"time_ids have shape {tuple(time_ids.shape)}: expected {batch, 6}")
         added = self.unet.added(tokens.pooled, time_ids, batch)
         return self.unet.project(tokens.tokens, [picture.tokens for picture in pictures], added)
 
     def checked(self, streams: Mapping[str, Stream]) -> list[Stream]:
         if set(streams) != set(self.stream_names):
             raise UserError(f"condition streams are {sorted(streams)}: expected {sorted(self.stream_names)}")
+        for name, stream in streams.items():
+            if stream is None:
+                raise UserError(f"stream {name!r} is absent, and this UNet needs it: give its value")
         found = [streams[name].map(lambda a: a.to(self.device, self.dtype)) for name in self.stream_names]
         attn = self.unet.crossings[0]
         width = self.unet.config.encoder_hid_dim or attn.cross_attention_dim
@@ -122,6 +132,11 @@ class UNetDenoiser(nn.Module):
         if self.blank is None:
             raise UserError("guidance needs the empty prompt's streams: UNetDenoiser(..., null={'text': ...})")
         return self.condition(self.blank).repeat(batch)
+
+    def embedding(self, logsnr: Tensor) -> Tensor:
+        """Embeddings `[N, E]` of noise levels `[N]`, to which SDXL's of sizes and pooled text is added."""
+        times = self.timesteps(logsnr)
+        return self.unet.time_embedding(self.unet.time_proj(times).to(self.dtype))
 
     def timesteps(self, logsnr: Tensor) -> Tensor:
         """Timesteps, fp32 and mostly whole, of log-SNRs `[...]`; those outside the table are its first or last."""
@@ -145,12 +160,23 @@ class UNetDenoiser(nn.Module):
         alpha, sigma = alpha_sigma(logsnr.to(wide)[:, None, None, None])
         return self.velocity(predicted.to(wide), z.to(wide), alpha, sigma).to(z.dtype)
 
+    @property
+    def joined(self) -> "UNetDenoiser":
+        """The same denoiser for a batch of both branches of guidance, whose halves have the same z and levels.
+
+        What does not depend on the condition is computed once for both, see `semantica.fused.branches.once`.
+        """
+        return self.over(once(self.unet))
+
+    def over(self, unet: nn.Module) -> "UNetDenoiser":
+        """The same denoiser over another network."""
+        made = copy.copy(self)
+        made._buffers, made._modules = dict(self._buffers), {"unet": unet}
+        return made
+
     def in_precision(self, dtype: torch.dtype) -> "UNetDenoiser":
         """A frozen copy whose network computes in a type; levels stay fp32."""
-        made = copy.copy(self)
-        made._buffers = dict(self._buffers)
-        made._modules = {"unet": nn.Module.to(copy.deepcopy(self.unet), dtype).requires_grad_(False).eval()}
-        return made
+        return self.over(nn.Module.to(copy.deepcopy(self.unet), dtype).requires_grad_(False).eval())
 
     def fast(self, dtype: torch.dtype) -> "FastUNet":
         """The form that `semantica.sampling.compiled.CompiledDenoiser` runs."""
@@ -168,27 +194,39 @@ class FastUNet(nn.Module):
         super().__init__()
         self.dtype, self.net = dtype, denoiser.in_precision(dtype)
         self.net.unet.to(memory_format=torch.channels_last)
+        self.joined = self.net.joined
 
     @property
     def blocks(self) -> list[nn.Module]:
         """What is compiled one by one."""
-        return [*self.net.unet.down_blocks, self.net.unet.mid_block, *self.net.unet.up_blocks]
+        own, both = self.net.unet, self.joined.unet
+        parts = [*own.down_blocks, own.mid_block, *own.up_blocks, *both.down_blocks]
+        return list(dict.fromkeys(part for part in parts if part is not None))
 
-    def prepare(self, condition: Condition, null: Condition | None) -> Condition:
-        """Both branches as one batch, in the network's type."""
-        both = condition if null is None else condition.join(null)
-        return both.map(lambda array: array.to(self.dtype))
+    def branches(self, condition: Condition, weak: Weak | None) -> Callable[[int], tuple[Condition, bool]]:
+        """By number of step, both branches as one batch, in the network's type, and whether they begin alike; one
+        branch without `weak`."""
 
-    def modulations(self, logsnr: Tensor, condition: Condition, null: Condition | None) -> Tensor:
+        def both(other: Condition | None = None) -> tuple[Condition, bool]:
+            joined = condition if other is None else condition.join(other)
+            return joined.map(lambda array: array.to(self.dtype)), other is not None and weak.shift is None
+
+        if weak is None:
+            made = both()
+            return lambda step: made
+        return weak.each(both)
+
+    def modulations(self, logsnr: Tensor, condition: Condition, weak: Weak | None) -> Tensor:
         """Timestep, alpha and sigma of each step, fp32 `[steps, 3]`."""
         return torch.stack((self.net.timesteps(logsnr), *alpha_sigma(logsnr)), 1)
 
-    def forward(self, z: Tensor, modulation: Tensor, scales: Tensor, both: Condition) -> Tensor:
+    def forward(self, z: Tensor, modulation: Tensor, scales: Tensor, branches: tuple[Condition, bool]) -> Tensor:
         """v `[B, C, S, S]` in fp32; z: fp32 `[B, C, S, S]`; modulation: of this step; scales[2]: the guidance scale."""
         t, alpha, sigma = modulation
+        both, alike = branches
         count = len(both.emb) // len(z)
-        x = z.to(self.dtype)
-        predicted = self.net.unet(torch.cat((x,) * count), t.expand(count * len(z)), both, return_dict=False)[0].float()
+        x, net = z.to(self.dtype), self.joined if alike else self.net
+        predicted = net.unet(torch.cat((x,) * count), t.expand(count * len(z)), both, return_dict=False)[0].float()
         if count == 2:
             predicted = guide(*predicted.chunk(2), scales[2])
         return self.net.velocity(predicted, z, alpha, sigma)

@@ -1,13 +1,12 @@
 """Attention of diffusers' models on the fused operators, through diffusers' own processor interface."""
 
-import functools
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import Tensor
 
+from semantica.errors import warn_once
 from semantica.fused import blockwise
 from semantica.kernels import cross_attention
 from semantica.kernels.cross_attention.op import HEAD_DIMS, fused
@@ -114,12 +113,6 @@ def first_those_there(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tens
     return tokens, torch.where(count > 0, count, tokens.shape[1])
 
 
-@functools.cache
-def say(what: str) -> None:
-    """Once in a process."""
-    logging.getLogger("semantica").warning(what)
-
-
 class FusedAttnProcessor(AttnProcessor2_0):
     """Cross-attention to one stream of tokens; self-attention by PyTorch's kernel, or in blocks where that is slow."""
 
@@ -180,5 +173,5 @@ class FusedIPAdapterAttnProcessor(IPAdapterAttnProcessor2_0):
             return True
         if not torch.compiler.is_compiling():
             what = "masks of IP-Adapters" if masks is not None else "a scale for each picture of an IP-Adapter"
-            say(f"{what}: cross-attention to its pictures stays with diffusers' own processor")
+            warn_once(f"{what}: cross-attention to its pictures stays with diffusers' own processor")
         return False

@@ -3,13 +3,19 @@
 Where the figures come from. UNets and autoencoders: the authors' own configurations, translated as diffusers'
 `loaders/single_file_utils.py:create_unet_diffusers_config_from_ldm` and `create_vae_diffusers_config_from_ldm` do:
     Stable Diffusion 1.5: CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml
-    Stable Diffusion 2.1: Stability-AI/stablediffusion, configs/stable-diffusion/v2-inference-v.yaml
+    Stable Diffusion 2.1: Stability-AI/stablediffusion, configs/stable-diffusion/v2-inference-v.yaml: `parameterization`
+        "v", heads of 64 channels, a context of 1024 (OpenCLIP ViT-H, its last layer but one), linear projections; 768
+        pixels by its README, which also has attention in fp32 without fused kernels: diffusers' `upcast_attention`,
+        which its processors for PyTorch 2 do not read, since these add up logits in fp32
     SDXL base: Stability-AI/generative-models, configs/inference/sd_xl_base.yaml
-    image variations: lambdalabs/sd-image-variations-diffusers, fine-tuned from Stable Diffusion 1; its one token is
-    the projected image embedding of CLIP ViT-L/14, which has the width of the text tokens (model card)
+    image variations: lambdalabs/sd-image-variations-diffusers, trained by sd-image-condition-finetune.yaml of its
+        authors' copy of CompVis/stable-diffusion: the UNet of v1-inference.yaml, 8 heads and a context of 768, with
+        `FrozenCLIPImageEmbedder`; as LambdaLabsML/lambda-diffusers, scripts/convert_sd_image_to_diffusers.py, has it.
+        The one token is the projected image embedding of CLIP ViT-L/14 (model card; diffusers' own pipeline)
 IP-Adapters: tencent-ailab/IP-Adapter, `ip_adapter/ip_adapter.py` and `resampler.py`: 4 tokens of the projected
-embedding of OpenCLIP ViT-H/14, or 16 of a resampler of the 257 tokens before its last layer. Whatever a table leaves
-out is a default of diffusers' class. Sizes agree with table 1 of the SDXL paper, arXiv 2307.01952: 860M, 865M, 2.6B.
+embedding of OpenCLIP ViT-H/14, or 16 of a resampler (depth 4, 12 heads of 64) of the 257 tokens before its last layer.
+Whatever a table leaves out is a default of diffusers' class. Sizes agree with table 1 of the SDXL paper, arXiv
+2307.01952: 860M, 865M, 2.6B.
 """
 
 from collections.abc import Mapping
@@ -112,7 +118,8 @@ def draw(model: nn.Module, dtype: torch.dtype = torch.float32, seed: int = 0) ->
     Matrices and kernels are uniform with variance 1 / fan-in (LeCun et al. 1998), norms near 1 and 0, so that a norm
     whose weights are forgotten shows.
     """
-    model = model.to(dtype).to_empty(device="cpu").eval()
+    # the module's own `to`: diffusers' warns of parts kept in fp32 where there are none
+    model = nn.Module.to(model, dtype).to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -131,7 +138,7 @@ def unet(name: str, adapter: str | None = None, dtype: torch.dtype = torch.float
     made = draw(made, dtype, seed)
     if adapter:
         made._load_ip_adapter_weights([adapter_weights(made, ADAPTERS[adapter])], low_cpu_mem_usage=True)
-        made.to(dtype).eval()
+        nn.Module.to(made, dtype).eval()
     return made
 
 

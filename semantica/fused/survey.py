@@ -71,7 +71,7 @@ def component(name: str, place: Path, library: str, kind: str) -> list[Row]:
     try:
         with torch.device("meta"):
             model = known.from_config(config)
-    except (TypeError, ValueError, KeyError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{place / 'config.json'} makes no {kind}: {first_line(error)}") from error
     return list(rows(name, model))
 

@@ -51,6 +51,11 @@ class ClipTexts(nn.Module):
     def examples(self, count: int) -> Tensor:
         return self.prepare([EXAMPLES[i % len(EXAMPLES)] for i in range(count)])
 
+    @property
+    def tokenizer(self) -> ClipTokenizer:
+        """Of the first tower; in SDXL's other one words have the same places."""
+        return self.tokenizers[0]
+
     @torch.no_grad()
     def forward(self, numbers: Tensor) -> Stream:
         """Tokens `[B, length, C]`, and for SDXL the pooled vector `[B, P]`."""

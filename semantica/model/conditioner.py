@@ -130,7 +130,9 @@ def prepare(encoder: nn.Module, inputs: Any) -> dict[str, Prepared]:
 def placed(inputs: Mapping[str, Prepared], device: torch.device, dtype: torch.dtype) -> dict[str, Prepared]:
     """Prepared inputs on a device, numbers with a fraction in a type."""
 
-    def place(value: Prepared) -> Prepared:
+    def place(value: Prepared | None) -> Prepared | None:
+        if value is None:
+            return None
         if isinstance(value, Several | Stream):
             return value.map(place)
         value = torch.as_tensor(value)
@@ -154,10 +156,13 @@ def encode(encoder: nn.Module, names: Sequence[str], inputs: Prepared | Mapping[
 
 
 def encodings(encoder: nn.Module, inputs: Prepared | Mapping[str, Prepared]) -> dict[str, Stream]:
-    """What the encoders make of each input, whether or not a network is conditioned by it; as `encode`."""
+    """What the encoders make of each input, whether or not a network is conditioned by it; as `encode`.
+
+    An input of None is absent, and so is its stream.
+    """
     parts = encoders_of(encoder)
     inputs = by_name(inputs, parts)
-    return {name: encode_one(part, inputs[name]) for name, part in parts.items()}
+    return {name: None if inputs[name] is None else encode_one(part, inputs[name]) for name, part in parts.items()}
 
 
 def fill(names: Sequence[str], made: Mapping[str, Stream]) -> dict[str, Stream]:

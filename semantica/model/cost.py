@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from semantica.condition import Stream
 from semantica.kernels import OPERATORS
+from semantica.model.conditioner import encoders_of
 from semantica.model.encoders import ViTEncoder
 from semantica.model.peaks import card_peak
 from semantica.model.presets import PRESETS, encoder_preset, preset
@@ -55,12 +57,14 @@ def on_meta(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return twin
 
 
-def cost(model: UViT, tokens: int = 256, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+def cost(
+    model: UViT, tokens: int | Mapping[str, int] = 256, batch: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, int]:
     """Cost of one training step of a denoiser, with the condition encoded already. Nothing is computed.
 
     Args:
         model: on any device, the meta device included.
-        tokens: tokens of each condition stream.
+        tokens: tokens of each condition stream, or of all alike.
         dtype: of weights and activations.
 
     Returns:
@@ -69,12 +73,12 @@ def cost(model: UViT, tokens: int = 256, batch: int = 1, dtype: torch.dtype = to
     """
     model = on_meta(model, dtype)
     size = model.config.image_size
-    streams = {
-        name: Stream(
-            *(torch.empty(batch, *s, model.config.streams[name], device="meta", dtype=dtype) for s in ((tokens,), ()))
-        )
-        for name in model.stream_names
-    }
+    counts = tokens if isinstance(tokens, Mapping) else dict.fromkeys(model.stream_names, tokens)
+    streams = {}
+    for name in model.stream_names:
+        shapes = ((counts[name],), ())
+        both = (torch.empty(batch, *s, model.config.streams[name], device="meta", dtype=dtype) for s in shapes)
+        streams[name] = Stream(*both)
     z = torch.empty(batch, model.config.in_channels, size, size, device="meta", dtype=dtype)
     saved = SavedBytes(model)
     with FlopCounterMode(display=False) as forward, saved:
@@ -90,18 +94,26 @@ def cost(model: UViT, tokens: int = 256, batch: int = 1, dtype: torch.dtype = to
 
 
 def step_flops(unet: UViT, encoder: nn.Module, encodings: int = 1, conditions: int = 1) -> int:
-    """Operations of one sample in a training step with so many encodings (forward only where frozen), of which
-    `conditions` are attended to."""
-    flops, tokens = encoding_cost(encoder)
-    return encodings * flops + cost(unet, conditions * tokens)["flops_step"]
+    """Operations of one sample in a training step with so many encodings of pictures (forward only where frozen), of
+    which `conditions` are attended to; texts are encoded once."""
+    flops, tokens = 0, {}
+    for name, part in encoders_of(encoder).items():
+        each, count = encoding_cost(part)
+        pictures = hasattr(part, "image_size")
+        flops += each * (encodings if pictures else 1)
+        tokens[name] = count * (conditions if pictures else 1)
+    if len(tokens) == 1:
+        # one encoder fills every stream
+        tokens = dict.fromkeys(unet.stream_names, *tokens.values())
+    return flops + cost(unet, tokens)["flops_step"]
 
 
 def encoding_cost(encoder: nn.Module) -> tuple[int, int]:
-    """Operations that an encoder takes for one image, backward included where it is trained, and its tokens."""
+    """Operations that an encoder takes for one value, backward included where it is trained, and its tokens."""
     twin = on_meta(encoder)
-    images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
+    value = torch.empty(1, *encoder.input_shape, dtype=encoder.input_dtype, device="meta")
     with FlopCounterMode(display=False) as counter:
-        stream = twin(images)
+        stream = twin(value)
         if encoder.trainable:
             stream.tokens.sum().backward()
     return counter.get_total_flops(), stream.tokens.shape[1]

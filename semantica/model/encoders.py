@@ -9,10 +9,12 @@ An encoder is a model of diffusers (`ModelMixin`, `ConfigMixin`) that turns one 
     trainable                       whether it is trained along with the denoiser
     image_size                      of encoders of pictures (`semantica.model.image_encoder`): their side in pixels
     examples(count) -> Tensor       of other encoders: prepared values that exported graphs are compared on
+    tokenizer                       of encoders of texts: what training prepares them with, and `tokens_of` a word
     layers                          repeated layers that training compiles one by one, where there are any
 """
 
 import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from diffusers.configuration_utils import ConfigMixin
@@ -21,8 +23,14 @@ from torch import nn
 
 from semantica.errors import UserError, first_line
 from semantica.files import read_json, refuse_unsafe
+from semantica.inputs import TEXT
+from semantica.model.clip import ClipTextEncoder
+from semantica.model.phrases import PhraseEncoder
 from semantica.model.pretrained import PretrainedEncoder
 from semantica.model.vit import ViTEncoder
+from semantica.model.whole import require_whole, unsaid
+from semantica.model.words import WordEncoder
+from semantica.words import WordTokenizer
 
 # class name -> class: what run folders, bundles and stored tokens may name; nothing else is ever built from them
 ENCODERS: dict[str, type[nn.Module]] = {}
@@ -44,7 +52,7 @@ def register_encoder(kind: type[nn.Module]) -> type[nn.Module]:
     return kind
 
 
-for kind in (ViTEncoder, PretrainedEncoder):
+for kind in (ViTEncoder, PretrainedEncoder, WordEncoder, PhraseEncoder, ClipTextEncoder):
     register_encoder(kind)
 
 
@@ -87,11 +95,7 @@ def frozen_encoder(source: str, image_size: int | None = None, tokens: str = "pa
     folder = own_folder(source)
     if folder is None:
         return PretrainedEncoder.from_source(source, image_size=image_size, tokens=tokens)
-    kind = read_class(folder)
-    try:
-        encoder = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"encoder {source!r} cannot be loaded: {first_line(error)}") from error
+    encoder = loaded(read_class(folder), folder, f"encoder {source!r}")
     fixed = getattr(encoder.config, "tokens", "patches")
     if image_size not in (None, encoder.image_size) or tokens != fixed:
         raise UserError(
@@ -102,9 +106,59 @@ def frozen_encoder(source: str, image_size: int | None = None, tokens: str = "pa
     return encoder.requires_grad_(False).eval()
 
 
-def own_folder(source: str) -> Path | None:
+# what `--text-encoder` may name beside folders: made of the training texts
+TEXT_ENCODERS: dict[str, Callable[[Iterable[str]], nn.Module]] = {
+    "words": WordEncoder.learn,
+    "phrases": PhraseEncoder.learn,
+}
+
+
+def text_encoder(source: str, texts: Iterable[str] = ()) -> nn.Module:
+    """A frozen encoder of texts.
+
+    Args:
+        source: a name in `TEXT_ENCODERS`, a folder as `ClipTextEncoder.from_source` takes it, or a run folder of this
+            package with an encoder of texts.
+        texts: that the model is to be trained on.
+
+    Raises:
+        UserError: nothing safe can be loaded from there, or the texts do not fit.
+    """
+    if source in TEXT_ENCODERS:
+        return TEXT_ENCODERS[source](texts)
+    folder = own_folder(source, f"encoder/{TEXT}")
+    if folder is None:
+        return ClipTextEncoder.from_source(source)
+    kind = read_class(folder)
+    encoder = loaded(kind, folder, f"text encoder {source!r}")
+    if not hasattr(encoder, "tokenizer"):
+        raise UserError(f"text encoder {source!r} is a {kind.__name__}: give one that reads text")
+    if isinstance(encoder.tokenizer, WordTokenizer):
+        # now, not at the step that first draws a text which it cannot read
+        encoder.tokenizer.check_all(texts)
+    return encoder.requires_grad_(False).eval()
+
+
+def loaded(kind: type[nn.Module], folder: Path, what: str) -> nn.Module:
+    """An encoder that this package saved, all of whose weights are there.
+
+    Raises:
+        UserError: files are broken, do not fit each other, or lack a weight; the line begins with `what`.
+    """
+    try:
+        with unsaid():
+            encoder = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
+    require_whole(encoder, folder)
+    return encoder
+
+
+def own_folder(source: str, within: str = "encoder") -> Path | None:
     """The folder of an encoder that this package saved, where `source` is one or a run folder that has one."""
-    for folder in (Path(source) / "encoder", Path(source)):
+    for folder in (Path(source) / within, Path(source)):
         if (folder / "config.json").is_file() and read_json(folder / "config.json").get("_class_name") in ENCODERS:
             return folder
     return None

@@ -8,7 +8,8 @@ the precision changes results.
 """
 
 import copy
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from semantica.condition import Condition
 from semantica.model.attention import attend_by_products, sampling_attention
 from semantica.model.layers import GroupNormAct, ResBlock, TransformerBlock
 from semantica.model.uvit import UViT
+from semantica.weak import Weak
 
 
 @dataclass(frozen=True)
@@ -175,18 +177,27 @@ class FastDenoiser(nn.Module):
         """What is compiled one by one."""
         return [block for part in self.net.blocks for block in part]
 
-    def prepare(self, condition: Condition, null: Condition | None) -> Branches:
-        """What the steps need of a condition, with the unconditional branch beside it unless `null` is None.
+    def branches(self, condition: Condition, weak: Weak | None) -> Callable[[int], Branches]:
+        """By number of step, what that needs of a condition, with guidance's weak branch beside it unless that is None.
 
         Both come from a `UViT`: tokens along axis 1.
         """
+        if weak is None:
+            made = self.prepare(condition, None)
+            return lambda step: made
+        # the shift is in the modulations
+        tokens, shifted = dataclasses.replace(weak, shift=None), weak.shift is not None
+        return tokens.each(lambda other: self.prepare(condition, other, shifted))
+
+    def prepare(self, condition: Condition, null: Condition | None, shifted: bool = False) -> Branches:
+        """Both conditions as one batch; shifted: their embeddings differ, whatever these conditions say."""
 
         def cast(arrays):
             return tuple(a.to(self.dtype) for a in arrays)
 
         count = 1 if null is None else 2
         constants = ()
-        shared = count == 2 and self.net.use_tokens and not self.net.use_global
+        shared = count == 2 and self.net.use_tokens and not self.net.use_global and not shifted
         if count == 2 and self.net.use_tokens:
             if null.lengths is None and all(size == 1 for size in null.sizes):
                 # one token per stream: the softmax is 1 and the output the sum of the values
@@ -199,13 +210,35 @@ class FastDenoiser(nn.Module):
         keys, values = cast(condition.keys), cast(condition.values)
         return Branches(keys, values, constants, condition.lengths, condition.sizes, count, shared)
 
-    def modulations(self, logsnr: Tensor, condition: Condition, null: Condition | None) -> Tensor:
+    def modulations(self, logsnr: Tensor, condition: Condition, weak: Weak | None) -> Tensor:
         """Modulations `[steps, R, sum of widths]` at noise levels `[steps]`; R = 1 where all samples have the same."""
-        noise = self.net.embed_noise(logsnr)[:, None]
-        if self.net.use_global:
-            emb = condition.emb if null is None else torch.cat((condition.emb, null.emb))
-            noise = noise + emb.to(noise.dtype)
-        return self.modulation(F.silu(noise)).to(self.dtype)
+        noise = self.net.embedding(logsnr)[:, None]
+        if weak is None or (not self.net.use_global and weak.shift is None):
+            return self.modulate(noise + condition.emb.to(noise.dtype) if self.net.use_global else noise)
+        own, other = condition.emb, weak.condition.emb
+        # [B, E], or [steps, B, E] where the weak branch has another in each step
+        other = other if weak.rows is None else other[weak.rows]
+        if weak.shift is None or weak.blocks is not None:
+            made = self.modulate(self.beside(noise, own, other))
+        if weak.shift is None:
+            return made
+        shifted = self.modulate(self.beside(noise, own, other + weak.shift))
+        if weak.blocks is None:
+            return shifted
+        down, inner, _ = map(len, self.net.blocks)
+        # the widths are those of the way down, the way up and the transformer
+        order = (*weak.blocks[:down], *weak.blocks[down + inner :], *weak.blocks[down : down + inner])
+        pairs = zip(order, made.split(self.widths, -1), shifted.split(self.widths, -1), strict=True)
+        return torch.cat([other if seen else own for seen, own, other in pairs], -1)
+
+    def beside(self, noise: Tensor, own: Tensor, other: Tensor) -> Tensor:
+        """Embeddings `[steps, 2 B, E]` of both branches: of noise `[steps, 1, E]`, with the conditions' added."""
+        both = torch.cat([emb.expand(len(noise), -1, -1) for emb in (own, other)], 1)
+        return noise + both.to(noise.dtype)
+
+    def modulate(self, emb: Tensor) -> Tensor:
+        """All modulations of an embedding."""
+        return self.modulation(F.silu(emb)).to(self.dtype)
 
     def rows(self, modulation: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
         """A row of `modulations`, cut for each block: on the way down, on the way up, in the transformer."""

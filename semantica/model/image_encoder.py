@@ -6,10 +6,11 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from semantica.errors import UserError
-from semantica.images import fit, to_tensor
+from semantica.images import to_tensor
+from semantica.sight import Sight
 
 
 class ImageEncoder(ModelMixin, ConfigMixin):
@@ -21,6 +22,11 @@ class ImageEncoder(ModelMixin, ConfigMixin):
     def image_size(self) -> int:
         """Side in pixels of the pictures that it is given."""
         return self.config.image_size
+
+    @property
+    def sight(self) -> Sight:
+        """How a picture of any size becomes one that it is given."""
+        return Sight(self.image_size)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -36,4 +42,9 @@ class ImageEncoder(ModelMixin, ConfigMixin):
         for picture in pictures:
             if not isinstance(picture, Image.Image):
                 raise UserError(f"a condition is a {type(picture).__name__}: give Pillow images, or one array of all")
-        return to_tensor([fit(picture.convert("RGB"), self.image_size) for picture in pictures])
+        return to_tensor([self.sight.see(picture.convert("RGB")) for picture in pictures])
+
+
+def sight_of(encoder: nn.Module) -> Sight:
+    """Of any encoder of pictures; those from elsewhere may say no more than their size."""
+    return getattr(encoder, "sight", None) or Sight(encoder.image_size)

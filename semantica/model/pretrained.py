@@ -1,4 +1,8 @@
-"""Frozen DINOv2, CLIP or SigLIP vision towers through transformers."""
+"""Frozen vision backbones of transformers and timm: those whose features form a grid."""
+
+import math
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -7,32 +11,37 @@ from torch import Tensor, nn
 
 from semantica.condition import Stream
 from semantica.errors import UserError, first_line
+from semantica.model import backbones, timm_backbones
+from semantica.model.backbones import Loaded, square
 from semantica.model.image_encoder import ImageEncoder
+from semantica.model.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from semantica.sight import Sight
 
-# model type -> (configuration class, model class) of transformers; nothing outside this table is ever built
-PRETRAINED = {
-    "dinov2": ("Dinov2Config", "Dinov2Model"),
-    "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
-    "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModel"),
-    "siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel"),
-}
-# a checkpoint of both towers -> its vision half
-VISION_HALF = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# what configurations call the networks of timm
+TIMM = ("timm", "timm_wrapper")
+# class and register tokens that a transformer may have before its patches
+MOST_FIRST = 16
 
 
 class PretrainedEncoder(ImageEncoder):
-    """A frozen DINOv2, CLIP or SigLIP vision tower.
+    """A frozen vision backbone of transformers or timm, such as DINOv2, CLIP, SigLIP, Swin, ConvNeXt or EfficientNet.
 
     Build one from a hub name or a local folder with `PretrainedEncoder.from_source`; `from_pretrained` reads it back
-    from a run folder, without the source.
+    from a run folder, without the source. Tokens are its last features, a square grid in rows from the top left:
+    patches of a transformer, or the places of a convolutional network's last map.
 
     Args:
         source, revision: where the weights came from; kept for the record.
-        vision: the tower's transformers configuration, with its `model_type`.
-        image_size: side that images are resized to before the tower.
+        vision: the backbone's transformers configuration with its `model_type`, or `{"model_type": "timm",
+            "architecture": ..., "model_args": ...}`.
+        image_size: side that images are resized to before the backbone.
         mean, std: per-channel normalisation of images in [0, 1].
-        tokens: "patches" (patch tokens only) or "all" (class and register tokens too).
+        tokens: "patches" (the grid only) or "all" (class and register tokens too, before it).
+        resize, interpolation: of pictures, see `semantica.sight.Sight`.
+        grid, width: tokens along a side of the grid, and their width; None: what the configuration of a plain
+            transformer says.
+        pooler: see `semantica.model.backbones.build`.
+        bgr: whether the backbone takes blue first.
     """
 
     trainable = False
@@ -47,19 +56,20 @@ class PretrainedEncoder(ImageEncoder):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         tokens: str = "patches",
+        resize: int | None = None,
+        interpolation: str | None = None,
+        grid: int | None = None,
+        width: int | None = None,
+        pooler: bool = True,
+        bgr: bool = False,
     ):
         super().__init__()
         if tokens not in ("patches", "all"):
             raise UserError(f"tokens={tokens!r}: expected 'patches' or 'all'")
-        config_class, model_class = pretrained_classes(vision.get("model_type"), source)
-        config = config_class.from_dict(dict(vision))
-        # the pinned attention is torch's own: nothing is fetched to run it
-        config._attn_implementation = "sdpa"
-        self.tower = model_class(config).requires_grad_(False).eval()
+        self.tower = library(vision).build(vision, pooler, source).requires_grad_(False).eval()
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        side = image_size // config.patch_size
-        self.patches = side * side
+        self.patches = (grid or image_size // self.tower.config.patch_size) ** 2
 
     @classmethod
     def from_source(
@@ -67,52 +77,50 @@ class PretrainedEncoder(ImageEncoder):
     ) -> "PretrainedEncoder":
         """Load the weights of a hub model or a local folder (safetensors only, no remote code).
 
+        Mean, standard deviation, size, interpolation and the share that is cut out of a picture are those of its
+        preprocessor_config.json, or of timm's pretrained_cfg.
+
         Args:
-            source: hub name, such as "facebook/dinov2-small", or a folder made by `save_pretrained`.
+            source: hub name, such as "facebook/dinov2-small" or "timm/vit_small_patch16_dinov3.lvd1689m", or a folder
+                made by `save_pretrained`, or by `timm.models.save_for_hf`.
             revision: hub revision; the resolved commit is recorded.
-            image_size: resize images to this side; DINOv2's position embedding is interpolated once, here. Default:
-                224 for DINOv2, the tower's own size otherwise.
+            image_size: resize images to this side; a table of positions is interpolated once, here. Default: that of
+                its preprocessing, 224 for DINOv2; the network's own size where that is fixed.
             tokens: "patches" or "all".
 
         Raises:
-            UserError: nothing can be loaded from there, the model is of another type, or the size does not fit.
+            UserError: nothing can be loaded from there, the model is of another type, the size does not fit, or its
+                features form no square grid.
         """
-        from transformers import AutoConfig
-
-        try:
-            whole = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"encoder {source!r} cannot be loaded: {first_line(error)}") from error
-        kind = VISION_HALF.get(whole.model_type, whole.model_type)
-        config_class, model_class = pretrained_classes(kind, source)
-        try:
-            tower = model_class.from_pretrained(
-                source, revision=revision, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"encoder {source!r} has no loadable safetensors weights: {first_line(error)}") from error
-        dinov2 = kind.startswith("dinov2")
-        size = image_size or (224 if dinov2 else tower.config.image_size)
-        if size % tower.config.patch_size or (not dinov2 and size != tower.config.image_size):
-            allowed = f"a multiple of {tower.config.patch_size}" if dinov2 else str(tower.config.image_size)
-            raise UserError(f"image size {size} does not fit encoder {source!r}: use {allowed}")
-        if dinov2 and size != tower.config.image_size:
-            bake_positions(tower, size)
-        vision = {**tower.config.to_dict(), "model_type": kind}
-        mean, std = normalisation(source, revision, clip=not dinov2)
-        commit = getattr(whole, "_commit_hash", None) or revision
-        encoder = cls(source, commit, vision, size, mean, std, tokens)
+        found = described(source, revision)
+        loaded = library(found).load(source, revision, found, image_size)
+        prepared = loaded.preprocessing
+        tower = loaded.tower.requires_grad_(False).eval()
+        encoder = cls(
+            source, loaded.commit, loaded.vision, prepared.size, prepared.mean, prepared.std, tokens,
+            prepared.resize, prepared.interpolation, *grid_of(tower, loaded, source), loaded.pooler, prepared.bgr,
+        )  # fmt: skip
         encoder.tower.load_state_dict(tower.state_dict())
+        encoder.default_size = loaded.default_size
         return encoder
 
     @property
-    def layers(self) -> nn.ModuleList:
-        """The tower's repeated layers."""
-        return next(module for module in self.tower.encoder.children() if isinstance(module, nn.ModuleList))
+    def sight(self) -> Sight:
+        nearest = library(self.config.vision) is timm_backbones
+        return Sight(self.image_size, self.config.resize, self.config.interpolation, nearest)
+
+    @property
+    def layers(self) -> nn.ModuleList | nn.Sequential | tuple[()]:
+        """A transformer's repeated layers; none of a backbone whose layers differ from each other."""
+        lists = [module for module in self.tower.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+        # without embeddings and heads, which in small towers hold more than the layers
+        whole = sum(p.numel() for p in {p for part in lists for p in part.parameters()})
+        most = (part for part in lists if alike(part) and 2 * sum(map(torch.numel, part.parameters())) > whole)
+        return next(most, ())
 
     @property
     def token_dim(self) -> int:
-        return self.tower.config.hidden_size
+        return self.config.width or self.tower.config.hidden_size
 
     def train(self, mode: bool = True) -> "PretrainedEncoder":
         """Stays in evaluation mode: the tower is frozen."""
@@ -120,50 +128,71 @@ class PretrainedEncoder(ImageEncoder):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Stream:
-        """Images `[B, 3, S, S]` in [-1, 1], any size, to tokens `[B, M, C]` and the tower's pooled vector `[B, C]`."""
+        """Images `[B, 3, S, S]` in [-1, 1], any size, to tokens `[B, M, C]` and a pooled vector `[B, C]`.
+
+        The vector is the one that the backbone pools to; where there is none, or of another width than the tokens, the
+        class token, and without one the mean of the tokens.
+        """
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
-        pixels = ((images.clamp(-1, 1) + 1) / 2 - self.pixel_mean) / self.pixel_std
-        out = self.tower(pixel_values=pixels.to(next(self.tower.parameters()).dtype))
-        tokens = out.last_hidden_state
+        values = (images.clamp(-1, 1) + 1) / 2
+        pixels = ((values.flip(1) if self.config.bgr else values) - self.pixel_mean) / self.pixel_std
+        made, pooled = library(self.config.vision).features(self.tower, pixels.to(next(self.tower.parameters()).dtype))
+        tokens = made.flatten(2).transpose(1, 2).contiguous() if made.ndim == 4 else made
         first = tokens.shape[1] - self.patches
-        pooled = out.pooler_output if out.pooler_output is not None else tokens[:, 0]
+        if pooled is None or pooled.shape[-1] != tokens.shape[-1]:
+            pooled = tokens[:, 0] if first else tokens.mean(1)
         return Stream(tokens[:, first:] if self.config.tokens == "patches" else tokens, pooled)
 
 
-def pretrained_classes(kind: str | None, source: str):
-    """The transformers classes of a supported model type.
-
-    Raises:
-        UserError: the type is not one of `PRETRAINED`.
-    """
-    import transformers
-
-    if kind not in PRETRAINED:
-        raise UserError(f"encoder {source!r} is of type {kind!r}: expected one of {', '.join(PRETRAINED)}")
-    return tuple(getattr(transformers, name) for name in PRETRAINED[kind])
+def library(config: dict[str, Any]) -> ModuleType:
+    """The module that knows the backbones of a configuration."""
+    return timm_backbones if config.get("model_type") in TIMM or "architecture" in config else backbones
 
 
-def bake_positions(tower: nn.Module, size: int) -> None:
-    """Replace DINOv2's position embedding by its interpolation to another image size, once and for all."""
-    embeddings, patch = tower.embeddings, tower.config.patch_size
-    count = (size // patch) ** 2 + 1
-    with torch.no_grad():
-        blank = embeddings.position_embeddings.new_zeros(1, count, tower.config.hidden_size)
-        baked = embeddings.interpolate_pos_encoding(blank, size, size)
-    embeddings.position_embeddings = nn.Parameter(baked.detach().clone())
-    tower.config.image_size = size
-
-
-def normalisation(source: str, revision: str | None, clip: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation from the source's preprocessor file; the family's own where it has none."""
-    from transformers import image_processing_utils as processing
+def described(source: str, revision: str | None) -> dict[str, Any]:
+    """config.json of a folder or of a hub's repository. Raises `UserError` where there is none, or one with code."""
+    from transformers import PreTrainedConfig
 
     try:
-        settings, _ = processing.ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
-        return tuple(settings["image_mean"]), tuple(settings["image_std"])
-    except (OSError, KeyError):
-        if clip:
-            return (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-        return IMAGENET_MEAN, IMAGENET_STD
+        found, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"encoder {source!r} cannot be loaded: {first_line(error)}") from error
+    if "auto_map" in found:
+        raise UserError(f"encoder {source!r} cannot be loaded: it names code to run (auto_map), which is never done")
+    return found
+
+
+def grid_of(tower: nn.Module, loaded: Loaded, source: str) -> tuple[int, int]:
+    """Tokens along a side of the grid of a backbone's features, and their width.
+
+    Raises:
+        UserError: it takes no pictures of that size, or its features form no square grid.
+    """
+    size = loaded.preprocessing.size
+    try:
+        with torch.no_grad():
+            made, _ = library(loaded.vision).features(tower, torch.zeros(1, 3, size, size))
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"image size {size} does not fit encoder {source!r}: {first_line(error)}") from error
+    if made.ndim == 4 and made.shape[2] == made.shape[3]:
+        return made.shape[2], made.shape[1]
+    if made.ndim == 3:
+        count = made.shape[1]
+        side = math.isqrt(count)
+        if patch := square(loaded.vision.get("patch_size")):
+            # without it five tokens before four patches would pass for nine of these
+            side = min(side, size // patch)
+        first = getattr(tower, "num_prefix_tokens", count - side**2)
+        if first <= MOST_FIRST and side**2 == count - first:
+            return side, made.shape[2]
+    raise UserError(
+        f"encoder {source!r} gives features {list(made.shape[1:])}, which form no square grid: try another size"
+    )
+
+
+def alike(layers: nn.ModuleList | nn.Sequential) -> bool:
+    """Whether one graph serves all of several layers."""
+    shapes = {(type(layer), tuple(p.shape for p in layer.parameters())) for layer in layers}
+    return len(layers) > 1 and len(shapes) == 1 and any(True for _ in layers.parameters())

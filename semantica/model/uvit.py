@@ -119,26 +119,29 @@ class UViT(ModelMixin, ConfigMixin):
         self.norm_out = GroupNormAct(channels[0])
         self.conv_out = zero(nn.Conv2d(channels[0], in_channels * patch_size**2, 3, padding=1))
 
-    def condition(self, streams: Mapping[str, Stream], drop: Tensor | None = None) -> Condition:
+    def condition(self, streams: Mapping[str, Stream | None], drop: Tensor | None = None) -> Condition:
         """Keys, values and embedding of the condition, for all blocks at once.
 
         Args:
-            streams: one `Stream` per configured name; tokens `[B, M, C]`.
-            drop: boolean `[B]`: samples whose condition is replaced by the null token (condition dropout).
+            streams: one `Stream` per configured name; tokens `[B, M, C]`. None stands for one that is absent: its null
+                token is there instead.
+            drop: samples whose condition is replaced by the null tokens (condition dropout): boolean `[B]` for all
+                streams alike, or `[B, S]` for each of `stream_names`.
 
         Raises:
-            UserError: a stream is missing, unknown or has another width than configured.
+            UserError: a stream is missing, unknown or has another width than configured, or all are absent.
         """
+        streams, drops = self._present(streams, drop)
         self._check_streams(streams)
         prepared = [streams[name] for name in self.stream_names]
-        tokens = [self._tokens(name, stream.tokens, drop) for name, stream in zip(self.stream_names, prepared)]
+        tokens = [self._tokens(name, stream.tokens, drops[name]) for name, stream in zip(self.stream_names, prepared)]
         emb = None
         for name in self.pooled:
             if streams[name].pooled is None:
                 raise UserError(
                     f"stream {name!r} has no pooled vector: conditioning {self.config.conditioning!r} needs one"
                 )
-            term = self.pooled[name](self._tokens(name, streams[name].pooled, drop))
+            term = self.pooled[name](self._tokens(name, streams[name].pooled, drops[name]))
             emb = term if emb is None else emb + term
         if emb is None:
             batch = tokens[0].shape[0] if tokens else 1
@@ -151,7 +154,7 @@ class UViT(ModelMixin, ConfigMixin):
             lengths = torch.stack([f if n is None else n.to(f) for f, n in zip(full, lengths)], 1)
             if drop is not None:
                 # the null token stands for the stream at every place, present before or not
-                lengths = torch.where(drop[:, None], torch.stack(full, 1), lengths)
+                lengths = torch.where(drop if drop.ndim == 2 else drop[:, None], torch.stack(full, 1), lengths)
         return self._project(tokens if self.use_tokens else [], emb, lengths)
 
     def null(self, batch: int) -> Condition:
@@ -173,20 +176,24 @@ class UViT(ModelMixin, ConfigMixin):
         Args:
             z: `[B, 3, S, S]` noised image.
             logsnr: `[B]` log signal-to-noise ratio.
-            condition: from `condition()` or `null()`.
+            condition: from `condition()` or `null()`; its embedding may be one for each block, `[B, blocks, E]`.
             hidden: return hidden states too, those after so many transformer blocks (at least one).
 
         Returns:
             `[B, 3, S, S]` in z's dtype: fp32 latents keep their digits in front of a network of lower precision. With
             `hidden` also the hidden states `[B, N, C]` of the transformer's grid, row by row.
         """
-        emb = F.silu(self.embed_noise(logsnr) + condition.emb)
+        noise = self.embed_noise(logsnr)
+        if condition.emb.ndim == 3:
+            embs = iter(F.silu(noise[:, None] + condition.emb).unbind(1))
+        else:
+            embs = repeat(F.silu(noise + condition.emb))
         keys_values = (
             zip(condition.keys, condition.values) if self.use_tokens else [None] * len(self.transformer_blocks)
         )
         # latents may stay fp32 in front of a network of half precision; under autocast this changes nothing
         x = self.conv_in(z.to(self.conv_in.weight.dtype))
-        x, states = self.walk(x, repeat(emb), keys_values, condition.sizes, condition.lengths, hidden)
+        x, states = self.walk(x, embs, keys_values, condition.sizes, condition.lengths, hidden)
         # a narrow network cannot carry the noise of a patch through to v, but the image it can name
         wide = torch.promote_types(z.dtype, torch.float32)
         alpha, sigma = alpha_sigma(logsnr.to(wide)[:, None, None, None])
@@ -248,6 +255,31 @@ class UViT(ModelMixin, ConfigMixin):
             [block for level in levels for block in level] for levels in (self.down_blocks, reversed(self.up_blocks))
         )
         return down, [*self.transformer_blocks], up
+
+    def embedding(self, logsnr: Tensor) -> Tensor:
+        """Embeddings `[N, E]` of noise levels `[N]`, to which a condition's is added."""
+        return self.embed_noise(logsnr)
+
+    def first_blocks(self, count: int) -> tuple[bool, ...]:
+        """Of all blocks in the order of computation, which are among the first of their part (way down, transformer,
+        way up)."""
+        return tuple(i < count for part in self.blocks for i in range(len(part)))
+
+    def _present(
+        self, streams: Mapping[str, Stream | None], drop: Tensor | None
+    ) -> tuple[dict[str, Stream], dict[str, Tensor | None]]:
+        """All streams, blank ones in the place of absent ones, and for each the samples that get its null token."""
+        there = [stream for stream in streams.values() if stream is not None]
+        if streams and not there:
+            raise UserError(f"all of {', '.join(streams)} are absent: give one, or take the null condition")
+        each = dict(zip(self.stream_names, drop.unbind(1))) if drop is not None and drop.ndim == 2 else {}
+        drops, made = {name: each.get(name, drop) for name in self.stream_names}, {}
+        for name, stream in streams.items():
+            if stream is None and name in drops:
+                blank = self.conv_in.weight.new_zeros(len(there[0].tokens), 1, self.config.streams[name])
+                stream, drops[name] = Stream(blank, blank[:, 0]), blank.new_ones(len(blank), dtype=torch.bool)
+            made[name] = stream
+        return made, drops
 
     def _tokens(self, name: str, tokens: Tensor, drop: Tensor | None) -> Tensor:
         tokens = self.norm_tokens[name](tokens)

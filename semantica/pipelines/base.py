@@ -15,8 +15,9 @@ from semantica.condition import Condition, concatenate
 from semantica.discrete import schedule_of
 from semantica.errors import UserError
 from semantica.images import to_uint8
-from semantica.inputs import Prepared, part_of, samples_in
+from semantica.inputs import SINGLE, TEXT, Prepared, part_of, samples_in
 from semantica.ranges import span
+from semantica.sampling.guiders import Call
 from semantica.sampling.loop import Array, Denoiser, Guidance, sample
 from semantica.sampling.settings import Sampling
 
@@ -35,10 +36,12 @@ class VariationPipeline(ABC):
 
     seed: of calls that name neither a seed nor a generator; None draws from torch's global generator then.
     max_samples: that are denoised at once, None for all of a call; the denoiser's own limit holds too.
+    guidance: of calls that name no guidance_scale.
     """
 
     seed: int | None = None
     max_samples: int | None = None
+    guidance: float = 1.5
     output_class: Callable[..., Any] = Variations
 
     @property
@@ -56,6 +59,11 @@ class VariationPipeline(ABC):
     def sample_shape(self) -> tuple[int, int, int]:
         """Shape of what is sampled, `(channels, S, S)`."""
 
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what conditions the model, such as `image` and `text`."""
+
     @abstractmethod
     def prepare(self, inputs: Any) -> dict[str, Prepared]:
         """Pictures and whatever else conditions samples to arrays, on the host, see `semantica.inputs`."""
@@ -70,10 +78,10 @@ class VariationPipeline(ABC):
 
     def __call__(
         self,
-        image: Any,
+        image: Any = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 20,
-        guidance_scale: float = 1.5,
+        guidance_scale: float | None = None,
         generator: Any = None,
         latents: Any = None,
         output_type: str = "pil",
@@ -83,28 +91,33 @@ class VariationPipeline(ABC):
         seed: int | None = None,
         solver: str | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
+        prompt: Any = None,
     ) -> Any:
         """Make variations.
 
         Args:
             image: a picture, or a list of pictures, one sample each; from a run folder also a nested list, several
                 pictures for one sample, and whatever else `semantica.inputs.prepare_inputs` takes. Where each stream
-                has an encoder of its own, `{stream name: such values}`.
+                has an encoder of its own, `{stream name: such values}`, None for one that is absent.
             num_images_per_prompt: variations of each sample; they follow one another in the result.
             num_inference_steps: sampling steps.
-            guidance_scale: classifier-free guidance, uncond + scale * (cond - uncond); 1 = off.
+            guidance_scale: weak + scale * (own - weak), classifier-free guidance without a guider; 1 = off. By default
+                the pipeline's `guidance`.
             generator: `torch.Generator` as the source of all noise (one, or one per output image), instead of `seed`.
             latents: `[B * num_images_per_prompt, 3, S, S]` starting noise instead of drawing it.
             output_type: "pil", "np" (`[B, S, S, 3]` in [0, 1]) or "pt" (`[B, 3, S, S]` in [0, 1]).
             return_dict: False gives a plain tuple.
             callback_on_step_end: `(pipeline, step, timestep, {"latents": z}) -> dict`, may replace the latents.
-            guider: any guider of diffusers (autoguidance, ...), or a `semantica.sampling.loop.Guidance`, instead of
-                `guidance_scale` and `interval`.
+            guider: what v is led away from by `guidance_scale` in `interval`, in the place of the null condition: one
+                of `semantica.sampling.guiders`. Or, instead of both numbers too, any guider of diffusers, or a
+                `semantica.sampling.loop.Guidance`.
             seed: of the noise; that of variation j of sample i at a step depends on (seed, i, j, step) alone, on no
                 solver, device or batch. Without it and `generator`, 0 for a bundle, and for a run folder torch's
                 global generator.
             solver: another one than the model's, a name in `semantica.solvers.SOLVERS`.
             interval: fractions of the run between which guidance is on (arXiv 2404.07724).
+            prompt: a text, or a list of texts, one for each sample, for a model that reads text; with `image` beside it
+                or alone.
 
         Raises:
             UserError: impossible numbers, latents of the wrong shape, a batch that the denoiser does not take, or a
@@ -117,11 +130,23 @@ class VariationPipeline(ABC):
             raise UserError(f"num_images_per_prompt={n} must be at least 1")
         seed = self.seed if seed is None else seed
         config = {**self.scheduler_config, **({"solver": solver} if solver else {})}
-        fields = dict(steps=num_inference_steps, guidance=guidance_scale, interval=interval, seed=seed or 0)
+        scale = self.guidance if guidance_scale is None else guidance_scale
+        fields = dict(steps=num_inference_steps, guidance=scale, interval=interval, seed=seed or 0)
         settings, schedule = Sampling.of(config, **fields), schedule_of(config)
         with span("prepare"):
-            samples = self.prepare(image)
+            inputs = image if prompt is None else self.named(image, prompt)
+            samples = self.prepare(inputs)
         total = samples_in(samples) * n
+        branch, guidance = None, None
+        if hasattr(guider, "beside"):
+            guidance, guider = guider, guider.beside
+        if hasattr(guider, "native"):
+            guider, settings = guider.native(settings)
+        if hasattr(guider, "begin"):
+            levels = schedule.grid(settings.steps)[1][: settings.steps].astype(np.float32)
+            branch = guider.begin(Call(self, inputs, samples, n, settings, levels)) if any(settings.guided()) else None
+        elif guidance is None:
+            guidance = as_guidance(guider)
         if isinstance(generator, list) and len(generator) != total:
             raise UserError(f"{len(generator)} generators for {total} images: give one, or one for each")
         if generator is not None or seed is None:
@@ -132,15 +157,29 @@ class VariationPipeline(ABC):
             latents = noise(range(total))
         elif tuple(latents.shape) != (total, *shape):
             raise UserError(f"latents have shape {tuple(latents.shape)}: expected {[total, *shape]}")
-        guidance, made = as_guidance(guider), []
-        for rows, condition in self.batches(samples, n, self.limit(guider is None and any(settings.guided()))):
+        made = []
+        for rows, condition in self.batches(samples, n, self.limit(guidance is None and any(settings.guided()))):
+            weak = branch and branch(rows, condition)
             z = self.array(latents[rows.start : rows.stop])
             fresh = partial(self.fresh, noise, rows)
             with span("sample"), self.watched(settings, callback_on_step_end) as on_step:
-                made.append(sample(self.denoiser, z, condition, None, schedule, settings, fresh, guidance, on_step))
+                z = sample(self.denoiser, z, condition, None, schedule, settings, fresh, guidance, on_step, weak)
+            made.append(z)
         with span("finish"):
             images = finish(self.decode(concatenate(made)), output_type)
         return self.output_class(images=images) if return_dict else (images,)
+
+    def named(self, image: Any, prompt: Any) -> dict[str, Any]:
+        """Pictures and texts by the names of the model's inputs, None where there are none.
+
+        Raises:
+            UserError: the model does not read them.
+        """
+        given = {SINGLE: image, TEXT: prompt}
+        for name, what in ((SINGLE, "pictures"), (TEXT, "text")):
+            if given[name] is not None and name not in self.inputs:
+                raise UserError(f"this model reads {' and '.join(self.inputs)}, no {what}: leave {what} out")
+        return {name: given.get(name) for name in self.inputs}
 
     def decode(self, z: Array) -> Array:
         """Images `[B, 3, R, R]` around [-1, 1] of what was sampled: that itself, or its decoded latents."""

@@ -11,9 +11,11 @@ from semantica.condition import Condition, Stream
 from semantica.discrete import CLASS
 from semantica.engines.base import Engine
 from semantica.errors import UserError
-from semantica.images import fit, to_planes
+from semantica.images import to_planes
 from semantica.inputs import Prepared, Several, prepare_inputs
 from semantica.pipelines.base import VariationPipeline
+from semantica.pipelines.kinds import CHUNK, at_once, usual_guidance
+from semantica.sight import sight_in
 from semantica.tokens import ClipTokenizer
 
 
@@ -24,7 +26,7 @@ class BundlePipeline(VariationPipeline):
         engine: from `semantica.engines.load_engine`.
     """
 
-    seed, max_samples = 0, 64
+    seed, max_samples = 0, CHUNK
 
     def __init__(self, engine: Engine):
         self.engine, folder = engine, engine.bundle.folder
@@ -33,6 +35,9 @@ class BundlePipeline(VariationPipeline):
         }
         if self.scheduler_config.get("class") not in ("SemanticaScheduler", CLASS):
             raise UserError(f"{engine.bundle.folder} has another kind of scheduler: export the bundle again")
+        if self.scheduler_config["class"] == CLASS:
+            self.guidance = usual_guidance(engine.manifest["model"]["unet"])
+            self.max_samples = at_once(self.sample_shape[-1])
 
     @property
     def denoiser(self) -> Engine:
@@ -51,8 +56,12 @@ class BundlePipeline(VariationPipeline):
         """Side in pixels of what is made."""
         return self.engine.manifest.get("decode", self.sample_shape[-1])
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(self.engine.bundle.inputs)
+
     def prepare(self, inputs: Any) -> dict[str, Prepared]:
-        names = self.engine.bundle.inputs
+        names = self.inputs
         if set(names) == set(self.tokenizers) and len(names) == 1 and not isinstance(inputs, Mapping):
             # prompts alone, where there is nothing but text
             inputs = dict.fromkeys(names, inputs)
@@ -62,14 +71,18 @@ class BundlePipeline(VariationPipeline):
         """Pictures or prompts as an array; what other encoders take comes as an array that was prepared before."""
         shape = self.engine.bundle.shape_of(name, len(values))
         if name in self.tokenizers:
-            return np.stack([tokenizer(values) for tokenizer in self.tokenizers[name]], 1)
+            # one tower's rows may come without an axis of towers
+            return np.stack([tokenizer(values) for tokenizer in self.tokenizers[name]], 1).reshape(shape)
         if len(shape) != 4:
             raise UserError(f"{name} must be an array {list(shape)}: a bundle prepares nothing but pictures")
         if not all(isinstance(picture, Image.Image) for picture in values):
             raise UserError(f"{name} must be a picture or a list of pictures, one for each sample")
-        return to_planes([fit(picture.convert("RGB"), shape[-1]) for picture in values])
+        sight = sight_in(self.engine.manifest, name, shape[-1])
+        return to_planes([sight.see(picture.convert("RGB")) for picture in values])
 
     def condition(self, prepared: dict[str, Prepared]) -> Condition:
+        if any(value is None for value in prepared.values()):
+            raise UserError(f"a bundle takes all of {', '.join(prepared)}: give each, or sample the run folder")
         if any(isinstance(value, Several | Stream) for value in prepared.values()):
             raise UserError("a bundle's streams are fixed: give one value for each sample, not encoded before")
         return self.engine.condition({name: self.array(value) for name, value in prepared.items()})

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,10 +13,11 @@ from semantica.condition import Condition, Stream
 from semantica.device import current, sent
 from semantica.errors import UserError
 from semantica.files import read_json
-from semantica.inputs import SINGLE, Prepared, samples_in
-from semantica.model.conditioner import Conditioner, encodings, fill, placed, prepare
+from semantica.inputs import SINGLE, TEXT, Prepared, samples_in
+from semantica.model.conditioner import Conditioner, encoders_of, encodings, fill, placed, prepare
 from semantica.model.image_encoder import ImageEncoder
 from semantica.model.uvit import UViT
+from semantica.model.whole import require_whole, unsaid
 from semantica.pipelines import components
 from semantica.pipelines.base import VariationPipeline
 from semantica.pipelines.runfolder import CONFIGS, check_run, located, readable
@@ -45,12 +46,27 @@ class NetworkPipeline(VariationPipeline):
         folder = located(source)
         check_run(folder)
         index, parts = read_json(folder / "model_index.json"), {}
-        with readable(folder):
+        with readable(folder), unsaid():
             for name in CONFIGS:
                 kind = getattr(components, index[name][1])
                 safe = {} if name == "scheduler" else {"use_safetensors": True}
                 parts[name] = kind.from_pretrained(str(folder / name), local_files_only=True, **safe)
-        return cls(**parts).aligned()
+        return cls(**parts).whole(folder).aligned()
+
+    def whole(self, folder: Path, given: Container[str] = ()) -> Self:
+        """Itself, once every weight is known to come from the folder that it was loaded from.
+
+        given: networks that come from elsewhere.
+
+        Raises:
+            UserError: files lack one; diffusers draws it at random then.
+        """
+        for name in (part for part in ("unet", "encoder") if part not in given):
+            module = getattr(self, name)
+            parts = module.parts if isinstance(module, Conditioner) else {"": module}
+            for below, part in parts.items():
+                require_whole(part, folder / name / below)
+        return self
 
     def aligned(self) -> Self:
         """With weights in memory that was allocated for them."""
@@ -75,7 +91,8 @@ class NetworkPipeline(VariationPipeline):
         """Sample faster from now on: through a `CompiledDenoiser`, the encoder in its precision; returns the pipeline.
 
         Call it on the device where sampling happens. The networks are copied, and the pipeline's own stay as they are.
-        The first call of each batch size compiles, for ten seconds to minutes; guiders and callbacks are refused.
+        The first call of each batch size compiles, for ten seconds to minutes; callbacks, and guiders that
+        change the network, are refused.
 
         Args:
             dtype: of weights and activations; by default bf16 where the processor has instructions for it, else fp32.
@@ -133,13 +150,41 @@ class NetworkPipeline(VariationPipeline):
         made = encodings(encoder, placed(prepared, device, encoder.dtype) | before)
         return placed(made, device, self.unet.dtype)
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(encoders_of(self.encoder))
+
+    def tokens_of(self, prompt: str, word: str) -> tuple[int, ...]:
+        """Which tokens of the stream `text` belong to a word of a prompt, or to several words in a row.
+
+        Raises:
+            UserError: the prompt does not have it, or the model reads no text.
+        """
+        encoder = encoders_of(self.encoder).get(TEXT)
+        if not hasattr(encoder, "tokenizer"):
+            raise UserError(f"this model reads {' and '.join(self.inputs)}, no text: it has no words")
+        return encoder.tokenizer.tokens_of(prompt, word)
+
     def prepare(self, inputs: Any) -> dict[str, Prepared]:
         return prepare(self.encoder, inputs)
 
+    def conditioned(self, encodings: dict[str, Stream]) -> Condition:
+        """What the denoiser makes of encoded inputs."""
+        return self.unet.condition(fill(self.unet.stream_names, encodings))
+
     def condition(self, prepared: dict[str, Prepared]) -> Condition:
-        condition = self.unet.condition(fill(self.unet.stream_names, self.encodings(prepared)))
+        condition = self.conditioned(self.encodings(prepared))
         # without any condition there is one embedding for all
         return condition if self.unet.stream_names else condition.repeat(samples_in(prepared))
+
+    @property
+    def side(self) -> int:
+        """Of the images that it makes, in pixels."""
+        return self.sample_shape[-1]
+
+    def encoded(self, images: Tensor) -> Tensor:
+        """What is sampled, of images `[B, 3, side, side]` in [-1, 1]: the other way than `decode`."""
+        return images
 
     def array(self, values: Any) -> Tensor:
         """On the device; the solver's sums keep their digits whatever the network computes in."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 import semantica
@@ -19,6 +20,9 @@ UNET = ((PUBLIC, "UViT"), ("semantica.uvit", "UViT"))
 SCHEDULER = ((PUBLIC, "SemanticaScheduler"), ("semantica.scheduler", "SemanticaScheduler"))
 OLD_ENCODERS = (("semantica.encoder", "ViTEncoder"), ("semantica.encoder", "PretrainedEncoder"))
 CONFIGS = {"unet": "config.json", "encoder": "config.json", "scheduler": "scheduler_config.json"}
+# of files, and of configurations that diffusers and transformers check little
+UNREADABLE = (SafetensorError, StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError,
+              OSError, RuntimeError, TypeError, ValueError)  # fmt: skip
 PATTERNS = ["model_index.json", *(f"{name}/*.{ext}" for name in CONFIGS for ext in ("json", "safetensors"))]
 
 
@@ -58,7 +62,10 @@ def readable(folder: Path) -> Iterator[None]:
     """What the readers of a folder's weights and configurations raise becomes one line."""
     try:
         yield
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+    except UNREADABLE as error:
+        # it may say which of its files
+        if isinstance(error, UserError) and str(folder) in str(error):
+            raise
         raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error
 
 

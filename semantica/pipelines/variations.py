@@ -14,7 +14,7 @@ from semantica.model.conditioner import Conditioner
 from semantica.model.image_encoder import ImageEncoder
 from semantica.model.uvit import UViT
 from semantica.pipelines import components
-from semantica.pipelines.networks import NetworkPipeline
+from semantica.pipelines.networks import NetworkPipeline, unsaid
 from semantica.pipelines.runfolder import CONFIGS, address, check_run, located, readable
 from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.sampling.settings import Sampling
@@ -56,12 +56,12 @@ class SemanticaPipeline(DiffusionPipeline, NetworkPipeline):
         # three parts that load in milliseconds
         logging.disable_progress_bar()
         try:
-            with readable(folder):
+            with readable(folder), unsaid():
                 pipeline = super().from_pretrained(str(folder), **kwargs)
         finally:
             if shown:
                 logging.enable_progress_bar()
-        return pipeline.aligned()
+        return pipeline.whole(folder, kwargs).aligned()
 
     @staticmethod
     def from_bundle(folder: str | Path, backend: str = "auto", device: str = "auto") -> "BundlePipeline":

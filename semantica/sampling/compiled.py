@@ -16,6 +16,7 @@ from semantica.sampling.graphs import GraphCache, Replays, flatten
 from semantica.sampling.loop import Predict
 from semantica.sampling.settings import Sampling
 from semantica.solvers import alpha_sigma
+from semantica.weak import Weak
 
 # dynamo's limit on the shapes that compiled code is kept for
 SHAPES = 64
@@ -37,10 +38,11 @@ class CompiledDenoiser:
     """
 
     array, max_batch, joins = "torch", None, True
-    refuses = dict.fromkeys(
-        ("steps", "module", "gradients"),
-        "an accelerated pipeline takes no guider and no callback: load it again without",
-    )
+    refuses = {
+        "steps": "an accelerated pipeline takes no callback: load it again without",
+        "module": "an accelerated pipeline takes no guider that changes the network: load it again without",
+        "gradients": "an accelerated pipeline gives no gradients: load it again without",
+    }
 
     def __init__(
         self,
@@ -62,6 +64,9 @@ class CompiledDenoiser:
         self.graphs = GraphCache(Replays(self.device).record) if graphs and self.device.type == "cuda" else None
         # kinds of runs whose code is compiled
         self.known: set[tuple] = set()
+        for name in ("embedding", "first_blocks"):
+            if hasattr(unet, name):
+                setattr(self, name, getattr(unet, name))
 
     def __call__(self, z: Tensor, logsnr: Tensor, condition: Condition) -> Tensor:
         return self.unet(z, logsnr, condition)
@@ -72,7 +77,7 @@ class CompiledDenoiser:
     def null(self, batch: int) -> Condition:
         return self.unet.null(batch)
 
-    def predictor(self, levels: Tensor, condition: Condition, null: Condition | None, settings: Sampling) -> Predict:
+    def predictor(self, levels: Tensor, condition: Condition, weak: Weak | None, settings: Sampling) -> Predict:
         """v by number of step, both branches in one call, with all that the steps share computed here.
 
         levels: log-SNR of every step and sample, `[steps, B]`.
@@ -83,30 +88,30 @@ class CompiledDenoiser:
         scales = torch.stack((alpha, 1 / sigma.clamp(min=SIGMA_MIN), scale), 1)
         kinds = {}
         for both in sorted(set(guided)):
-            other = null if both else None
-            kinds[both] = net.prepare(condition, other), net.modulations(levels, condition, other)
+            other = weak if both else None
+            kinds[both] = net.branches(condition, other), net.modulations(levels, condition, other)
 
         def predict(i: int, z: Tensor) -> Tensor:
             branches, modulations = kinds[guided[i]]
-            return net(z, modulations[i], scales[i], branches)
+            return net(z, modulations[i], scales[i], branches(i))
 
         return predict
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def execute(
-        self, run: Callable, z: Tensor, levels: Tensor, condition: Condition, null: Condition | None, key: tuple | None
+        self, run: Callable, z: Tensor, levels: Tensor, condition: Condition, weak: Weak | None, key: tuple | None
     ) -> Tensor:
-        """`run(z, levels, condition, null)`, the whole loop, or the replay of its graph.
+        """`run(z, levels, condition, weak)`, the whole loop, or the replay of its graph.
 
         key: all that the run depends on but its tensors; None where it also reads something else, such as fresh noise.
         """
-        tensors, rebuild = flatten(condition, null)
+        tensors, rebuild = flatten(condition, weak)
         # inference tensors are other inputs to a compiler than ordinary ones, and graphs could not write into them
         z, levels, *tensors = (t.clone() if t.is_inference() else t for t in (z, levels, *tensors))
         given = z, levels, *tensors
         # what depends on fresh noise or somebody's hooks has no name to be known by
-        kind = key and (*key, condition.sizes, null and null.sizes)
+        kind = key and (*key, condition.sizes, weak and weak.kind)
 
         def function(z: Tensor, levels: Tensor, *rest: Tensor) -> Tensor:
             return run(z, levels, *rebuild(rest))

@@ -1,6 +1,7 @@
 """Whole sampling runs as CUDA graphs: recorded on the device of their tensors, checked once, kept where faster."""
 
 import logging
+import math
 import threading
 import time
 import warnings
@@ -13,6 +14,7 @@ from torch import Tensor
 from semantica.condition import Condition
 from semantica.errors import UserError, first_line
 from semantica.ranges import span
+from semantica.weak import Weak
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +29,15 @@ AGREEMENT = 0.05
 RECORDING = threading.Lock()
 
 
-def flatten(condition: Condition, null: Condition | None) -> tuple[list[Tensor], Callable]:
-    """All tensors of both conditions, and the function that puts them back."""
+def flatten(condition: Condition, weak: Weak | None) -> tuple[list[Tensor], Callable]:
+    """All tensors of both branches, and the function that puts them back."""
     tensors: list[Tensor] = []
 
     def collect(t: Tensor) -> int:
         tensors.append(t)
         return len(tensors) - 1
 
-    places = [c if c is None else c.map(collect) for c in (condition, null)]
+    places = [c if c is None else c.map(collect) for c in (condition, weak)]
     return tensors, lambda given: [p if p is None else p.map(lambda i: given[i]) for p in places]
 
 
@@ -141,6 +143,9 @@ def disagreement(call: Callable[..., Tensor], replay: Callable[..., Tensor], inp
     """Relative root mean square by which a replay differs from the call, on other values than it was recorded with."""
     other = [-t if t.is_floating_point() else t for t in inputs]
     expected, actual = (f(*other).double() for f in (call, replay))
+    if not expected.isfinite().any():
+        # nothing to tell one replay from another by
+        return math.inf
     alike = (expected == actual) | (expected.isnan() & actual.isnan())
     error = torch.where(alike, 0.0, actual - expected).square().mean().sqrt()
     scale = expected.nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()
@@ -148,9 +153,11 @@ def disagreement(call: Callable[..., Tensor], replay: Callable[..., Tensor], inp
 
 
 class GraphCache:
-    """One graph for each kind of call, kept where its replay is faster than the call; the oldest kind goes first.
+    """One graph for each kind of call, kept where its replay is faster than the call; the kind that was not asked for
+    for longest goes first.
 
-    Safe with several threads: one records or replays at a time.
+    Recording and proving a kind costs some twelve runs at its first call, so a server offers a few kinds (settings,
+    sizes) rather than any. Safe with several threads: one records or replays at a time.
 
     Args:
         record: makes a graph of a function and its inputs.
@@ -173,7 +180,10 @@ class GraphCache:
         """`function(*inputs)`, by replay. `key`: all that the function depends on but the values of its inputs."""
         key = (*key, *((tuple(t.shape), t.dtype) for t in inputs))
         with self.lock:
-            if key not in self.kept:
+            if key in self.kept:
+                # now the last to go
+                self.kept[key] = self.kept.pop(key)
+            else:
                 # a function that lost to its replay is not kept: it holds this call's condition
                 self.kept[key] = self.proven(key, function, inputs)
                 while len(self.kept) > self.limit:
@@ -206,7 +216,9 @@ class GraphCache:
     def forget(self, key: tuple, inputs: tuple[Tensor, ...]) -> None:
         """Drop a graph that may still run, on the device of these inputs: its memory and its contexts go with it."""
         if self.kept[key] is not None:
-            drain(inputs[0].device)
+            # no other cache's capture may meet it
+            with RECORDING:
+                drain(inputs[0].device)
         del self.kept[key]
         self.times.pop(key, None)
 

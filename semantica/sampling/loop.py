@@ -16,6 +16,7 @@ from semantica.errors import UserError
 from semantica.ranges import span
 from semantica.sampling.settings import Sampling
 from semantica.solvers import Schedule, guide, predict_x, step
+from semantica.weak import Weak
 
 Array = Any  # numpy.ndarray or torch.Tensor
 # v by number of step and z, guidance included
@@ -33,9 +34,12 @@ class Denoiser(Protocol):
     refuses: what hooks may need and this denoiser does not have, each with the line that tells its user so. "steps":
         to be called between steps; "module": a `torch.nn.Module` that hooks may change; "gradients": through z.
 
-    The loop uses two more methods where a denoiser has them: `bind(condition) -> (z, logsnr) -> v` brings a condition
-    once into the layout that every call reads; `predictor`, which replaces classifier-free guidance by calls, and
-    `execute`, which replaces running the steps one by one, are described at `CompiledDenoiser`.
+    The loop uses more methods where a denoiser has them: `bind(condition) -> (z, logsnr) -> v` brings a condition
+    once into the layout that every call reads; `predictor`, which replaces guidance by calls, and `execute`, which
+    replaces running the steps one by one, are described at `CompiledDenoiser`. Time-step guidance uses
+    `embedding(logsnr [N]) -> [N, E]`, that of noise levels, to which a condition's is added, and, for a part of the
+    network, `first_blocks(count)`, see `UViT`. And an attribute: `joined`, a denoiser that gives the same for a batch
+    of both branches, whose halves have the same z and levels.
     """
 
     array: str
@@ -58,15 +62,20 @@ class Denoiser(Protocol):
 class Guidance(Protocol):
     """A way to predict v from a denoiser, such as `semantica.sampling.guidance.Guided`.
 
-    needs: of the denoiser, see `Denoiser.refuses`.
+    needs: of the denoiser, see `Denoiser.refuses`. An attribute that there may be besides, `beside`: one of
+    `semantica.sampling.guiders`, which a pipeline asks for `weak`.
     """
 
     needs: tuple[str, ...]
 
     def predictor(
-        self, denoiser: Denoiser, levels: Array, condition: Condition, null: Condition, settings: Sampling
+        self, denoiser: Denoiser, levels: Array, condition: Condition, weak: Weak, settings: Sampling
     ) -> Predict:
-        """What the loop calls in each step; levels: the log-SNR of every step and sample, float32 `[steps, B]`."""
+        """What the loop calls in each step.
+
+        levels: the log-SNR of every step and sample, float32 `[steps, B]`. weak: what guidance as `settings` has it
+        would lead away from.
+        """
 
 
 def refuse(denoiser: Denoiser, *needs: str) -> None:
@@ -86,6 +95,7 @@ def sample(
     noise: Callable[[int], Array] | None = None,
     guidance: Guidance | None = None,
     on_step: Callable[[int, Array], Array] | None = None,
+    weak: Weak | None = None,
 ) -> Array:
     """Run a solver from noise to images.
 
@@ -94,8 +104,9 @@ def sample(
         z: float32 `[B, 3, S, S]` standard normal noise; the loop keeps its dtype.
         condition, null: of batch B each; `null` is read only where guidance is, and asked of the denoiser if None.
         noise: step number -> standard normal like z, for solvers that add noise.
-        guidance: predicts v in place of classifier-free guidance as `settings` has it.
+        guidance: predicts v in place of guidance as `settings` has it.
         on_step: `(i, z) -> z`, called after each step.
+        weak: what guidance as `settings` has it leads away from, by default the null condition.
 
     Returns:
         `[B, 3, S, S]`, images around [-1, 1].
@@ -108,12 +119,16 @@ def sample(
         raise UserError("this solver adds noise in its steps: give a source of it, or take ddim or dpmpp_2m")
     refuse(denoiser, *(guidance.needs if guidance else ()), *(("steps",) if on_step else ()))
     if guidance is None and not guided:
-        null = None
-    elif null is None:
-        null = denoiser.null(len(z))
+        weak = None
+    elif weak is None:
+        weak = Weak(denoiser.null(len(z)) if null is None else null)
 
-    def run(z: Array, levels: Array, condition: Condition, null: Condition | None) -> Array:
-        predict, x_previous = predictor(guidance, denoiser, levels, condition, null, settings), None
+    def run(z: Array, levels: Array, condition: Condition, weak: Weak | None) -> Array:
+        if guidance is not None:
+            predict = guidance.predictor(denoiser, levels, condition, weak, settings)
+        else:
+            predict = predictor(denoiser, levels, condition, weak, settings)
+        x_previous = None
         for i in range(len(plan)):
             with span("denoise"):
                 v = predict(i, z)
@@ -132,40 +147,52 @@ def sample(
         # one number for all samples: kernels that round by how many there are have only one
         levels = levels.expand(-1, len(z))
     if hasattr(denoiser, "execute"):
-        own = plan.noise_scale.any() or guidance or on_step
+        own = plan.noise_scale.any() or guidance or on_step or (weak and weak.denoiser is not None)
         key = None if own else (schedule, dataclasses.replace(settings, seed=0))
-        return denoiser.execute(run, z, levels, condition, null, key)
-    return run(z, levels, condition, null)
+        return denoiser.execute(run, z, levels, condition, weak, key)
+    return run(z, levels, condition, weak)
 
 
-def predictor(guidance: Guidance | None, denoiser: Denoiser, *arguments: Any) -> Predict:
-    """Guidance as it was asked for, else the denoiser's own way, else calls of it."""
-    if guidance is not None:
-        return guidance.predictor(denoiser, *arguments)
-    if hasattr(denoiser, "predictor"):
-        return denoiser.predictor(*arguments)
-    return classifier_free(denoiser, *arguments)
-
-
-def classifier_free(
-    denoiser: Denoiser, levels: Array, condition: Condition, null: Condition | None, settings: Sampling
+def predictor(
+    denoiser: Denoiser, levels: Array, condition: Condition, weak: Weak | None, settings: Sampling
 ) -> Predict:
-    """Classifier-free guidance (arXiv 2207.12598), in one call a step where the denoiser joins the branches."""
+    """v by number of step: the denoiser's own way, else calls of it; another network predicts what is its own."""
+    if weak is not None and weak.denoiser is not None:
+        own, other = (
+            unguided(net, levels, which, settings)
+            for net, which in ((denoiser, condition), (weak.denoiser, weak.condition))
+        )
+        guided = settings.guided()
+        return lambda i, z: guide(own(i, z), other(i, z), settings.guidance) if guided[i] else own(i, z)
+    if hasattr(denoiser, "predictor"):
+        return denoiser.predictor(levels, condition, weak, settings)
+    return by_calls(denoiser, levels, condition, weak, settings)
+
+
+def unguided(denoiser: Denoiser, levels: Array, condition: Condition, settings: Sampling) -> Predict:
+    """v of one condition by number of step, in the denoiser's own way."""
+    return predictor(denoiser, levels, condition, None, dataclasses.replace(settings, guidance=1.0))
+
+
+def by_calls(denoiser: Denoiser, levels: Array, condition: Condition, weak: Weak | None, settings: Sampling) -> Predict:
+    """weak + w (own - weak), in one call a step where the denoiser joins the branches (arXiv 2207.12598)."""
     guided, batch = settings.guided(), levels.shape[1]
     own = bind(denoiser, condition)
     if not any(guided):
         return lambda i, z: own(z, levels[i])
     if getattr(denoiser, "joins", True):
-        both, rows = bind(denoiser, condition.join(null)), repeat_each(levels, 2, 1)
+        # a denoiser may compute once what does not depend on the condition
+        joined = denoiser if weak.shift is not None else getattr(denoiser, "joined", denoiser)
+        both, rows = weak.each(lambda other: bind(joined, condition.join(other))), repeat_each(levels, 2, 1)
 
         def branches(i: int, z: Array) -> tuple[Array, Array]:
-            v = both(concatenate((z, z)), rows[i])
+            v = both(i)(concatenate((z, z)), rows[i])
             return v[:batch], v[batch:]
     else:
-        other = bind(denoiser, null)
+        other = weak.each(lambda condition: bind(denoiser, condition))
 
         def branches(i: int, z: Array) -> tuple[Array, Array]:
-            return own(z, levels[i]), other(z, levels[i])
+            return own(z, levels[i]), other(i)(z, levels[i])
 
     return lambda i, z: guide(*branches(i, z), settings.guidance) if guided[i] else own(z, levels[i])
 

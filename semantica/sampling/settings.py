@@ -1,5 +1,6 @@
 """How to sample, as one value that is made once and passed along; numpy only."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ class Sampling:
     """Settings of a sampling run.
 
     steps: of the solver. solver: a name in `semantica.solvers.SOLVERS`.
-    guidance: uncond + guidance (cond - uncond) (arXiv 2207.12598); 1 = the conditional branch alone.
+    guidance: weak + guidance (own - weak), weak the unconditional branch (arXiv 2207.12598) or another guider's; 1 is
+        the conditional branch alone.
     interval: (start, stop), fractions of the run between which guidance is on; outside, the conditional branch runs
         alone (Kynkaanniemi et al., arXiv 2404.07724, bound sigma instead).
     thresholding, clip_range, ratio: kind, clip_range, ratio of `semantica.solvers.threshold`.
@@ -37,6 +39,8 @@ class Sampling:
             raise UserError(f"number of sampling steps {self.steps} must be at least 1")
         solvers.check_solver(self.solver)
         solvers.check_thresholding(self.thresholding)
+        if not math.isfinite(self.guidance):
+            raise UserError(f"guidance scale {self.guidance} must be a number")
         start, stop = self.interval
         if not 0 <= start <= stop <= 1:
             raise UserError(

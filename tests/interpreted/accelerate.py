@@ -8,8 +8,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 
 import semantica
+from semantica.errors import warn_once
 from semantica.fused.parts import FORMS
-from semantica.fused.processors import say
 from semantica.kernels.cross_attention import forward
 
 TEXT = 24
@@ -82,7 +82,7 @@ def test_adapters_are_streams_with_their_scale_as_gate(scale, launches):
 
 @torch.no_grad()
 def test_masks_of_pictures_fall_back_and_it_is_said_once(launches, caplog):
-    say.cache_clear()
+    warn_once.cache_clear()
     attn, hidden = attention(), torch.randn(2, 16, 120)
     given = torch.randn(2, 9, TEXT), [torch.randn(2, 1, 4, TEXT)]
     mask = torch.zeros(1, 1, 8, 8)

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from semantica.benchmarks.kernels.implementations import ours
+from semantica.benchmarks.kernels.problems import Problem
+from semantica.benchmarks.kernels.suite import ProblemRace
 from semantica.kernels import OPERATORS, attention_moments, replay
 from semantica.kernels.attention_columns import backward as columns_backward
 from semantica.kernels.attention_columns import forward as columns_forward
@@ -44,6 +47,16 @@ def test_nothing_is_read_or_written_outside_and_nothing_left_unwritten(name, cas
     results = run_guarded(launches, [*given, cotangent], outputs)
     again = [a for a in backward.backward(cotangent, q, k, lse, fourth, lengths, needs) if a.numel()]
     assert len(results) == len(again) and all(torch.equal(a, b) for a, b in zip(results, again))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_benches_time_them_in_16_bits(name):
+    """They make P in the features' type, which fp32 results are not asked to hide."""
+    problem = Problem(name, OPERATORS[name].cases["tiny"], torch.float16, "cpu")
+    race = ProblemRace(problem, ours(name), ("forward", "backward"))
+    for direction in ("forward", "backward"):
+        race.check("fused", direction)
+    assert not race.wrong and race.accuracy["fused", True].error > 0
 
 
 def test_a_later_call_plans_nothing(monkeypatch):

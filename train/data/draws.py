@@ -11,7 +11,7 @@ DRAWS = 2
 # how a source refers to a picture: a path below its root, or a number
 Ref = str | int
 # one stream of random numbers per purpose, so that changing one leaves the others as they were
-ORDER, PAIR, LEVEL, NOISE, DROP, SPLIT, CYCLE = range(7)
+ORDER, PAIR, LEVEL, NOISE, DROP, SPLIT, CYCLE, CAPTION = range(8)
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ def generator(seed: int, *key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
 
 
-@lru_cache(maxsize=4)
+# of the epochs on either side of a boundary: every worker keeps them, of millions of pictures
+@lru_cache(maxsize=2)
 def order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the targets in one epoch: a permutation of `range(count)`."""
-    return generator(seed, ORDER, epoch).permutation(count)
+    """The order of the targets in one epoch: a permutation of `range(count)`, in as few bytes as it takes."""
+    return generator(seed, ORDER, epoch).permutation(count).astype(np.min_scalar_type(count))
 
 
 @lru_cache(maxsize=4)

@@ -7,7 +7,7 @@ whatever was done before, and the arithmetic (device, precision, compiled or not
 
 import functools
 import shutil
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,10 @@ from semantica.device import pick_device, pick_precision
 from semantica.errors import UserError
 from semantica.files import read_json, remove, sha256, write_json, written
 from semantica.images import to_tensor
+from semantica.lock import locked
 from semantica.model.compile import compile_in_place
 from semantica.model.encoders import frozen_encoder, own_folder, weights_sha256
+from semantica.model.image_encoder import sight_of
 from semantica.train.data.config import TokensConfig
 from semantica.train.data.open import open_data
 from semantica.train.data.source import Source
@@ -38,7 +40,7 @@ def store_tokens(config: TokensConfig) -> None:
 
     Raises:
         UserError: the data or the encoder cannot be read; the folder holds something else, or tokens of another
-            encoder; a token is beyond fp16; the disk is full.
+            encoder, or another run writes into it; a token is beyond fp16; the disk is full.
     """
     config.check()
     device = pick_device(config.device)
@@ -61,24 +63,25 @@ def store_tokens(config: TokensConfig) -> None:
         "encoder": described(encoder, config),
         "arithmetic": {**arithmetic, "batch": BATCH},
     }
-    begin(out, identity, encoder)
-    for name, reason in data.bad:
-        tqdm.write(f"left out, {name}: {reason}")
-    todo = units(data, picture_bytes(shape))
-    left = [unit for unit in todo if not finished(out, unit, data)]
-    total = sum(len(unit.refs) for unit in todo)
-    room_for(out, sum(len(unit.refs) for unit in left) * picture_bytes(shape))
-    if left:
-        (out / "index.json").unlink(missing_ok=True)
-    workers = config.processes if config.processes is not None else max(1, min(8, processors() // 2))
-    with tqdm(total=total, initial=total - sum(len(u.refs) for u in left), desc="tokens", unit="picture") as bar:
-        for unit in left:
-            write_unit(out, unit, data, encode, shape, encoder.image_size, workers, bar.update)
-    records = [read_json(out / f"{unit.name}.json") for unit in todo]
-    sweep(out, todo)
-    write_json(out / "index.json", {"format": FORMAT, "identity": identity, "files": records}, sort_keys=True)
-    write_json(out / "stats.json", measure(out, data, encoder, encode), sort_keys=True)
-    report(out)
+    with ExitStack() as held:
+        begin(out, identity, encoder, held)
+        for name, reason in data.bad:
+            tqdm.write(f"left out, {name}: {reason}")
+        todo = units(data, picture_bytes(shape))
+        left = [unit for unit in todo if not finished(out, unit, data)]
+        total = sum(len(unit.refs) for unit in todo)
+        room_for(out, sum(len(unit.refs) for unit in left) * picture_bytes(shape))
+        if left:
+            (out / "index.json").unlink(missing_ok=True)
+        workers = config.processes if config.processes is not None else max(1, min(8, processors() // 2))
+        with tqdm(total=total, initial=total - sum(len(u.refs) for u in left), desc="tokens", unit="picture") as bar:
+            for unit in left:
+                write_unit(out, unit, data, encode, shape, sight_of(encoder), workers, bar.update)
+        records = [read_json(out / f"{unit.name}.json") for unit in todo]
+        sweep(out, todo)
+        write_json(out / "index.json", {"format": FORMAT, "identity": identity, "files": records}, sort_keys=True)
+        write_json(out / "stats.json", measure(out, data, encoder, encode), sort_keys=True)
+        report(out)
 
 
 def picture_bytes(shape: tuple[int, int]) -> int:
@@ -106,10 +109,9 @@ def encoding(encoder: nn.Module, device: torch.device, dtype: torch.dtype, compi
 
 def described(encoder: nn.Module, config: TokensConfig) -> dict:
     """The encoder's identity: where it came from, its weights, and what it sees and gives."""
-    vision = getattr(encoder.config, "vision", None) or {}
     own = own_folder(config.encoder) is not None
     # what no --encoder-size means for this encoder
-    default = 224 if vision.get("model_type", "").startswith("dinov2") and not own else encoder.image_size
+    default = encoder.image_size if own else encoder.default_size
     return {
         "source": config.encoder,
         "origin": origin(config.encoder),
@@ -121,8 +123,8 @@ def described(encoder: nn.Module, config: TokensConfig) -> dict:
     }
 
 
-def begin(out: Path, identity: dict, encoder: nn.Module) -> None:
-    """Make the folder, or see that it holds tokens of the same identity."""
+def begin(out: Path, identity: dict, encoder: nn.Module, held: ExitStack) -> None:
+    """Make the folder, or see that it holds tokens of the same identity; held: keeps others out of it."""
     path, recorded = out / "identity.json", None
     if path.exists():
         before = read_json(path)
@@ -142,6 +144,8 @@ def begin(out: Path, identity: dict, encoder: nn.Module) -> None:
         raise UserError(f"{out} exists and holds no stored tokens: choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        taken = f"another run stores tokens in {out}: wait for it, or choose another --out"
+        held.enter_context(locked(out / ".lock", taken))
         for stale in out.glob(".*.incomplete"):
             remove(stale)
         if recorded is None or hashes(out / "encoder") != recorded:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from semantica.errors import UserError
 from semantica.images import BadImage, load_image, load_pixels, probe_image
+from semantica.train.data.captions import Captions, read_captions
 from semantica.train.data.draws import PAIR, Pair, View, generator, order
 from semantica.train.data.source import MARK, Source, Stamp, around, parted
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 MODES = ("folders", "reconstruct")
 SIDE_FILES = {".json", ".jsonl", ".txt", ".tsv", ".csv", ".md"}
+# what is wrong with a picture beside the label folders, and what to do where pictures are in no groups
+LOOSE = "not in a label folder"
+RECONSTRUCT = "train with --mode reconstruct, which needs no pairs"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class FolderData(Source):
     bad: (path, reason) of each file that cannot be used.
     alone: labels left out because they hold a single picture.
     tokens: what a frozen encoder made of the pictures, where it was stored.
+    captions: texts of the pictures, where they were read.
     """
 
     root: Path
@@ -45,6 +50,7 @@ class FolderData(Source):
     bad: tuple[tuple[str, str], ...] = ()
     alone: tuple[str, ...] = ()
     tokens: "Tokens | None" = None
+    captions: Captions | None = None
     kind: ClassVar[str] = "folders"
 
     def __len__(self) -> int:
@@ -68,17 +74,24 @@ class FolderData(Source):
     def describe(self) -> str:
         """In words, for the log."""
         stored = ", tokens stored" if self.tokens else ""
-        return f"{len(self)} pictures in {len(self.groups)} groups{stored}"
+        texts = f", {sum(1 for _ in self.captions)} texts" if self.captions else ""
+        return f"{len(self)} pictures in {len(self.groups)} groups{stored}{texts}"
 
     def keep(self, groups: dict[str, tuple[str, ...]]) -> "FolderData":
         """The same folder with only these groups, whose paths are among its own."""
         sizes = {path: self.sizes[path] for paths in groups.values() for path in paths}
-        return FolderData(self.root, self.mode, groups, sizes, tokens=self.tokens)
+        captions = self.captions and self.captions.keep(sizes)
+        return FolderData(self.root, self.mode, groups, sizes, tokens=self.tokens, captions=captions)
+
+    def captioned(self) -> "FolderData":
+        """With the texts that lie beside the pictures. Raises `UserError` as `read_captions`."""
+        return replace(self, captions=read_captions(self.root, self.refs()))
 
     def digest(self) -> str:
-        """16 hex digits over the listing (relative paths and sizes) and the stored tokens, so that a resumed run can
-        refuse other data."""
+        """16 hex digits over the listing (relative paths and sizes), the stored tokens and the texts, so that a resumed
+        run can refuse other data."""
         listing = hashlib.sha256(self.tokens.digest().encode() if self.tokens else b"")
+        listing.update(self.captions.digest().encode() if self.captions else b"")
         for path in sorted(self.sizes):
             listing.update(os.fsencode(path) + b"\0%d\0" % self.sizes[path])
         return listing.hexdigest()[:16]
@@ -91,7 +104,8 @@ class FolderData(Source):
         """
         whole = self.mode == "folders"
         units = list(self.groups) if whole else self.refs()
-        _, out = parted(len(units), fraction, seed, "label folders" if whole else "pictures")
+        what, advice = ("label folders", f", or {RECONSTRUCT}") if whole else ("pictures", "")
+        _, out = parted(len(units), fraction, seed, what, advice)
         held = {units[i] for i in out}
 
         def part(out: bool) -> "FolderData":
@@ -219,14 +233,15 @@ def scan(root: str | os.PathLike, mode: str) -> FolderData:
     bad.sort(key=lambda entry: _natural(entry[0]))
     if len(bad) > len(sizes):
         first = f"the first is {bad[0][0]!r} ({bad[0][1]})"
-        total = len(bad) + len(sizes)
-        raise UserError(f"{len(bad)} of {total} files in {where} are not usable, {first}: clean the data folder")
+        total, loose = len(bad) + len(sizes), sum(reason == LOOSE for _, reason in bad)
+        advice = f"put them into label folders, or {RECONSTRUCT}" if 2 * loose > len(bad) else "clean the data folder"
+        raise UserError(f"{len(bad)} of {total} files in {where} are not usable, {first}: {advice}")
     least = 2 if mode == "folders" else 1
     alone = tuple(label for label, paths in groups.items() if len(paths) < least)
     kept = {label: tuple(paths) for label, paths in groups.items() if len(paths) >= least}
     if not kept:
         what = f"no label folder in {where} holds two usable pictures"
-        raise UserError(f"{what}: put pictures that belong together into one folder, or use the mode 'reconstruct'")
+        raise UserError(f"{what}: put pictures that belong together into one folder, or {RECONSTRUCT}")
     return replace(FolderData(root, mode, groups, sizes).keep(kept), bad=tuple(bad), alone=alone)
 
 
@@ -251,7 +266,7 @@ def _list_files(root: Path, mode: str) -> tuple[list[tuple[str, str]], list[tupl
             if Path(name).suffix.lower() in SIDE_FILES:
                 continue
             if mode == "folders":
-                bad.append((name, "not in a label folder"))
+                bad.append((name, LOOSE))
             else:
                 files.append(("", name))
         elif _outside(root, root / name):

@@ -58,11 +58,7 @@ def host_batches(
         UserError: as `batches`.
     """
     size = batch // part[1]
-    if workers and (room := shared_room()) < (need := workers * worker_bytes(dataset, size)):
-        raise UserError(
-            f"{workers} workers share {need / 2**20:.0f} MiB with the trainer and {SHARED} has room for "
-            f"{room / 2**20:.0f}: give it more (docker: --shm-size or --ipc=host), or give fewer --workers"
-        )
+    require_room(workers, workers * worker_bytes(dataset, size))
     fetch = Fetch(dataset, size, workers)
     loader = DataLoader(
         fetch,
@@ -101,6 +97,15 @@ def worker_bytes(dataset: Pairs, batch: int) -> int:
 def shared_room() -> float:
     """Bytes that processes can still share."""
     return shutil.disk_usage(SHARED).free if SHARED.is_dir() else float("inf")
+
+
+def require_room(workers: int, need: int) -> None:
+    """Raises `UserError` where workers, of one trainer or of several, would share more bytes than there is room for."""
+    if workers and (room := shared_room()) < need:
+        raise UserError(
+            f"{workers} workers share {need / 2**20:.0f} MiB with their trainers and {SHARED} has room for "
+            f"{room / 2**20:.0f}: give it more (docker: --shm-size or --ipc=host), or give fewer --workers"
+        )
 
 
 class Made(NamedTuple):

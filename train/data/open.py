@@ -37,6 +37,7 @@ def open_data(
     low: float | None = None,
     high: float | None = None,
     tokens: str | os.PathLike | None = None,
+    captions: bool = False,
 ) -> Source:
     """Open the source at a path or URL.
 
@@ -45,9 +46,11 @@ def open_data(
         mode: "folders", "pages", "reconstruct"; "auto" is the source's own.
         low, high: similarity that a pair must have, for shards.
         tokens: folder of what a frozen encoder made of these pictures.
+        captions: read the texts of the pictures too.
 
     Raises:
-        UserError: as `scan`, `open_shards` and `semantica.train.data.tokens.attach`; thresholds for folders.
+        UserError: as `scan`, `open_shards`, `semantica.train.data.tokens.attach` and `Source.captioned`; thresholds for
+            folders.
     """
     root = os.fspath(root)
     *others, fallback = reversed(KINDS.values())
@@ -56,6 +59,7 @@ def open_data(
     named = (kind for kind in others if kind.mode == mode != fallback.mode)
     kind = next(holding, None) or next(named, fallback)
     data = kind.open(root, kind.mode if mode == "auto" else mode, low, high)
+    data = data.captioned() if captions else data
     return data if tokens is None else attach(data, tokens)
 
 

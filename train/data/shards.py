@@ -4,16 +4,13 @@ The shards may lie in a local folder or behind an fsspec URL. They are read by o
 nothing is unpacked, executed or unpickled, and each picture is checked against its hash.
 """
 
-import errno
 import hashlib
 import io
 import json
-import os
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,17 +19,18 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from semantica.errors import UserError, first_line
+from semantica.errors import UserError
 from semantica.images import BadImage, load_image, load_pixels
+from semantica.train.data.alts import read_alts
+from semantica.train.data.captions import Captions
 from semantica.train.data.draws import CYCLE, PAIR, Pair, View, generator, order
 from semantica.train.data.source import MARK, Source, Stamp, around, parted
+from semantica.train.data.store import Store
 
 if TYPE_CHECKING:
     from semantica.train.data.tokens import Table, Tokens
 
 FORMAT = 1
-# where shards may be read from; others can run programs or chain to such as can
-PROTOCOLS = {"file", "memory", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf"}
 MAX_BAD_SHARDS = 0.5
 
 
@@ -59,10 +57,11 @@ class ShardData(Source):
     page [U]: the pages in use, in the order of the shards. targets [N]: pictures that have a partner.
     bad: (shard, reason) of shards that cannot be used.
     tokens: what a frozen encoder made of the pictures, where it was stored.
+    captions: alternative texts of the targets, where they were read.
     """
 
     root: str
-    store: "Store"
+    store: Store
     mode: str
     low: float | None
     high: float | None
@@ -81,6 +80,7 @@ class ShardData(Source):
     identity: str
     bad: tuple[tuple[str, str], ...] = ()
     tokens: "Tokens | None" = None
+    captions: Captions | None = None
     kind: ClassVar[str] = "shards"
 
     def __len__(self) -> int:
@@ -105,15 +105,36 @@ class ShardData(Source):
         """In words, for the log."""
         pairs = "" if self.low is None and self.high is None else f", similarity {self.low} to {self.high}"
         stored = ", tokens stored" if self.tokens else ""
-        return f"{int(self.usable.sum())} pictures on {len(self.page)} pages{pairs}{stored}"
+        texts = ", alternative texts" if self.captions else ""
+        return f"{int(self.usable.sum())} pictures on {len(self.page)} pages{pairs}{stored}{texts}"
 
     def digest(self) -> str:
-        """16 hex digits over the shards' hashes, the thresholds and the stored tokens."""
+        """16 hex digits over the shards' hashes, the thresholds, the stored tokens and the texts."""
         stored = f" {self.tokens.digest()}" if self.tokens else ""
-        return hashlib.sha256(f"{self.identity} {self.low} {self.high}{stored}".encode()).hexdigest()[:16]
+        texts = f" {self.captions.digest()}" if self.captions else ""
+        return hashlib.sha256(f"{self.identity} {self.low} {self.high}{stored}{texts}".encode()).hexdigest()[:16]
 
     def keep(self, page: np.ndarray) -> "ShardData":
-        return replace(self, page=np.sort(page))
+        """The same shards with only these pages in use."""
+        kept = replace(self, page=np.sort(page))
+        return kept if self.captions is None else replace(kept, captions=self.captions.keep(kept.target_refs()))
+
+    def captioned(self) -> "ShardData":
+        """With the alternative texts that pages gave their pictures; those without one are no targets any more.
+
+        Raises:
+            UserError: none has one.
+        """
+        captions, bad = read_alts(self)
+        targets = np.zeros_like(self.targets)
+        targets[list(captions.texts)] = True
+        data = replace(self, targets=targets, captions=captions, bad=(*self.bad, *bad))
+        if not captions.texts:
+            raise UserError(
+                f"no picture in {self.root} has an alternative text: give shards of pages that have, or pictures with "
+                "captions.jsonl in a folder"
+            )
+        return data.keep(data.page[data.usable > 0])
 
     def split(self, fraction: float, seed: int) -> tuple["ShardData", "ShardData"]:
         """Part the pages into (training, held out). Raises `UserError` as `parted`."""
@@ -148,6 +169,12 @@ class ShardData(Source):
         flips, crops = draw.integers(2, size=conditions + 1).astype(bool).tolist(), draw.random((conditions + 1, 3))
         views = [View(ref, flip, tuple(crop)) for ref, flip, crop in zip([target, *chosen], flips, crops.tolist())]
         return Pair(page, views[0], tuple(views[1:]))
+
+    def target_refs(self) -> list[int]:
+        """All targets of the pages in use."""
+        used = np.zeros(len(self.count), bool)
+        used[self.page] = True
+        return np.flatnonzero(self.targets & np.repeat(used, self.count)).tolist()
 
     def targets_of(self, page: int) -> np.ndarray:
         first, count = int(self.first[page]), int(self.count[page])
@@ -254,7 +281,7 @@ def open_shards(root: str, mode: str = "pages", low: float | None = None, high: 
     return open_listed(store, read_index(store), mode, low, high)
 
 
-def open_listed(store: "Store", index: dict, mode: str, low: float | None, high: float | None) -> ShardData:
+def open_listed(store: Store, index: dict, mode: str, low: float | None, high: float | None) -> ShardData:
     """`open_shards` for an index that is at hand."""
     root = store.root
     shards, bad = [], []
@@ -286,7 +313,7 @@ def open_listed(store: "Store", index: dict, mode: str, low: float | None, high:
     return data
 
 
-def joined(root: str, store: "Store", mode: str, low, high, shards: list[Shard], bad: tuple) -> ShardData:
+def joined(root: str, store: Store, mode: str, low, high, shards: list[Shard], bad: tuple) -> ShardData:
     def all_of(name: str) -> np.ndarray:
         return np.concatenate([getattr(shard, name) for shard in shards])
 
@@ -322,7 +349,7 @@ def with_partner(first, start, count, cosine, low, high) -> np.ndarray:
     return found
 
 
-def read_index(store: "Store") -> dict:
+def read_index(store: Store) -> dict:
     try:
         index = json.loads(store.whole("index.json"))
         version, shards = index["format"], index["shards"]
@@ -337,7 +364,7 @@ def read_index(store: "Store") -> dict:
     return index
 
 
-def read_table(store: "Store", entry: dict) -> Shard:
+def read_table(store: Store, entry: dict) -> Shard:
     """One shard's table. Raises `ValueError` with the reason why the shard cannot be used."""
     try:
         name, size, sha = str(entry["name"]), int(entry["bytes"]), str(entry["table_sha256"])
@@ -358,83 +385,22 @@ def read_table(store: "Store", entry: dict) -> Shard:
         raise ValueError("its table cannot be read") from error
     if there != size:
         raise ValueError(f"has {there} bytes instead of {size}")
+    if not sound(shard, size):
+        raise ValueError("its table is not of the pages that it counts")
     return shard
 
 
-class Store:
-    """Bytes of files in one folder, local or behind an fsspec URL; also in a process that was forked since.
-
-    Raises:
-        UserError: a protocol that is not read, or whose package is missing.
-    """
-
-    def __init__(self, root: str | os.PathLike):
-        self.root = str(root)
-        protocol = self.root.split("://")[0] if "://" in self.root else self.root.split(":")[0]
-        self.remote = "://" in self.root
-        if (self.remote and protocol not in PROTOCOLS) or protocol == "pipe" or "::" in self.root:
-            raise UserError(f"--data {self.root} is refused: give a folder or one of {', '.join(sorted(PROTOCOLS))}")
-        self._connect()
-
-    def _connect(self) -> None:
-        self.files = lru_cache(maxsize=64)(lambda name: open(Path(self.root, name), "rb", buffering=0))
-        self.process, self.system = os.getpid(), None
-        self.fetched: dict[tuple[str, int], bytes] = {}
-        if self.remote:
-            import fsspec
-
-            try:
-                self.system, self.path = fsspec.core.url_to_fs(self.root)
-            except (ImportError, ValueError) as error:
-                raise UserError(f"--data {self.root} cannot be opened: {first_line(error)}") from error
-
-    def __getstate__(self) -> dict:
-        return {"root": self.root, "remote": self.remote}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._connect()
-
-    @contextmanager
-    def asked(self) -> Iterator[None]:
-        """Around requests: each process has connections of its own, and what a library raises becomes an `OSError`."""
-        # a forked one has the systems of fsspec, but not the threads that serve them
-        if self.process != os.getpid():
-            self._connect()
-        try:
-            yield
-        except OSError:
-            raise
-        except Exception as error:  # noqa: BLE001
-            raise OSError(errno.EIO, f"{type(error).__name__}: {first_line(error)}") from error
-
-    def whole(self, name: str) -> bytes:
-        with self.asked():
-            return self.system.cat_file(f"{self.path}/{name}") if self.system else Path(self.root, name).read_bytes()
-
-    def size(self, name: str) -> int:
-        with self.asked():
-            return self.system.size(f"{self.path}/{name}") if self.system else os.stat(Path(self.root, name)).st_size
-
-    def fetch(self, places: Iterable[tuple[str, int, int]]) -> None:
-        """Read ranges of remote files side by side, for the `read`s that follow; what fails is left for them to say."""
-        names, offsets, sizes = zip(*places)
-        paths, ends = [f"{self.path}/{name}" for name in names], [o + n for o, n in zip(offsets, sizes)]
-        found = ()
-        with suppress(OSError), self.asked():
-            found = self.system.cat_ranges(paths, list(offsets), ends, on_error="return")
-        self.fetched = {
-            (name, offset): data for name, offset, data in zip(names, offsets, found) if isinstance(data, bytes)
-        }
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset`; fewer at the end of the file. Raises `BadImage` where it cannot be read."""
-        if (name, offset) in self.fetched:
-            return self.fetched[name, offset]
-        try:
-            with self.asked():
-                if self.system:
-                    return self.system.cat_file(f"{self.path}/{name}", start=offset, end=offset + size)
-                return os.pread(self.files(name).fileno(), size, offset)
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror or type(error).__name__}", name) from error
+def sound(shard: Shard, size: int) -> bool:
+    """Whether a table has what it says of each of its pages, and every picture lies within the shard's bytes."""
+    kinds = {"key": "u1", "count": "i4", "offset": "i8", "size": "i8", "sha": "u1", "cosine": "f4"}
+    if any(getattr(shard, name).dtype != kind for name, kind in kinds.items()):
+        return False
+    count = shard.count.astype(np.int64)
+    pages, pictures, pairs = len(count), int(count.sum()), int((count * (count - 1) // 2).sum())
+    shapes = {"key": (pages, 8), "count": (pages,), "offset": (pictures,), "size": (pictures,), "sha": (pictures, MARK)}
+    if any(getattr(shard, name).shape != shape for name, shape in shapes.items()):
+        return False
+    # an encoder gives a similarity of every pair, and none of none
+    known = shard.cosine.shape in ((pairs,), (0,))
+    within = (shard.offset >= 0) & (shard.size >= 0) & (shard.size <= size) & (shard.offset <= size - shard.size)
+    return known and bool((count > 0).all() and within.all())

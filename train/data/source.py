@@ -12,6 +12,7 @@ from semantica.errors import UserError
 from semantica.train.data.draws import SPLIT, Pair, Ref, generator
 
 if TYPE_CHECKING:
+    from semantica.train.data.captions import Captions
     from semantica.train.data.tokens import Table, Tokens
 
 # bytes of a SHA-256 that a picture is known again by
@@ -37,6 +38,7 @@ class Source(Protocol):
     root: where the pictures are. mode: what a pair is; in "reconstruct" a picture and itself.
     bad: (name, reason) of what cannot be used. tokens: what a frozen encoder made of the pictures, where it was stored.
     kind: the name that the source is registered by. remote: whether pictures are worth fetching ahead.
+    captions: texts of the pictures, where `captioned` read them. alone: groups left out for they have one picture.
     """
 
     root: str | Path
@@ -45,6 +47,8 @@ class Source(Protocol):
     tokens: "Tokens | None"
     kind: ClassVar[str]
     remote: bool = False
+    captions: "Captions | None" = None
+    alone: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Samples of an epoch; at least 1."""
@@ -92,6 +96,12 @@ class Source(Protocol):
     def prefetch(self, refs: set[Ref]) -> None:
         """Fetch these pictures together, where the source is remote."""
 
+    def captioned(self) -> Self:
+        """With the texts of its pictures. Raises `UserError` where it has none."""
+        raise UserError(
+            f"{str(self.root)!r} holds {self.kind}, which have no texts: give a folder of pictures that has"
+        )
+
     # what stored tokens ask
 
     def refs(self) -> Sequence[Ref]:
@@ -119,11 +129,11 @@ class Source(Protocol):
         return replace(self, tokens=tokens)
 
 
-def parted(count: int, fraction: float, seed: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+def parted(count: int, fraction: float, seed: int, what: str, advice: str = "") -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the units to train on and of those held out: a fraction of them, at least one; none for 0.
 
     Args:
-        count: units. what: they are, in the plural.
+        count: units. what: they are, in the plural. advice: what else to do where they are too few.
 
     Raises:
         UserError: fraction outside [0, 1), or too few units to leave any for training.
@@ -132,7 +142,7 @@ def parted(count: int, fraction: float, seed: int, what: str) -> tuple[np.ndarra
         raise UserError(f"held-out fraction {fraction} is out of range: give at least 0 and less than 1")
     held = max(1, round(fraction * count)) if fraction else 0
     if held >= count:
-        raise UserError(f"cannot hold out {held} of {count} {what}: add {what} or hold out a fraction of 0")
+        raise UserError(f"cannot hold out {held} of {count} {what}: add {what} or hold out a fraction of 0{advice}")
     order = generator(seed, SPLIT).permutation(count)
     return order[held:], order[:held]
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from semantica.errors import UserError
 from semantica.files import write_bytes, write_json, written
-from semantica.images import BadImage, fit
+from semantica.images import BadImage
+from semantica.sight import Sight
 from semantica.train.data.draws import Ref
 from semantica.train.data.loading import start_worker
 from semantica.train.data.source import Source, Stamp
@@ -50,8 +51,8 @@ class Seen:
 class Pictures(Dataset):
     """Some pictures of a source, each as `Seen`."""
 
-    def __init__(self, data: Source, refs: tuple[Ref, ...], side: int):
-        self.data, self.refs, self.side = data, refs, side
+    def __init__(self, data: Source, refs: tuple[Ref, ...], sight: Sight):
+        self.data, self.refs, self.sight = data, refs, sight
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -60,7 +61,8 @@ class Pictures(Dataset):
         # before the picture: a change in between then shows
         stamp = self.data.stamp(self.refs[i])
         try:
-            return Seen(fit(self.data.load(self.refs[i], 2 * self.side), self.side), "", stamp)
+            near = 2 * (self.sight.resize or self.sight.size)
+            return Seen(self.sight.see(self.data.load(self.refs[i], near)), "", stamp)
         except BadImage as error:
             return Seen(None, error.reason, stamp)
 
@@ -85,14 +87,14 @@ def write_unit(
     data: Source,
     encode: Encode,
     shape: tuple[int, int],
-    side: int,
+    sight: Sight,
     workers: int,
     done: Callable[[int], object],
 ) -> None:
     """Write a unit's tokens, their table and, last, its record; the first two count only with that.
 
     Args:
-        shape: M tokens of C values. side: of the images that the encoder sees. workers: processes that decode.
+        shape: M tokens of C values. sight: what the encoder sees of a picture. workers: processes that decode.
         done: told how many pictures were encoded.
 
     Raises:
@@ -110,8 +112,8 @@ def write_unit(
 
             put(header(count, shape))
             names = map(data.name_of, unit.refs)
-            for batch in loaded(data, unit.refs, side, workers):
-                for seen, half, vector in encoded(batch, names, encode, side):
+            for batch in loaded(data, unit.refs, sight, workers):
+                for seen, half, vector in encoded(batch, names, encode, sight.size):
                     marks = [np.frombuffer(mark(*of_view), np.uint8) for of_view in zip(half, vector)]
                     sha, size, mtime = astuple(seen.stamp)
                     known = np.stack(marks), vector, np.frombuffer(sha, np.uint8), seen.view is not None, size, mtime
@@ -134,10 +136,10 @@ def write_unit(
     write_json(out / f"{unit.name}.json", record, sort_keys=True)
 
 
-def loaded(data: Source, refs: tuple[Ref, ...], side: int, workers: int) -> Iterator[list[Seen]]:
+def loaded(data: Source, refs: tuple[Ref, ...], sight: Sight, workers: int) -> Iterator[list[Seen]]:
     """The pictures in batches, decoded by other processes."""
     loader = DataLoader(
-        Pictures(data, refs, side),
+        Pictures(data, refs, sight),
         batch_size=BATCH,
         num_workers=workers if len(refs) > BATCH else 0,
         collate_fn=list,

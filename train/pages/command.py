@@ -36,7 +36,8 @@ class PairsConfig(ReportConfig, TokensConfig, MineConfig):
     """What similarity is measured with: DINOv2, CLIP or SigLIP by hub name or local folder; "colour-and-shape", a
     classical descriptor that needs no download and knows no meaning; or "none": pairs are then not filtered."""
     processes: int | None = None
-    """Processes of this machine, by default one per processor; with --tokens, those that decode pictures."""
+    """Processes of this machine, by default one per processor, as far as the encoder's GPU has room; with --tokens,
+    those that decode pictures."""
     urls_only: bool = False
     """Write a parquet of (page, url, alt) for img2dataset instead of shards: for crawls that hold only HTML."""
     resize: int | None = None

@@ -82,7 +82,7 @@ class MineConfig:
     on: Annotated[Literal["local", "ray"], tyro.conf.arg(aliases=["--engine"])] = "local"
     """Processes of this machine, or a Ray cluster (the one in RAY_ADDRESS, else this machine)."""
     processes: int | None = None
-    """Processes of this machine, by default one per processor."""
+    """Processes of this machine, by default one per processor, as far as the encoder's GPU has room."""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """Where the encoder runs."""
 

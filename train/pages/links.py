@@ -20,6 +20,8 @@ LAZY_SETS = ("data-srcset", "data-lazy-srcset", "data-original-set")
 META = {"og:image", "og:image:url", "og:image:secure_url", "twitter:image", "twitter:image:src"}
 # no part of it can match in two ways, so that no text takes more than linear time
 CSS_URL = re.compile(r"url\(([^()]*)\)", re.IGNORECASE)
+# what JSON may hold and no encoding of text can
+HALVES = re.compile("[\ud800-\udfff]")
 # a parser compares each attribute of a tag with all before it
 LONG_TAG, MANY_WORDS = 1 << 16, 8192
 
@@ -134,8 +136,8 @@ def canonical(url: str, base: str = "") -> str | None:
     if len(url) > MAX_URL:
         return None
     try:
-        url = "".join(c for c in url.strip() if c not in "\t\r\n\0")
-        parts = urlsplit(urljoin(base, url) if base else url)
+        url = whole_characters("".join(c for c in url.strip() if c not in "\t\r\n\0"))
+        parts = urlsplit(resolved(url, base) if base else url)
         host, port = (parts.hostname or "").rstrip("."), parts.port
     except ValueError:
         return None
@@ -144,13 +146,42 @@ def canonical(url: str, base: str = "") -> str | None:
         return None
     if not host and scheme != "file":
         return None
+    # an address of IPv6
+    host = f"[{host}]" if ":" in host else host
     if port is not None and port != {"http": 80, "https": 443}.get(scheme):
         host = f"{host}:{port}"
-    # a base in which only the dots of the path are resolved
-    path = urlsplit(urljoin("http://x/", parts.path or "/")).path if "/." in parts.path else parts.path or "/"
-    path = quote(path, safe="/%:@!$&'()*+,;=~-._")
+    path = quote(undotted(parts.path or "/"), safe="/%:@!$&'()*+,;=~-._")
     query = quote(parts.query, safe="/%:@!$&'()*+,;=~-._?[]|")
     return urlunsplit((scheme, host, path, query, ""))
+
+
+def resolved(url: str, base: str) -> str:
+    """An address as a page at `base` means it. Raises `ValueError` for one that cannot be read."""
+    parts, own = urlsplit(url), urlsplit(base)
+    if parts.scheme or parts.netloc or parts.path[:1] in ("", "/"):
+        return urljoin(base, url)
+    # urljoin would drop the empty segments of "a//b.jpg", which browsers ask for
+    path = f"{own.path.rpartition('/')[0]}/{parts.path}"
+    return urlunsplit((own.scheme, own.netloc, path, parts.query, ""))
+
+
+def undotted(path: str) -> str:
+    """An absolute path without its "." and ".." segments (RFC 3986, section 5.2.4); empty segments stay."""
+    if "/." not in path:
+        return path
+    kept: list[str] = []
+    _, *segments = path.split("/")
+    for segment in segments:
+        if segment == "..":
+            del kept[-1:]
+        elif segment != ".":
+            kept.append(segment)
+    return "/" + "/".join([*kept, ""] if segments[-1] in (".", "..") else kept)
+
+
+def whole_characters(text: str) -> str:
+    """A text that can be encoded: U+FFFD stands for each half of a character, as in browsers."""
+    return HALVES.sub("\ufffd", text)
 
 
 def is_image_url(url: str) -> bool:

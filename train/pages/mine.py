@@ -1,16 +1,16 @@
 """`semantica pairs`: inputs -> shards, in three phases of independent units with two merges between them."""
 
 import dataclasses
-import fcntl
 import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from semantica import lock
 from semantica.errors import UserError
 from semantica.files import read_json, remove
 from semantica.train.pages.config import FORMAT, MineConfig, Rules
@@ -26,6 +26,8 @@ from semantica.train.pages.write import write_unit
 
 # of the inputs, may fail before the run is one that failed
 MAX_FAILED = 0.5
+# bytes of a GPU for each process that describes there: what CUDA takes itself, the weights, a batch
+ON_GPU = 3 << 29
 # what an input has no part in, whichever it was: no room, no memory, a GPU that is full or gone
 NO_ROOM = ("OSError", "OperationalError", "UserError", "MemoryError", "OutOfMemoryError", "AcceleratorError")
 
@@ -85,6 +87,9 @@ def mine(config: MineConfig) -> dict:
     if out.exists() and not (out / "index.json").exists() and not (out / "work").is_dir():
         if not out.is_dir() or any(out.iterdir()):
             raise UserError(f"{out} exists and holds no shards: choose another --out")
+    for source in sources:
+        if source.kind == "folder" and out.resolve().is_relative_to(Path(source.path).resolve()):
+            raise UserError(f"--out {out} lies in the input {source.path!r}, and would be read with it: choose another")
     encoder, place = describe_encoder(config.encoder, config.device)
     try:
         (out / "work").mkdir(parents=True, exist_ok=True)
@@ -92,7 +97,7 @@ def mine(config: MineConfig) -> dict:
         raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
     with ExitStack() as stack:
         stack.enter_context(locked(out))
-        runner = Ray() if config.on == "ray" else Local(config.processes or os.cpu_count() or 1)
+        runner = Ray() if config.on == "ray" else Local(config.processes or processes(place))
         stack.callback(runner.close)
         phase = functools.partial(run_phase, runner)
         sources = digested(sources, out / "work" / "digests", phase)
@@ -109,6 +114,17 @@ def mine(config: MineConfig) -> dict:
             phases(job, phase)
         remove(out / "work")
     return read_json(out / "stats.json")
+
+
+def processes(place: str) -> int:
+    """As many as there are processors, and as the encoder's device has room for: each has an encoder of its own."""
+    count = os.cpu_count() or 1
+    if not place.startswith("cuda"):
+        return count
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(place)
+    return max(1, min(count, free // ON_GPU))
 
 
 def mine_and_show(config: MineConfig) -> None:
@@ -189,8 +205,9 @@ def give_up(job: Job, failed: dict[int, str]) -> None:
 def stop(job: Job, failed: dict[int, str]) -> None:
     for unit, error in failed.items():
         name = job.inputs[unit].path
+        fewer = ", with fewer --processes" if "MemoryError" in error else ""
         raise UserError(f"{len(failed)} of {len(job.inputs)} inputs failed, the first is {name!r} ({error}): the same "
-                        "command continues")  # fmt: skip
+                        f"command continues{fewer}")  # fmt: skip
 
 
 def identity(job: Job) -> dict:
@@ -229,12 +246,6 @@ def claim(job: Job) -> None:
         )
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Only one run at a time may write into a folder."""
-    with open(out / "work" / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another run is writing into {out}: wait for it or choose another --out") from error
-        yield
+def locked(out: Path) -> AbstractContextManager[None]:
+    """Only one run at a time may write into a folder. Raises `UserError` where another does."""
+    return lock.locked(out / "work" / "lock", f"another run is writing into {out}: wait for it or choose another --out")

@@ -19,6 +19,11 @@ from semantica.train.pages.warc import Capture
 NAMED = 100
 
 
+def readable(text: str) -> str:
+    """A text that can be printed: names of files need not be any."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class Problems:
     """What is broken in one input: all counted, the first named."""
 
@@ -29,7 +34,7 @@ class Problems:
     def __call__(self, place: str, what: str) -> None:
         self.count += 1
         if len(self.named) < NAMED:
-            self.named.append([place, " ".join(what.split())[:300]])
+            self.named.append([readable(place), readable(" ".join(what.split())[:300])])
 
 
 def read_unit(source: Input, out: Path, rules: Rules, encoder: Encoder, describe: Describe | None) -> None:

@@ -10,7 +10,8 @@ from semantica.errors import UserError
 from semantica.files import read_json
 from semantica.images import BadImage, fit, grid
 from semantica.report import Part, svg, write_page
-from semantica.train.data.shards import ShardData, Store, allowed, open_listed, open_shards, read_index, with_partner
+from semantica.train.data.shards import ShardData, allowed, open_listed, open_shards, read_index, with_partner
+from semantica.train.data.store import Store
 from semantica.train.pages.config import ReportConfig
 from semantica.train.pages.stats import REASONS
 from semantica.train.pages.write import BINS

@@ -19,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from semantica.errors import UserError
 from semantica.files import read_json, remove, sha256
 from semantica.images import BadImage, load_image, probe_image
-from semantica.train.data.shards import MARK, Shard, Store, open_shards, pair_number, read_index, read_table
+from semantica.train.data.shards import MARK, Shard, open_shards, pair_number, read_index, read_table
+from semantica.train.data.store import Store
 from semantica.train.pages.config import ResizeConfig
 from semantica.train.pages.mine import locked, run_phase
 from semantica.train.pages.report import write_report
@@ -71,6 +73,8 @@ def resize(config: ResizeConfig) -> dict:
     job = Job(root, out, config.resize, entries)
     identity = {"side": config.resize, "quality": QUALITY, "subsampling": SUBSAMPLING}
     begin(out, identity | {"of": sha256(Path(root) / "index.json")})
+    for name, reason in data.bad:
+        tqdm.write(f"left out, {name}: {reason}")
     with ExitStack() as stack:
         stack.enter_context(locked(out))
         runner = Local(config.processes or os.cpu_count() or 1)

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from semantica.errors import UserError
 from semantica.files import sha256
 from semantica.train.pages.config import MAX_BODY, MAX_HTML
-from semantica.train.pages.links import Link, canonical, is_image_url
+from semantica.train.pages.links import Link, canonical, is_image_url, whole_characters
 from semantica.train.pages.warc import Capture, Say, captures
 
 WARC_SUFFIXES = (".warc", ".warc.gz")
@@ -133,7 +133,8 @@ def from_folder(folder: Path, say: Say) -> Iterator[Capture]:
         guess = mimetypes.guess_type(name)[0] or ""
         if not (page or is_image_url(name) or guess.startswith("image/") or "." not in Path(name).name):
             continue
-        url = canonical("file:///" + quote(name))
+        # names are bytes, and need not be text
+        url = canonical("file:///" + quote(os.fsencode(name)))
         if url is None:
             say(name[:200], "name too long")
             continue
@@ -194,5 +195,5 @@ def sample_events(sample: dict, name: str, say: Say) -> list[Capture | LinkedPic
     if url is None:
         say(name[:200], "no usable url")
         return []
-    link = Link(url, str(record.get("caption") or "")[:500], "table", 0)
+    link = Link(url, whole_characters(str(record.get("caption") or ""))[:500], "table", 0)
     return [Capture(url, 0, "picture", sample["body"]), LinkedPicture(page, link)]

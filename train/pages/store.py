@@ -50,7 +50,8 @@ def connect(path: Path, schema: str = "") -> sqlite3.Connection:
         connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA temp_store=FILE;")
         connection.executescript(schema + "BEGIN;")
     else:
-        connection = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
+        # quoted: a name may hold what ends a path in an address
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
     connection.execute(f"PRAGMA cache_size=-{CACHE}")
     return connection
 

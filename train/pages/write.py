@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from semantica.files import aside_of, move_in, remove, sync, write_bytes
+from semantica.train.data.store import Places
 from semantica.train.pages.config import FURNITURE_CEILING, MAX_PER_PAGE, NEAR_BITS, Rules
 from semantica.train.pages.links import site
 from semantica.train.pages.picture import by_name
@@ -51,7 +52,7 @@ class Pictures:
 
     def __init__(self, folders: list[Path]):
         self.table = lru_cache(maxsize=32)(lambda unit: connect(folders[unit] / "unit.sqlite"))
-        self.spool = lru_cache(maxsize=32)(lambda unit: open(folders[unit] / "pictures.bin", "rb"))
+        self.spool = lru_cache(maxsize=32)(lambda unit: Places(folders[unit] / "pictures.bin"))
 
     def found(self, url: str, alt: str, unit: int, picture: int) -> Found:
         query = "SELECT raw, sha, offset, size, suffix, width, height, phash, emb FROM pictures WHERE id = ?"
@@ -60,7 +61,7 @@ class Pictures:
         return Found(url, alt, unit, *plain, int.from_bytes(phash, "big"), row)
 
     def data(self, found: Found) -> bytes:
-        spool = self.spool(found.unit)
+        spool = self.spool(found.unit).file
         spool.seek(found.offset)
         return spool.read(found.size)
 
@@ -247,6 +248,7 @@ class ShardFile:
     def __del__(self):
         with suppress(AttributeError, OSError):
             if self.tar is not None:
+                self.hashing.close()
                 self.aside.unlink()
 
 

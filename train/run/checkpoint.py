@@ -1,24 +1,28 @@
 """Checkpoints: safetensors and JSON in a folder that is written aside, synced, then renamed."""
 
 import json
+import logging
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from semantica.errors import UserError
+from semantica.errors import UserError, first_line
 from semantica.files import UNSAFE, aside_of, full, move_in, remove, sha256, sync
 from semantica.train.processes import Vote, World
 from semantica.train.run.storage import Damaged, Reader, Writer
 from semantica.train.sharding import is_sharded
 
+logger = logging.getLogger(__name__)
 PREFIX = "step-"
 # one process without a group is what was asked for; its saving thread cannot change filters for itself
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -51,7 +55,7 @@ def save(
         group: the processes that save together, with CPU tensors; None for one.
 
     Raises:
-        UserError: the disk is full; earlier checkpoints are intact.
+        UserError: the disk is full, or does not take files any more; earlier checkpoints are intact.
     """
     final = root / f"{PREFIX}{step:08d}"
     aside = aside_of(final)
@@ -77,7 +81,12 @@ def save(
         if lead:
             remove(aside)
         cause = next(iter(failed.failures.values()))[0]
-        raise full(final, cause, "earlier checkpoints are") or cause from failed
+        problem = full(final, cause, "earlier checkpoints are")
+        # of a disk that fails, or that the system has made read-only
+        if problem is None and isinstance(cause, OSError | SafetensorError):
+            said = f"{final} cannot be written ({first_line(cause)}): look at the disk"
+            problem = UserError(f"{said}; earlier checkpoints are intact, and the same command continues")
+        raise problem or cause from failed
     return final
 
 
@@ -127,7 +136,7 @@ def read_state(folder: Path) -> dict:
             raise UserError(f"{path} is refused unopened: checkpoints are safetensors and JSON; remove the file")
     try:
         state = json.loads((folder / "state.json").read_text())
-        version, names = state["format"], list(state["sha256"])
+        version, step, names = state["format"], state["step"], list(dict(state["sha256"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"state.json: {type(error).__name__}") from error
     if version not in (WHOLE, PARTS):
@@ -136,6 +145,8 @@ def read_state(folder: Path) -> dict:
         )
     if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
         raise Damaged("state.json: names of files")
+    if step != number(folder):
+        raise Damaged(f"state.json: it is of step {step}")
     return state
 
 
@@ -143,14 +154,18 @@ def verify(folder: Path, hashes: dict[str, str], world: World) -> None:
     """Every file is what was written, before any is parsed; the processes share the work.
 
     Raises:
-        Damaged: a file is missing, cut short or altered.
+        Damaged: a file is missing, cut short, altered or cannot be read.
     """
     problem = None
     for name in sorted(hashes)[world.rank :: world.size]:
-        if not (folder / name).is_file():
-            problem = f"{name} is missing"
-        elif sha256(folder / name) != hashes[name]:
-            problem = f"{name} is not what was written (sha256 differs)"
+        try:
+            if not (folder / name).is_file():
+                problem = f"{name} is missing"
+            elif sha256(folder / name) != hashes[name]:
+                problem = f"{name} is not what was written (sha256 differs)"
+        # a disk that fails where it lies
+        except OSError as error:
+            problem = f"{name} cannot be read ({error.strerror})"
     found = [said for said in world.all_gather_object(problem) if said]
     if found:
         raise Damaged(found[0])
@@ -170,13 +185,26 @@ def load_newest(root: Path, world: World, say: Callable[[str], None]) -> tuple[d
             if damage:
                 raise Damaged(damage)
             verify(root / name, state["sha256"], world)
-            return state, Reader(root / name, list(state["sha256"]))
+            return state, read(root / name, list(state["sha256"]), world)
         except Damaged as problem:
             say(f"checkpoint {name} is damaged ({problem}); trying the one before")
     with world.consensus():
         if found:
-            raise UserError(f"every checkpoint in {root} is damaged: remove that folder to start again")
+            raise UserError(f"every checkpoint in {root} is damaged: choose another --out")
     return None
+
+
+def read(folder: Path, names: list[str], world: World) -> Reader:
+    """What reads a checkpoint, on all processes or on none: a disk may fail one of them alone. Raises `Damaged`."""
+    reader = problem = None
+    try:
+        reader = Reader(folder, names)
+    except Damaged as error:
+        problem = str(error)
+    found = [said for said in world.all_gather_object(problem) if said]
+    if found:
+        raise Damaged(found[0])
+    return reader
 
 
 def look(folder: Path) -> tuple[dict | None, str]:
@@ -185,6 +213,19 @@ def look(folder: Path) -> tuple[dict | None, str]:
         return read_state(folder), ""
     except Damaged as problem:
         return None, str(problem)
+
+
+def stager(pinned: bool) -> DefaultStager:
+    """What copies tensors to the CPU, through memory that is the same for every checkpoint."""
+    shared = {"use_shared_memory": False, "use_async_staging": False}
+    return DefaultStager(StagingOptions(use_pinned_memory=pinned, use_non_blocking_copy=pinned, **shared))
+
+
+def forget_error(device: torch.device) -> None:
+    """Launches a kernel that is told of an error in its place: the runtime keeps those that PyTorch does not check, and
+    the next launch of this thread raises them. A device that is lost still says so."""
+    with suppress(RuntimeError):
+        torch.ones((), device=device)
 
 
 class Saver:
@@ -196,11 +237,8 @@ class Saver:
 
     def __init__(self, root: Path, world: World, keep: int, device: torch.device):
         self.root, self.world, self.keep = root, world, keep
-        cuda = device.type == "cuda"
-        options = StagingOptions(
-            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-        )
-        self.stager = DefaultStager(options)
+        self.device, self.pinned = device, device.type == "cuda"
+        self.stager = stager(self.pinned)
         self.thread: threading.Thread | None = None
         self.problem: BaseException | None = None
 
@@ -209,9 +247,21 @@ class Saver:
         self.wait()
         # what every process has alike, the first one writes
         held = {key: tensor for key, tensor in tensors.items() if self.world.is_main or is_sharded(tensor)}
-        staged = self.stager.stage(held)
-        self.thread = threading.Thread(target=self._write, args=(step, staged, state), daemon=True)
+        self.thread = threading.Thread(target=self._write, args=(step, self._staged(held), state), daemon=True)
         self.thread.start()
+
+    def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the CPU. A machine that locks no more memory copies more slowly: a run must not end at its first
+        checkpoint."""
+        try:
+            return self.stager.stage(tensors)
+        except RuntimeError as error:
+            if not self.pinned:
+                raise
+            logger.warning("checkpoints are copied through memory that is not locked (%s)", first_line(error))
+            self.pinned, self.stager = False, stager(False)
+            forget_error(self.device)
+            return self.stager.stage(tensors)
 
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
         try:

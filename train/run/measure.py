@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from semantica.memory import peak_resident
 from semantica.model.cost import peak_flops
 from semantica.train.config import TrainConfig
 from semantica.train.processes import World
@@ -17,6 +18,33 @@ def drained(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Mark:
+    """A place in a device's queue, and whether the device has come to it; a CPU has no queue."""
+
+    def __init__(self, device: torch.device):
+        self.event = torch.cuda.Event() if device.type == "cuda" else None
+
+    def set(self) -> None:
+        """Behind all that the device has been given so far."""
+        if self.event is not None:
+            self.event.record()
+
+    def reached(self) -> bool:
+        return self.event is None or self.event.query()
+
+
+def received(feed: Iterator[dict], mark: Mark, clock: Callable[[], float]) -> tuple[dict, float]:
+    """The next batch, and the seconds that it was waited for: none where the device had work until it came.
+
+    A host that runs steps ahead of its device, as where these are replayed as graphs, always waits for batches.
+    """
+    mark.set()
+    began = clock()
+    batch = next(feed)
+    passed = clock() - began
+    return batch, passed if mark.reached() else 0.0
+
+
 class Measure:
     """Loss, gradient norm and speed since the last row, without a device synchronisation at each step.
 
@@ -24,7 +52,8 @@ class Measure:
     still has to do what the last steps gave it.
 
     Args:
-        clock, drain: seconds on the wall, and what waits until a device has nothing left to do.
+        clock, drain, mark: seconds on the wall, what waits until a device has nothing left to do, and what says whether
+            it has.
     """
 
     def __init__(
@@ -36,9 +65,11 @@ class Measure:
         world: World,
         clock: Callable[[], float] = time.perf_counter,
         drain: Callable[[torch.device], None] = drained,
+        mark: Mark | None = None,
     ):
         self.config, self.device, self.flops, self.world = config, device, flops, world
         self.clock, self.drain, self.skips = clock, drain, dtype == torch.float16
+        self.mark = mark or Mark(device)
         self.peak, self.peak_source = peak_flops(device, dtype)
         if self.peak is not None:
             self.peak *= world.size
@@ -61,9 +92,8 @@ class Measure:
         self.busy += self.clock() - self.began
 
     def waiting(self, feed: Iterator[dict]) -> dict:
-        began = self.clock()
-        batch = next(feed)
-        self.waited += self.clock() - began
+        batch, seconds = received(feed, self.mark, self.clock)
+        self.waited += seconds
         return batch
 
     def step(self, loss: Tensor, norm: Tensor, aligned: Tensor | None = None) -> None:
@@ -86,11 +116,13 @@ class Measure:
     def row(self, step: int, rate: float) -> dict:
         self.check()
         norms = torch.stack(self.norms)
+        norms = norms[norms.isfinite()] if self.skips else norms
         images = self.steps * self.config.batch / max(self.busy, 1e-9)
         row = {
             "step": step,
             "loss": self.world.mean(torch.stack(self.losses).mean()).item(),
-            "grad_norm": (norms[norms.isfinite()] if self.skips else norms).mean().item(),
+            # of steps that all were skipped there is none
+            "grad_norm": norms.mean().item() if len(norms) else None,
             "lr": rate,
             "images_per_s": images,
             "data_wait": self.waited / max(self.busy, 1e-9),
@@ -110,6 +142,4 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on CUDA, the process' largest resident size on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident()

@@ -1,0 +1,1 @@
+// No number of this type is computed with.
