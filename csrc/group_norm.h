@@ -8,9 +8,6 @@
 
 namespace semantica {
 
-// which instructions the loops use; a target can be asked for only where it runs
-enum class Target { baseline, avx2, avx512 };
-
 struct GroupNormShape {
     int64_t batch, channels, spatial, groups;
     bool channels_last;

@@ -5,6 +5,13 @@
 #include <cstdint>
 #include <cstring>
 
+namespace semantica {
+
+// which instructions the loops use; a target can be asked for only where it runs
+enum class Target { baseline, avx2, avx512, avx512_bf16 };
+
+}  // namespace semantica
+
 #if defined(__GNUC__) || defined(__clang__)
 #define SEMANTICA_LANES 1
 #define INLINE inline __attribute__((always_inline))
@@ -139,14 +146,12 @@ INLINE void spread(double* to, Lanes v, bool add) {
     for (int64_t i = 0; i < LANES; ++i) to[i] = (add ? to[i] : 0) + v[i];
 }
 
-// 1 / (1 + exp(-u)) for u >= -87; relative error 3e-7 + 1e-8 |u|
-INLINE Lanes sigmoid(Lanes u) {
+// exp(u) for |u| <= 87; relative error 3e-7 + 1e-8 |u|
+INLINE Lanes exponential(Lanes u) {
     const Lanes magic = broadcast(12582912.0f);
-    // above 87 the exponent would leave its range, and the result is 1 to the last digit
-    u = u > 87.0f ? broadcast(87.0f) : u;
-    // exp(-u) = 2^n 2^f, |f| <= 1/2: adding the magic number rounds, and leaves n in its low bits
-    const Lanes shifted = u * -1.44269504f + magic;
-    const Lanes f = u * -1.44269504f - (shifted - magic);
+    // exp(u) = 2^n 2^f, |f| <= 1/2: adding the magic number rounds, and leaves n in its low bits
+    const Lanes shifted = u * 1.44269504f + magic;
+    const Lanes f = u * 1.44269504f - (shifted - magic);
     // minimax polynomial of 2^f (relative error 1e-7), constant term exactly 1
     Lanes p = broadcast(1.3264727e-3f);
     p = p * f + 9.6715130e-3f;
@@ -154,8 +159,14 @@ INLINE Lanes sigmoid(Lanes u) {
     p = p * f + 0.24022242f;
     p = p * f + 0.69314700f;
     p = p * f + 1.0f;
-    const Lanes e = (Lanes)((IntLanes)p + ((IntLanes)shifted << 23));
-    return 1.0f / (1.0f + e);
+    return (Lanes)((IntLanes)p + ((IntLanes)shifted << 23));
+}
+
+// 1 / (1 + exp(-u)) for u >= -87
+INLINE Lanes sigmoid(Lanes u) {
+    // above 87 the exponent would leave its range, and the result is 1 to the last digit
+    u = u > 87.0f ? broadcast(87.0f) : u;
+    return 1.0f / (1.0f + exponential(-u));
 }
 
 // below -87 the exponential would overflow, and silu is zero to within a denormal number

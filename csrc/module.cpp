@@ -1,11 +1,15 @@
 // semantica._C: the CPU operators, how they were built, and what the running processor offers them
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "cross_attention.h"
 #include "group_norm.h"
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -80,24 +84,30 @@ py::dict cpu_features() {
 }
 
 #ifdef SEMANTICA_LANES
+using semantica::CrossAttentionShape;
 using semantica::GroupNormShape;
 using semantica::Target;
 
 // widest first
-const std::pair<const char*, Target> TARGETS[] = {
-    {"AVX-512", Target::avx512}, {"AVX2", Target::avx2}, {"baseline vectors", Target::baseline}};
+const std::pair<const char*, Target> TARGETS[] = {{"AVX-512 BF16", Target::avx512_bf16},
+                                                  {"AVX-512", Target::avx512},
+                                                  {"AVX2", Target::avx2},
+                                                  {"baseline vectors", Target::baseline}};
 
+using Runs = bool(Target);
+
+template <Runs& runs>
 py::list targets() {
     py::list names;
     for (const auto& [name, target] : TARGETS)
-        if (semantica::group_norm_runs(target)) names.append(name);
+        if (runs(target)) names.append(name);
     return names;
 }
 
-Target find_target(const std::string& wanted) {
+Target find_target(const std::string& wanted, Runs& runs) {
     for (const auto& [name, target] : TARGETS)
-        if (name == wanted && semantica::group_norm_runs(target)) return target;
-    throw py::value_error("target '" + wanted + "' does not run here: see group_norm_targets()");
+        if (name == wanted && runs(target)) return target;
+    throw py::value_error("target '" + wanted + "' does not run here");
 }
 
 // addresses come as integers: no torch header, so that one build serves every torch
@@ -113,7 +123,7 @@ void define_group_norm(py::module_& m) {
                  if (batch < 1 || channels < 1 || spatial < 1 || groups < 1 || channels % groups || threads < 1)
                      throw py::value_error("sizes must be positive, and groups must divide channels");
                  return GroupNormShape{batch, channels, spatial, groups,  channels_last,
-                                       silu,  bfloat16, threads, find_target(target)};
+                                       silu,  bfloat16, threads, find_target(target, semantica::group_norm_runs)};
              }),
              py::kw_only(), py::arg("batch"), py::arg("channels"), py::arg("spatial"), py::arg("groups"),
              py::arg("channels_last"), py::arg("silu"), py::arg("bfloat16"), py::arg("threads"),
@@ -140,7 +150,37 @@ void define_group_norm(py::module_& m) {
         },
         py::call_guard<py::gil_scoped_release>(),
         "Addresses of dy, x, mean, rstd, weight, bias, scale, shift, addend, dx, dweight, dbias, dscale, dshift.");
-    m.def("group_norm_targets", &targets, "Instruction sets for which the loops can run on this processor, best first.");
+    m.def("group_norm_targets", &targets<semantica::group_norm_runs>,
+          "Instruction sets for which the loops can run on this processor, best first.");
+}
+
+void define_cross_attention(py::module_& m) {
+    using Three = std::array<int64_t, 3>;
+    py::class_<CrossAttentionShape>(m, "CrossAttentionShape")
+        .def(py::init([](int64_t batch, int64_t queries, int64_t heads, int64_t dim, std::vector<int64_t> sizes, Three q,
+                         Three k, Three v, bool bfloat16, int threads, const std::string& target) {
+                 if (batch < 1 || queries < 1 || heads < 1 || dim < 2 || dim % 2 || sizes.empty() || threads < 1)
+                     throw py::value_error("sizes must be positive, and dim even");
+                 for (const int64_t size : sizes)
+                     if (size < 1) throw py::value_error("sizes must be positive");
+                 auto strides = [](const Three& a) { return semantica::Strides{a[0], a[1], a[2]}; };
+                 return CrossAttentionShape{batch,      queries,    heads,      dim,      std::move(sizes), strides(q),
+                                            strides(k), strides(v), bfloat16, threads,
+                                            find_target(target, semantica::cross_attention_runs)};
+             }),
+             py::kw_only(), py::arg("batch"), py::arg("queries"), py::arg("heads"), py::arg("dim"), py::arg("sizes"),
+             py::arg("q"), py::arg("k"), py::arg("v"), py::arg("bfloat16"), py::arg("threads"), py::arg("target"));
+    m.def(
+        "cross_attention_forward",
+        [](const CrossAttentionShape& shape, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, uintptr_t lse,
+           uintptr_t lengths, uintptr_t gates, uintptr_t q_weight) {
+            semantica::cross_attention_forward(shape, at<void>(q), at<void>(k), at<void>(v), at<void>(o), at<float>(lse),
+                                               at<int64_t>(lengths), at<float>(gates), at<float>(q_weight));
+        },
+        py::call_guard<py::gil_scoped_release>(),
+        "Addresses of q, k, v, o, lse, lengths, gates, q_weight (0 for none); see csrc/cross_attention.h.");
+    m.def("cross_attention_targets", &targets<semantica::cross_attention_runs>,
+          "Instruction sets for which the loops can run on this processor, best first.");
 }
 #endif
 
@@ -155,5 +195,6 @@ PYBIND11_MODULE(_C, m) {
           "cannot be asked for.");
 #ifdef SEMANTICA_LANES
     define_group_norm(m);
+    define_cross_attention(m);
 #endif
 }

@@ -24,13 +24,14 @@ SUPPORTED: dict[tuple[str, str], Callable[[Tensor], bool]] = {}
 ORDINARY = (Tensor, torch.nn.Parameter)
 
 
-def cpp_instructions() -> str | None:
-    """The instruction set that the loops of `semantica._C` use here; None where it is not built, or without them."""
+def cpp_instructions(name: str) -> list[str]:
+    """Instruction sets for which `semantica._C` has loops of an operator that run here, best first."""
     try:
         from semantica import _C
     except ImportError:
-        return None
-    return _C.group_norm_targets()[0] if hasattr(_C, "group_norm_targets") else None
+        return []
+    targets = getattr(_C, f"{name}_targets", None)
+    return targets() if targets else []
 
 
 def register_kernels(

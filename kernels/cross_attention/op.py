@@ -79,6 +79,21 @@ def fused(q: Tensor) -> bool:
     return q.device.type == launch.DEVICE and q.dtype not in unfit
 
 
+def cpp_types() -> tuple[torch.dtype, ...]:
+    """What the C++ loops compute on this CPU. PyTorch multiplies bf16 by AMX where there is one, and they do not."""
+    if launch.DEVICE == "cpu" or not dispatch.cpp_instructions("cross_attention"):
+        return ()
+    return (torch.float32,) if torch.cpu.get_capabilities().get("amx_bf16") else (torch.float32, torch.bfloat16)
+
+
+CPP_TYPES = cpp_types()
+
+
+def cpp(q: Tensor) -> bool:
+    """Whether the C++ loops compute this; their gradient is plain torch."""
+    return q.device.type == "cpu" and q.dtype in CPP_TYPES and q.numel() > 0
+
+
 def outputs_like(q: Tensor, sizes: Sequence[int], return_lse: bool) -> tuple[Tensor, Tensor]:
     """Uninitialised `o [B, N, H, D]`, and `lse [B, H, S, N]` where it is asked for or the fused backward reuses it."""
     batch, queries, heads, _ = q.shape
@@ -241,6 +256,12 @@ dispatch.register_triton(
         "semantica.kernels.cross_attention.backward:backward": (op_backward, backward_plain),
     },
 )
+
+if CPP_TYPES:
+    rest = "fp16, fp64 and gradients" if torch.bfloat16 in CPP_TYPES else "bf16 (by AMX), fp16, fp64 and gradients"
+    status = ("C++", f"semantica._C with {dispatch.cpp_instructions('cross_attention')[0]}; {rest} in plain torch")
+    kernels = {"semantica.kernels.cross_attention.cpu:forward": (op, forward_plain)}
+    dispatch.register_kernels("cross_attention", "cpu", cpp, kernels, status)
 
 
 def cross_attention(

@@ -197,8 +197,8 @@ dispatch.register_triton(
     Path(__file__).with_name("choice.json"),
     rivals(),
 )
-if launch.DEVICE != "cpu" and (instructions := dispatch.cpp_instructions()):
-    status = ("C++", f"semantica._C with {instructions}; fp16 and fp64 in plain torch")
+if launch.DEVICE != "cpu" and (instructions := dispatch.cpp_instructions("group_norm")):
+    status = ("C++", f"semantica._C with {instructions[0]}; fp16 and fp64 in plain torch")
     dispatch.register_kernels(
         "group_norm", "cpu", supports(torch.float32, torch.bfloat16), kernels("cpu", "cpu"), status
     )

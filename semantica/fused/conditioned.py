@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from semantica.condition import Condition
 from semantica.errors import UserError
-from semantica.fused.processors import HEAD_DIMS, around, text_stream
+from semantica.fused.processors import HEAD_DIMS, around, fast, text_stream
 from semantica.kernels import cross_attention
-from semantica.kernels.cross_attention.op import fused
 
 PLAIN = (AttnProcessor, AttnProcessor2_0)
 ADAPTED = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0)
@@ -29,7 +28,7 @@ ADAPTED = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0)
 def attend(query: Tensor, keys: Tensor, values: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """`[B, N, H, D]`: all streams in one pass where the fused operator serves, else one after the other."""
     # exporters have a form of their own for it
-    if (fused(query) or torch.compiler.is_exporting()) and query.shape[-1] in HEAD_DIMS:
+    if (torch.compiler.is_exporting() or fast(query, keys, values)) and query.shape[-1] in HEAD_DIMS:
         return cross_attention(query, keys, values, sizes)
     query, keys, values = (a.transpose(1, 2) for a in (query, keys, values))
     parts = [(keys, values)] if len(sizes) == 1 else zip(keys.split(sizes, 2), values.split(sizes, 2))

@@ -8,8 +8,20 @@ from torch import Tensor
 
 from semantica.errors import warn_once
 from semantica.fused import blockwise
-from semantica.kernels import cross_attention
-from semantica.kernels.cross_attention.op import HEAD_DIMS, fused
+from semantica.kernels import cross_attention, dispatch
+from semantica.kernels.cross_attention.op import HEAD_DIMS, cpp, fused
+
+
+def fast(query: Tensor, *others: Tensor) -> bool:
+    """Whether a fused kernel computes cross-attention from queries or activations like these, to others.
+
+    On a CPU not where a gradient is wanted, which PyTorch's kernel is faster at, nor in an exported program, which runs
+    elsewhere.
+    """
+    if fused(query):
+        return True
+    here = cpp(query) and not torch.compiler.is_exporting() and not dispatch.transformed()
+    return here and not dispatch.differentiable((query, *others))
 
 
 def plain(attn: Attention) -> bool:
@@ -23,7 +35,7 @@ def serves(attn: Attention, hidden: Tensor, tokens: Tensor, mask: Tensor | None)
     """
     keys = mask is None or mask.shape == (len(tokens), 1, tokens.shape[1])
     simple = plain(attn) and attn.group_norm is None and hidden.ndim == 3
-    return simple and keys and head_dim(attn) in HEAD_DIMS and fused(hidden)
+    return simple and keys and head_dim(attn) in HEAD_DIMS and fast(hidden, tokens, *attn.parameters())
 
 
 def head_dim(attn: Attention) -> int:
