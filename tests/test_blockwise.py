@@ -52,7 +52,7 @@ def test_a_processor_gives_what_diffusers_does(layout, monkeypatch):
     torch.manual_seed(0)
     # as in autoencoders, and as in transformer blocks
     others = {"residual_connection": True, "norm_num_groups": 8, "rescale_output_factor": 2}
-    attn = Attention(64, heads=2, dim_head=32, bias=True, **(others if layout == "pictures" else {})).bfloat16()
+    attn = Attention(64, heads=2, dim_head=168, bias=True, **(others if layout == "pictures" else {})).bfloat16()
     x = torch.randn((2, 64, 16, 18) if layout == "pictures" else (2, 288, 64)).bfloat16()
     short = x[..., :2].contiguous() if layout == "pictures" else x[:, :32]
     attn.set_processor(FusedAttnProcessor())

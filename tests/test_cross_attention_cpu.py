@@ -201,5 +201,13 @@ def test_attention_of_diffusers_takes_the_loops_where_no_gradient_is_wanted(dtyp
     # weights want a gradient: diffusers' own
     attn(hidden.to(dtype), tokens)
     assert len(calls) == 2
+    # self-attention, which PyTorch is as fast at in fp32
+    attn, results = Attention(64, heads=2, dim_head=32).eval().to(dtype), []
+    for processor in (AttnProcessor2_0(), FusedAttnProcessor()):
+        attn.set_processor(processor)
+        with torch.no_grad():
+            results.append(attn(hidden.to(dtype)))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=atol)
+    assert calls[2:] == [[30]] * (dtype == torch.bfloat16)
     with torch.no_grad():
         assert fast(hidden) and not torch.func.vmap(lambda a: a + fast(a))(torch.zeros(2, 3)).any()

@@ -72,12 +72,26 @@ def attend(
     return around(attn, hidden, lambda query, _: cross_attention(query, keys, values, sizes, lengths, factors))
 
 
-def attend_itself(attn: Attention, hidden: Tensor) -> Tensor:
-    """Self-attention, a block of queries at a time; `hidden` as for `around`."""
+def for_itself(attn: Attention, hidden: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """What computes self-attention of `hidden`, as for `around`, faster than PyTorch's kernel; None where nothing does.
+
+    In bf16 on a CPU alone: the C++ loops, or products by blocks for the heads of autoencoders, which are wider.
+    """
+    if hidden.dtype == torch.bfloat16 and cpp(hidden) and head_dim(attn) in HEAD_DIMS:
+        return one_stream if fast(hidden, *attn.parameters()) else None
+    count = hidden.shape[1] if hidden.ndim == 3 else hidden[0, 0].numel()
+    return blockwise.attention_in_blocks if blockwise.serves(attn, hidden, count) else None
+
+
+def one_stream(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return cross_attention(query, key, value, [key.shape[1]])
+
+
+def attend_itself(attn: Attention, hidden: Tensor, kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Self-attention by `kernel`; `hidden` as for `around`."""
 
     def inner(query: Tensor, tokens: Tensor) -> Tensor:
-        key, value = (project(tokens).unflatten(-1, (attn.heads, -1)) for project in (attn.to_k, attn.to_v))
-        return blockwise.attention_in_blocks(query, key, value)
+        return kernel(query, *(project(tokens).unflatten(-1, (attn.heads, -1)) for project in (attn.to_k, attn.to_v)))
 
     return around(attn, hidden, inner)
 
@@ -126,7 +140,7 @@ def first_those_there(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tens
 
 
 class FusedAttnProcessor(AttnProcessor2_0):
-    """Cross-attention to one stream of tokens; self-attention by PyTorch's kernel, or in blocks where that is slow."""
+    """Cross-attention to one stream of tokens; self-attention by PyTorch's kernel, or one that is faster here."""
 
     def __call__(
         self,
@@ -139,9 +153,9 @@ class FusedAttnProcessor(AttnProcessor2_0):
     ) -> Tensor:
         tokens, mask = encoder_hidden_states, attention_mask
         if tokens is None and mask is None and plain(attn):
-            count = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states[0, 0].numel()
-            if blockwise.serves(attn, hidden_states, count):
-                return attend_itself(attn, hidden_states)
+            kernel = for_itself(attn, hidden_states)
+            if kernel is not None:
+                return attend_itself(attn, hidden_states, kernel)
         if tokens is None or not serves(attn, hidden_states, tokens, mask):
             return super().__call__(attn, hidden_states, tokens, mask, temb, **kwargs)
         tokens, length = first_those_there(tokens, mask)
