@@ -93,18 +93,24 @@ class TrainConfig:
     tokens: str | None = None
     """Folder of tokens that `semantica pairs --tokens` stored for --data with the same --encoder: it then never runs.
     Conditions are the centre of their pictures, mirrored at random like before; targets are cut as ever."""
-    text_encoder: str = "words"
-    """Frozen encoder of texts: "words" has a token for each word of the training texts, "phrases" one that
-    knows the word before it too, which binds "red" to "cross" sooner; or a CLIP text tower by the
-    folder of it and its tokenizer, or of a diffusers pipeline; or that of a run folder."""
+    text_encoder: tuple[str, ...] = ("words",)
+    """Frozen encoders of texts, each a stream of its own: "words" has a token for each word of the training texts,
+    "phrases" one that knows the word before it too, which binds "red" to "cross" sooner; or a CLIP text tower, T5, UL2
+    or ByT5 with its tokenizer, by hub name or folder, or in the folder of a diffusers pipeline; or those of a run
+    folder."""
     conditioning: Literal["tokens", "global", "both", "none"] = "tokens"
     """How the condition enters: cross-attention to tokens, pooled vector, both, or not at all."""
+    fusion: Literal["parallel", "concatenated"] = "parallel"
+    """How several streams meet in cross-attention: "parallel", a softmax for each (arXiv 2409.13346), or, to compare
+    with, "concatenated", one over the tokens of all. Their sum as one vector is --conditioning global."""
     drop: float = 0.1
     """Share of samples whose condition is dropped, pictures and text together, which makes guidance possible."""
     drop_picture: float = 0.1
     """With --condition-on both: share of samples that lose their pictures, whether or not they lose the text too."""
     drop_text: float = 0.1
     """With --condition-on both: share of samples that lose their text, whether or not they lose the pictures too."""
+    drop_tower: float = 0.1
+    """With several --text-encoder: share of samples that lose the text of one of them, each by itself."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     warmup: int = 200
@@ -220,7 +226,8 @@ class TrainConfig:
         if self.graph and self.checkpointing:
             # it keeps and sets states of random numbers, which a recording forbids
             raise UserError("--graph records no blocks that are computed again: leave out --checkpointing, or --graph")
-        shares = [(name, 0, 1) for name in ("drop", "drop_picture", "drop_text", "ema", "held_out", "decay")]
+        bounded = ("drop", "drop_picture", "drop_text", "drop_tower", "ema", "held_out", "decay")
+        shares = [(name, 0, 1) for name in bounded]
         for name, low, high in shares + ([("crop", 1e-3, 1)] if self.crop != "centre" else []):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {low} to {high}")
@@ -252,8 +259,11 @@ class TrainConfig:
             raise UserError(f"--tokens {self.tokens} come from a frozen encoder: give the --encoder that made them")
         if self.encoder == "vit" and self.encoder_tokens != "patches":
             raise UserError("--encoder-tokens is for frozen encoders: the trainable one has patches only")
-        if self.condition_on == "picture" and self.text_encoder != "words":
-            raise UserError(f"--text-encoder {self.text_encoder} is nothing without --condition-on text or both")
+        if not self.text_encoder:
+            raise UserError("--text-encoder is empty: give at least one, or leave it out")
+        if self.condition_on == "picture" and self.text_encoder != TrainConfig.text_encoder:
+            given = " ".join(self.text_encoder)
+            raise UserError(f"--text-encoder {given} is nothing without --condition-on text or both")
         if self.condition_on == "text":
             self.check_text_alone()
         for name in APART if self.condition_on != "both" else ():

@@ -46,12 +46,13 @@ class ClipTextEncoder(ModelMixin, ConfigMixin):
         self.tokenizer: ClipTokenizer | None = None
 
     @classmethod
-    def from_source(cls, source: str | Path) -> Self:
+    def from_source(cls, source: str | Path, folder: Path | None = None) -> Self:
         """The tower and the tokenizer of a local folder, safetensors and JSON only.
 
         Args:
-            source: as `save_pretrained` of transformers writes a CLIP and its tokenizer into one folder, or the folder
-                of a diffusers pipeline with `text_encoder` and `tokenizer`.
+            source: the folder, or the name that it has elsewhere: kept for the record.
+            folder: as `save_pretrained` of transformers writes a CLIP and its tokenizer into one folder, or the folder
+                of a diffusers pipeline with `text_encoder` and `tokenizer`; by default `source`.
 
         Raises:
             UserError: there is no such folder, a part is missing or unsafe, or they do not fit each other.
@@ -59,15 +60,15 @@ class ClipTextEncoder(ModelMixin, ConfigMixin):
         from transformers import CLIPTextModel
         from transformers.utils import logging
 
-        folder = Path(source)
+        folder = folder or Path(source)
         if not folder.is_dir():
-            raise UserError(f'--text-encoder {source} is no folder: give "words" or the folder of a CLIP text tower')
+            raise UserError(f'--text-encoder {source} is no folder: give "words" or the folder of a text tower')
         whole = (folder / TOWER).is_dir()
         tower, words = (folder / TOWER, folder / TOKENIZER) if whole else (folder, folder)
         refuse_unsafe(tower, words)
         kind = read_json(tower / "config.json").get("model_type")
         if kind not in ("clip", "clip_text_model"):
-            raise UserError(f"text encoder {source} is of type {kind!r}: expected a CLIP")
+            raise UserError(f"text encoder {source} is of type {kind!r}: expected a CLIP, or a T5")
         tokenizer, shown = ClipTokenizer(words), logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
