@@ -13,10 +13,13 @@ from semantica.inputs import SINGLE, is_text
 from semantica.model.conditioner import Conditioner, encoders_of
 from semantica.model.encoders import ViTEncoder, frozen_encoder, text_encoders, weights_sha256
 from semantica.model.grow import grow, new_streams
+from semantica.model.hub import located
 from semantica.model.presets import encoder_preset, preset
 from semantica.model.uvit import UViT
 from semantica.pipelines.networks import NetworkPipeline
+from semantica.pipelines.runfolder import PATTERNS, check_run
 from semantica.sampling.scheduler import SemanticaScheduler
+from semantica.train.adapters import adapt
 from semantica.train.config import TrainConfig
 from semantica.train.data.tokens import stored_encoder
 from semantica.train.heads import RepaHead, aligned_depth
@@ -79,7 +82,11 @@ def picture_encoder(config: TrainConfig, size: int, building: Callable[[], Abstr
     # how an encoder is loaded must not decide how the denoiser begins
     with torch.random.fork_rng(devices=[]):
         wanted = config.encoder, config.encoder_size, config.encoder_tokens
-        return stored_encoder(config.tokens, *wanted) if config.tokens else frozen_encoder(*wanted)
+        made = stored_encoder(config.tokens, *wanted) if config.tokens else frozen_encoder(*wanted)
+    if config.encoder_lr is not None:
+        made.trainable = True
+        made.requires_grad_(True)
+    return made
 
 
 def placed(module: nn.Module, device: torch.device) -> nn.Module:
@@ -132,6 +139,18 @@ def require_alike(source: str, what: str, own: nn.Module, other: nn.Module) -> N
             raise UserError(
                 f"--init {source} has a {what} of {name} {given}, this run of {value}: give what it was made with"
             )
+
+
+def adapted(config: TrainConfig, unet: UViT) -> None:
+    """The LoRAs that `--lora` asks for, beside weights that are there already or will be.
+
+    Raises:
+        UserError: there is no such run as `--init`, or it has other streams.
+    """
+    folder = located(config.init, PATTERNS)
+    check_run(folder)
+    base = UViT.from_config(UViT.load_config(folder / "unet"))
+    adapt(unet, config.lora, new_streams(unet, base))
 
 
 def as_json(value: Any) -> str:

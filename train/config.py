@@ -127,7 +127,12 @@ class TrainConfig:
     """Further decays: their averages are kept in checkpoints too, and published as the pipelines OUT/ema-DECAY."""
     init: str | None = None
     """Run folder or hub name of a published run whose weights this one begins with, with a new optimizer; of the same
-    --preset, --image-size, --conditioning and kind of --encoder."""
+    --preset, --image-size, --conditioning and kind of --encoder. Streams that it lacks begin by adding nothing."""
+    lora: int = 0
+    """Rank of LoRAs on self-attention and on cross-attention to texts (package peft): of --init's weights nothing else
+    is trained, but streams that it lacks are, whole. They are merged into what is published. 0 = no LoRAs."""
+    encoder_lr: float | None = None
+    """Learning rate of the encoder of pictures, in the place of --lr. A frozen --encoder is trained along then."""
     loss: Literal["x", "v", "eps", "sigmoid"] = "x"
     """What the weight of the noise levels makes the loss equal to; "x" learns content first, "eps" and "v" detail."""
     align: float = 0.0
@@ -270,11 +275,27 @@ class TrainConfig:
             if getattr(self, name) != getattr(TrainConfig, name):
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} is for pictures and texts: leave it out, or give --condition-on both")
+        self.check_adapters()
         if self.seed >= 1 << 32:
             raise UserError(f"--seed is {self.seed}: give less than {1 << 32}")
         if self.warmup < 0 or self.weight_decay < 0 or (self.workers or 0) < 0 or self.seed < 0:
             raise UserError("--warmup, --weight-decay, --workers and --seed must not be negative")
         return self
+
+    def check_adapters(self) -> None:
+        """Raises `UserError` for adapters of nothing, or of what cannot have them."""
+        if self.lora < 0 or (self.lora and not self.init):
+            raise UserError(f"--lora is {self.lora}: give a rank, and the run that it adapts as --init")
+        if self.lora and (self.float8 or self.compile or self.parallel in ("fsdp", "hsdp")):
+            raise UserError("--lora is for weights in their own type, whole and uncompiled: leave out --float8, "
+                            "--compile and --parallel fsdp or hsdp")  # fmt: skip
+        if self.encoder_lr is None:
+            return
+        if not (math.isfinite(self.encoder_lr) and self.encoder_lr > 0):
+            raise UserError(f"--encoder-lr is {self.encoder_lr}: give a positive number")
+        if not self.pictures or self.tokens:
+            what = "--tokens, which no encoder runs for" if self.tokens else "--condition-on text"
+            raise UserError(f"--encoder-lr trains the encoder of pictures: leave out {what}")
 
     def check_sizes(self) -> None:
         """Raises `UserError` for sizes of a network that none has."""

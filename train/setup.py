@@ -23,7 +23,7 @@ from semantica.model.float8 import check_float8, to_float8
 from semantica.model.image_encoder import sight_of
 from semantica.model.recompute import keeping_products
 from semantica.sampling.scheduler import SemanticaScheduler
-from semantica.train.build import alignment, begin_with, build
+from semantica.train.build import adapted, alignment, begin_with, build
 from semantica.train.config import TrainConfig
 from semantica.train.data.folders import RECONSTRUCT
 from semantica.train.data.heldout import contrasted, held_out_batches
@@ -128,6 +128,7 @@ def prepare(config: TrainConfig, world: World, opened: ExitStack) -> Training:
     arithmetic = f"{str(dtype).removeprefix('torch.')} on {device.type}"
     world.require_same({"the arithmetic of a step": arithmetic}, "give all the same --precision and --device")
     parallel = parallelize(world, device, dtype)
+    lines: list[str] = []
     # as the first process sees them: its weights replace those that a run begins with
     goes_on = world.from_main(lambda: bool(checkpoint.folders(config.out / "checkpoints")))
     with world.consensus():
@@ -135,7 +136,11 @@ def prepare(config: TrainConfig, world: World, opened: ExitStack) -> Training:
         # of the encoders only that of pictures may be trained along, or stay where it is
         pictures = encoders_of(encoder).get(SINGLE)
         if config.init and not goes_on and not unet.conv_in.weight.is_meta:
-            begin_with(config.init, unet, encoder)
+            new = begin_with(config.init, unet, encoder)
+            added = f", and begins with nothing of {', '.join(new)}" if new else ""
+            lines.append(f"begins with the weights of {config.init}{added}")
+        if config.lora:
+            adapted(config, unet)
         repa, teacher = alignment(config, unet, encoder, device)
         known = frozen(config, encoder, teacher)
         networks = nn.ModuleList([unet, encoder])
@@ -146,11 +151,11 @@ def prepare(config: TrainConfig, world: World, opened: ExitStack) -> Training:
     run = opened.enter_context(closing(Run(config, data.digest(), world, known)))
     run.bad_samples(bad if world.is_main else ())
     run.say(f"device {device}, {str(dtype).removeprefix('torch.')}; attention: {attention[0]} ({attention[1]})")
-    run.say(*described(world, device))
+    run.say(*described(world, device), *lines)
     run.say(f"{data.describe()}; held out: {held.describe() if held else 'nothing'}; {len(bad)} bad")
     if alone:
         run.say(f"{len(alone)} groups of one picture are left out, the first is {alone[0]!r}; {RECONSTRUCT}")
-    run.say(f"denoiser {millions(unet)} parameters, encoder {millions(encoder)}")
+    run.say(f"denoiser {millions(unet)} parameters, encoder {millions(encoder)}{trained_share(config, unet)}")
     if config.texts:
         run.say(*described_texts(encoder, data, held))
 
@@ -291,6 +296,12 @@ def sample_flops(
 
 def millions(module: nn.Module) -> str:
     return f"{count_parameters(module) / 1e6:.1f} M"
+
+
+def trained_share(config: TrainConfig, unet: nn.Module) -> str:
+    """With LoRAs, how much of the denoiser is trained."""
+    count = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    return f"; {count / 1e6:.2f} M of the denoiser's are trained" if config.lora else ""
 
 
 def compiled(config: TrainConfig, objective: Objective) -> Objective:

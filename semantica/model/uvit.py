@@ -323,7 +323,7 @@ def concatenated(condition: Condition, absent: Tensor) -> Condition:
     lengths = torch.where(absent, 1, full if condition.lengths is None else condition.lengths)
     places = [torch.arange(size, device=absent.device) for size in condition.sizes]
     there = torch.cat([place < lengths[:, s, None] for s, place in enumerate(places)], 1)
-    order = (~there).to(torch.uint8).argsort(1, stable=True)[..., None, None]
+    order = (~there).to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
     keys, values = (
         tuple(torch.take_along_dim(array, order, 1) for array in arrays)
         for arrays in (condition.keys, condition.values)
