@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from semantica.condition import Stream
@@ -58,7 +59,6 @@ class ClipTextEncoder(ModelMixin, ConfigMixin):
             UserError: there is no such folder, a part is missing or unsafe, or they do not fit each other.
         """
         from transformers import CLIPTextModel
-        from transformers.utils import logging
 
         folder = folder or Path(source)
         if not folder.is_dir():
@@ -69,17 +69,13 @@ class ClipTextEncoder(ModelMixin, ConfigMixin):
         kind = read_json(tower / "config.json").get("model_type")
         if kind not in ("clip", "clip_text_model"):
             raise UserError(f"text encoder {source} is of type {kind!r}: expected a CLIP, or a T5")
-        tokenizer, shown = ClipTokenizer(words), logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
+        tokenizer = ClipTokenizer(words)
         try:
             loaded = complete(CLIPTextModel, tower, local_files_only=True)
         except UserError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"text encoder {source} has no loadable safetensors: {first_line(error)}") from error
-        finally:
-            if shown:
-                logging.enable_progress_bar()
         config = loaded.config
         if max(tokenizer.numbers) >= config.vocab_size or tokenizer.length > config.max_position_embeddings:
             has = f"{config.vocab_size} words and {config.max_position_embeddings} places"

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from semantica.condition import Stream
@@ -45,7 +46,8 @@ class T5TextEncoder(ModelMixin, ConfigMixin):
 
         text = dict(text)
         model, config = (getattr(transformers, name) for name in KINDS[text.get("model_type", "t5")])
-        self.tower = model(config.from_dict(text)).requires_grad_(False).eval()
+        # without the model around it, which shares its embeddings
+        self.tower = model(config.from_dict(text)).encoder.requires_grad_(False).eval()
         # from the files beside the configuration, where it is read from a folder
         self.tokenizer: PieceTokenizer | None = None
 
@@ -68,7 +70,7 @@ class T5TextEncoder(ModelMixin, ConfigMixin):
             loaded = complete(getattr(transformers, KINDS[kind][0]), folder, local_files_only=True)
         except UserError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"text encoder {source} has no loadable safetensors: {first_line(error)}") from error
         config = loaded.config
         tokenizer = PieceTokenizer(folder, LONGEST, config.eos_token_id, config.pad_token_id)
@@ -78,14 +80,14 @@ class T5TextEncoder(ModelMixin, ConfigMixin):
             )
         tokenizer.length = tokenizer.fitted(texts)
         made = cls(source, {**config.to_dict(), "model_type": kind}, tokenizer.length)
-        made.tower.load_state_dict(loaded.state_dict())
+        made.tower.load_state_dict(loaded.encoder.state_dict())
         made.tokenizer = tokenizer
         return made
 
     @property
     def layers(self) -> nn.ModuleList:
         """The tower's repeated layers."""
-        return self.tower.encoder.block
+        return self.tower.block
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -111,7 +113,10 @@ class T5TextEncoder(ModelMixin, ConfigMixin):
     def forward(self, numbers: Tensor) -> Stream:
         """Numbers `[B, length]` to tokens `[B, length, C]`, the mean of those that are there, and their number."""
         there = numbers != self.tower.config.pad_token_id
-        tokens, lengths = self.tower(numbers, attention_mask=there.long()).last_hidden_state, there.sum(1)
+        # as what is added to logits: to make that of a row per text, the library asks for values, which meta tensors lack
+        mask = torch.where(there, 0.0, torch.finfo(self.dtype).min).to(self.dtype)[:, None, None]
+        mask = mask.expand(-1, 1, numbers.shape[1], -1)
+        tokens, lengths = self.tower(numbers, attention_mask=mask).last_hidden_state, there.sum(1)
         pooled = (tokens * there[..., None]).sum(1) / lengths.clamp(min=1)[:, None]
         return Stream(tokens, pooled.to(tokens.dtype), lengths)
 
