@@ -113,7 +113,7 @@ class T5TextEncoder(ModelMixin, ConfigMixin):
     def forward(self, numbers: Tensor) -> Stream:
         """Numbers `[B, length]` to tokens `[B, length, C]`, the mean of those that are there, and their number."""
         there = numbers != self.tower.config.pad_token_id
-        # as what is added to logits: to make that of a row per text, the library asks for values, which meta tensors lack
+        # as what is added to logits: of rows the library would ask for values, which meta tensors lack
         mask = torch.where(there, 0.0, torch.finfo(self.dtype).min).to(self.dtype)[:, None, None]
         mask = mask.expand(-1, 1, numbers.shape[1], -1)
         tokens, lengths = self.tower(numbers, attention_mask=mask).last_hidden_state, there.sum(1)
