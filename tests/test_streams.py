@@ -1,5 +1,6 @@
 """Several conditions at once: fusion in one call, streams added to trained networks, guidance for each, adapters."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -14,6 +15,9 @@ from semantica.model.grow import grow
 from semantica.pipelines.networks import NetworkPipeline
 from semantica.sampling.guiders import StreamsApart
 from semantica.train.adapters import adapt, merged
+from semantica.train.build import picture_encoder
+from semantica.train.config import TrainConfig
+from semantica.train.state import TrainState
 
 SIZES = {"image": 9, "text": 5, "text_2": 7}
 WIDTHS = {"image": 32, "text": 24, "text_2": 16}
@@ -192,3 +196,27 @@ def test_adapters_leave_the_base_as_it_is_and_go_into_its_matrices():
         any(part in key for part in ("attn.to_", "cross.to_", "image", "norm_k.0")) for key in changed
     )
     assert merged(whole) is whole
+
+
+def test_an_encoder_has_a_rate_of_its_own():
+    config = TrainConfig(data="", out="", lr=1e-3, encoder_lr=0.1, warmup=0, weight_decay=0.0, clip=1e9)
+    modules = {"unet": torch.nn.Linear(2, 2), "encoder": torch.nn.Linear(2, 2)}
+    before = {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
+    state = TrainState(config, modules)
+    for module in modules.values():
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+    state.update()
+    # adam's first step is the rate itself
+    for name, rate in (("unet", 1e-3), ("encoder", 0.1)):
+        for key, value in modules[name].state_dict().items():
+            torch.testing.assert_close(before[name][key] - value, torch.full_like(value, rate), rtol=1e-4, atol=1e-6)
+
+
+def test_a_frozen_tower_is_trained_where_its_rate_is_given(tmp_path, save_tower):
+    save_tower(tmp_path, "dinov2")
+    options = dict(data="", out="", encoder=str(tmp_path), encoder_size=28)
+    for rate in (None, 1e-5):
+        encoder = picture_encoder(TrainConfig(**options, encoder_lr=rate), 16, contextlib.nullcontext)
+        stream = encoder(torch.zeros(1, 3, 28, 28))
+        assert encoder.trainable is stream.tokens.requires_grad is (rate is not None)

@@ -140,7 +140,7 @@ def shares(made: list[Crossing], wanted: list[Crossing]) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in right.items()}
 
 
-def tests_of(count: int, seed: int) -> list[tuple[Crossing, Crossing]]:
+def trials(count: int, seed: int) -> list[tuple[Crossing, Crossing]]:
     """(condition, target) of held-out crossings: the condition has the target's identity in a palette that training
     shows it in, and another text in all of its parts as far as there are others."""
     drawn, made = philox(seed, 5), []

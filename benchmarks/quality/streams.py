@@ -24,7 +24,7 @@ from semantica.benchmarks.quality.crossings import (
     draw_crossings,
     recognise,
     shares,
-    tests_of,
+    trials,
 )
 from semantica.benchmarks.quality.web import philox
 from semantica.errors import UserError
@@ -122,7 +122,8 @@ def trained(config: StreamsConfig, name: str, seed: int) -> Path:
         rest = dict(
             data=str(config.out / "web" / "train"), out=out, steps=config.steps, batch=config.batch, seed=seed,
             device=config.device, mode="folders", held_out=0.0, flip=False, crop="centre", lr=2e-3, warmup=100,
-            decay=0.4, ema=0.998, reference=16, log_every=100, save_every=500, sample_every=config.steps, keep=1,
+            decay=0.4, ema=0.998, reference=16, log_every=100, save_every=500, sample_every=config.steps + 1, keep=1,
+            workers=0,
         )  # fmt: skip
         train(TrainConfig(**rest, **SIZES, **MODELS[name]))
     return out
@@ -185,7 +186,7 @@ def streams(config: StreamsConfig) -> int:
     draw_crossings(config.out / "web")
     settings = {k: v if isinstance(v, int | float) else str(v) for k, v in dataclasses.asdict(config).items()}
     content = {"environment": environment(pick_device(config.device).type), "config": settings}
-    tests = tests_of(config.tests, 0)
+    tests = trials(config.tests, 0)
     strips = baselines(tests, 0)
     rows = [over_seeds(name, [figures(made, tests)]) for name, made in strips.items()]
     for name in config.only:
