@@ -30,12 +30,14 @@ from semantica.benchmarks.quality.web import philox
 from semantica.errors import UserError
 from semantica.files import write_json
 
-# what is trained, by its options; each in steps, data and sizes like the others
+# what is trained, by its options; in steps, data and sizes like the others. Pictures of a pair share their identity,
+# which is what the contrastive loss has their encoder tell from others' sooner
+ALIGNED = {"align": 0.05}
 MODELS: dict[str, dict[str, Any]] = {
-    "parallel": {"condition_on": "both"},
-    "concatenated": {"condition_on": "both", "fusion": "concatenated"},
-    "added": {"condition_on": "both", "conditioning": "global"},
-    "picture": {"condition_on": "picture"},
+    "parallel": {"condition_on": "both", **ALIGNED},
+    "concatenated": {"condition_on": "both", "fusion": "concatenated", **ALIGNED},
+    "added": {"condition_on": "both", "conditioning": "global", **ALIGNED},
+    "picture": {"condition_on": "picture", **ALIGNED},
     "text": {"condition_on": "text"},
 }
 SIZES = {"preset": "tiny", "channels": (32,), "depths": (1,), "width": 96, "depth": 3, "heads": 3}
@@ -76,7 +78,7 @@ class StreamsConfig:
     """
     only: tuple[str, ...] = tuple(MODELS)
     """Models to train: parallel, concatenated, added, picture, text."""
-    steps: int = 3000
+    steps: int = 4000
     """Of training, for each model."""
     batch: int = 32
     seeds: int = 1
@@ -98,9 +100,10 @@ class StreamsConfig:
 
     def check(self) -> "StreamsConfig":
         """Raises `UserError` for impossible options."""
-        for name in ("steps", "batch", "seeds", "tests", "n", "sample_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        # the contrastive loss compares pairs with each other
+        for name, least in (("steps", 1), ("batch", 2), ("seeds", 1), ("tests", 1), ("n", 1), ("sample_steps", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least {least}")
         if not self.only:
             raise UserError(f"--only is empty: give some of {', '.join(MODELS)}")
         for name in (name for name in self.only if name not in MODELS):
