@@ -78,7 +78,7 @@ def test_three_streams_are_one_call_in_each_block(fusion, monkeypatch):
 
 @pytest.mark.parametrize("conditioning", ["tokens", "both"])
 @pytest.mark.parametrize(("before", "after"), [
-    (("text",), ("image", "text")), (("image",), ("image", "text", "text_2")), (("text_2", "image"), tuple(SIZES)),
+    (("text",), ("image", "text")), (("image",), ("image", "text", "text_2")), (("image", "text_2"), tuple(SIZES)),
 ])  # fmt: skip
 def test_a_new_stream_changes_no_bit_until_it_is_trained(before, after, conditioning):
     old, unet = network(*before, conditioning=conditioning), network(*after, seed=1, conditioning=conditioning)

@@ -28,11 +28,12 @@ def new_streams(unet: UViT, other: UViT) -> tuple[str, ...]:
 
 @torch.no_grad()
 def grow(unet: UViT, other: UViT) -> tuple[str, ...]:
-    """Give a network the weights of one that has fewer streams, in whatever order; returns the names of new ones.
+    """Give a network the weights of one that has fewer streams; returns the names of new ones.
 
     What a new stream adds begins at zero (arXiv 2409.13346: a zero-initialised adapter of the vision encoder): its
     values are 0, so that its own softmax sums to exactly 0, and so is its pooled vector's share of the embedding. Keys
-    and the normalisation of tokens begin as they do in any network.
+    and the normalisation of tokens begin as they do in any network. Results are the other's to the bit where its
+    streams keep their order, in which they are added up.
 
     Raises:
         UserError: as `new_streams`; the networks differ in more than streams.
