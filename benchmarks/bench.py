@@ -13,6 +13,7 @@ from semantica.benchmarks.kernels import tune_command as bench_tune
 from semantica.benchmarks.loading import command as bench_loading
 from semantica.benchmarks.quality import edits as bench_edits
 from semantica.benchmarks.quality import guiders as bench_guiders
+from semantica.benchmarks.quality import streams as bench_streams
 from semantica.benchmarks.sampling import command as bench_sample
 from semantica.benchmarks.serving import command as bench_serve
 from semantica.benchmarks.training import command as bench_train
@@ -32,6 +33,7 @@ USAGE = """usage: semantica bench kernels [options]           time the operators
        semantica bench serve [options]             a server under load: throughput, latency, memory
        semantica bench guiders [options]           figures of ways of guidance, on drawn pictures
        semantica bench edits [options]             figures of edits by scores (sds, dds, cds), on drawn pictures
+       semantica bench streams [options]           do samples follow a picture and a text at once, by kinds of fusion
        semantica bench compare A.json B.json       ratios of time, with the band of noise
        semantica bench table FILE.json ...         the rows as Markdown, stale ones marked
        semantica bench tune --op group_norm        tune an operator's launch table on the GPU at hand
@@ -171,6 +173,7 @@ VERBS = {
     "serve": (bench_serve.ServeBenchConfig, bench_serve.serve),
     "edits": (bench_edits.EditsConfig, bench_edits.edits),
     "guiders": (bench_guiders.GuidersConfig, bench_guiders.guiders),
+    "streams": (bench_streams.StreamsConfig, bench_streams.streams),
     "compare": (CompareConfig, compare),
     "table": (TableConfig, table),
     "tune": (bench_tune.TuneConfig, bench_tune.tune),

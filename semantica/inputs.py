@@ -12,8 +12,18 @@ from semantica.errors import UserError
 
 # the input of the one encoder that fills every stream
 SINGLE = "image"
-# the input of texts beside it, or alone
+# the input of texts beside it, or alone; further encoders of the same texts have text_2, text_3, ...
 TEXT = "text"
+
+
+def is_text(name: str) -> bool:
+    """Whether it names an input of texts."""
+    return name == TEXT or name.startswith(f"{TEXT}_")
+
+
+def text_names(count: int) -> tuple[str, ...]:
+    """Inputs of so many encoders of texts."""
+    return tuple(TEXT if number == 1 else f"{TEXT}_{number}" for number in range(1, count + 1))
 
 
 @dataclass(frozen=True)

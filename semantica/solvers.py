@@ -251,6 +251,12 @@ def guide(v_cond: Array, v_uncond: Array, scale: float) -> Array:
     return v_uncond + scale * (v_cond - v_uncond)
 
 
+def guide_apart(v_cond: Array, v_part: Array, v_uncond: Array, scale: float, part_scale: float) -> Array:
+    """A scale for each of two conditions (InstructPix2Pix, arXiv 2211.09800, eq. 3), `v_part` with the first alone:
+    v_uncond + part_scale (v_part - v_uncond) + scale (v_cond - v_part)."""
+    return guide(v_part, v_uncond, part_scale) + scale * (v_cond - v_part)
+
+
 def noise(seed: int, shape: tuple[int, ...], *index: int) -> np.ndarray:
     """Standard normal float32 array, a pure function of (seed, index..., shape).
 

@@ -4,10 +4,12 @@ Byte-pair encoding of Radford et al., arXiv 2103.00020, section 2.4: the numbers
 from the same files.
 """
 
+import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -25,7 +27,80 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 LIMIT = 1 << 24
 
 
-class ClipTokenizer:
+class Tokenizer:
+    """Texts to rows of numbers, all of one length: what begins a row, the text cut to fit, the end, then padding.
+
+    length: of a row. first: what begins it. end, padding: numbers. loud: whether to warn of each text that is cut.
+    """
+
+    length: int
+    first: tuple[int, ...] = ()
+    end: int
+    padding: int
+    loud = True
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Numbers of a text alone, and the places in it that each stands for, from and to."""
+        raise NotImplementedError
+
+    @property
+    def room(self) -> int:
+        """Numbers of a row that a text may have."""
+        return self.length - len(self.first) - 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one text as numbers."""
+        return (self.length,)
+
+    @property
+    def quiet(self) -> Self:
+        """The same, for texts of which it was said before how many are cut."""
+        made = copy.copy(self)
+        made.loud = False
+        return made
+
+    def cut(self, texts: Iterable[str]) -> int:
+        """How many of these texts are longer than what is read of them."""
+        return sum(len(self.encode(text)[0]) > self.room for text in texts)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """int64 `[len(texts), length]`. Raises `UserError` for something else than text, or half a character."""
+        rows = []
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(f"a prompt is a {type(text).__name__}: give text")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(f"a prompt holds bytes that are no text in UTF-8: {text!r}")
+            ids, offsets = self.encode(text)
+            if len(ids) > self.room and self.loud:
+                rest = text[offsets[self.room][0] :]
+                # both tokenizers of SDXL find it
+                warn_once(f"a prompt has {len(ids)} tokens, {self.room} are read; left out: {rest!r}")
+            row = [*self.first, *ids[: self.room], self.end]
+            rows.append(row + [self.padding] * (self.length - len(row)))
+        return np.array(rows, np.int64).reshape(-1, self.length)
+
+    def tokens_of(self, prompt: str, words: str) -> tuple[int, ...]:
+        """Places in a prompt's row that one or several words in succession have, wherever they stand in it.
+
+        Raises:
+            UserError: they are not in the prompt, or behind its part that is read.
+        """
+        wanted = words.split()
+        pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, wanted)) + r"(?!\w)"
+        spans = [found.span() for found in re.finditer(pattern, prompt, re.IGNORECASE)] if wanted else []
+        if not spans:
+            raise UserError(f"{words!r} is not in the prompt {prompt!r}: choose words of it")
+        places = enumerate(self.encode(prompt)[1], len(self.first))
+        found = [i for i, (a, b) in places if any(a < stop and b > start for start, stop in spans)]
+        read = tuple(place for place in found if place < self.length - 1)
+        if not read:
+            raise UserError(f"{words!r} stands behind the {self.room} tokens that are read of {prompt!r}")
+        return read
+
+
+class ClipTokenizer(Tokenizer):
     """Prompts to rows of numbers, all of one length: start, the prompt cut to fit, end, then padding.
 
     Args:
@@ -51,53 +126,16 @@ class ClipTokenizer:
         if type(self.length) is not int or not 2 < self.length <= 1 << 16 or not known:
             raise UserError(f"{folder / SETTINGS} has length {self.length!r} and padding {padding!r}: these are none")
         self.pad_token, self.numbers = padding, frozenset(numbers)
-        self.padding, self.start, self.end = (vocabulary[word] for word in (padding, START, END))
+        self.padding, self.end, self.first = vocabulary[padding], vocabulary[END], (vocabulary[START],)
         try:
             self.model = byte_pairs(vocabulary, pairs, padding)
         # the library has no error of its own
         except Exception as error:
             raise UserError(f"{folder} is no tokenizer of CLIP: {first_line(error)}") from error
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """int64 `[len(texts), length]`. Raises `UserError` for something else than text, or half a character."""
-        rows = []
-        for text in texts:
-            if not isinstance(text, str):
-                raise UserError(f"a prompt is a {type(text).__name__}: give text")
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise UserError(f"a prompt holds bytes that are no text in UTF-8: {text!r}")
-            made, room = self.model.encode(text, add_special_tokens=False), self.length - 2
-            if len(made.ids) > room:
-                rest = text[made.offsets[room][0] :]
-                # both tokenizers of SDXL find it
-                warn_once(f"a prompt has {len(made.ids)} tokens, {room} are read; left out: {rest!r}")
-            row = [self.start, *made.ids[:room], self.end]
-            rows.append(row + [self.padding] * (self.length - len(row)))
-        return np.array(rows, np.int64).reshape(-1, self.length)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one prompt as numbers."""
-        return (self.length,)
-
-    def tokens_of(self, prompt: str, words: str) -> tuple[int, ...]:
-        """Places in a prompt's row that one or several words in succession have, wherever they stand in it.
-
-        Raises:
-            UserError: they are not in the prompt, or behind its part that is read.
-        """
-        wanted = words.split()
-        pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, wanted)) + r"(?!\w)"
-        spans = [found.span() for found in re.finditer(pattern, prompt, re.IGNORECASE)] if wanted else []
-        if not spans:
-            raise UserError(f"{words!r} is not in the prompt {prompt!r}: choose words of it")
-        offsets = self.model.encode(prompt, add_special_tokens=False).offsets
-        # after the word that starts every row
-        found = [i + 1 for i, (a, b) in enumerate(offsets) if any(a < stop and b > start for start, stop in spans)]
-        read = tuple(place for place in found if place < self.length - 1)
-        if not read:
-            raise UserError(f"{words!r} stands behind the {self.length - 2} tokens that are read of {prompt!r}")
-        return read
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        made = self.model.encode(text, add_special_tokens=False)
+        return made.ids, made.offsets
 
     def save(self, folder: Path) -> None:
         """Write what `ClipTokenizer(folder)` reads."""
@@ -128,7 +166,8 @@ def read_model(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]]]:
 def byte_pairs(vocabulary: dict[str, int], pairs: list[tuple[str, ...]], padding: str):
     """A `tokenizers.Tokenizer` as transformers makes it for CLIP."""
     # here, as bundles of pictures have no use for it
-    from tokenizers import AddedToken, Regex, Tokenizer
+    from tokenizers import AddedToken, Regex
+    from tokenizers import Tokenizer as Model
     from tokenizers.models import BPE
     from tokenizers.normalizers import NFC, Lowercase, Replace
     from tokenizers.normalizers import Sequence as Normalizers
@@ -136,7 +175,7 @@ def byte_pairs(vocabulary: dict[str, int], pairs: list[tuple[str, ...]], padding
     from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
     model = BPE(vocabulary, pairs, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END)
-    made = Tokenizer(model)
+    made = Model(model)
     made.normalizer = Normalizers([NFC(), Replace(Regex(r"\s+"), " "), Lowercase()])
     made.pre_tokenizer = PreTokenizers([Split(Regex(WORDS), "removed", invert=True), ByteLevel(False)])
     # the word that pads is never a part of others, nor do others join it

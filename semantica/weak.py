@@ -1,7 +1,8 @@
 """The branch that guidance leads away from, as a value: v = weak + w (own - weak); numpy only.
 
 Kinds of guidance differ in nothing else: the null condition (classifier-free guidance), another sample's condition
-(independent condition guidance), an embedding with noise in it (time-step guidance), another network (autoguidance).
+(independent condition guidance), an embedding with noise in it (time-step guidance), another network (autoguidance), a
+part of the condition, below which there is nothing (a scale for each stream).
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ class Weak:
     shift: `[steps, B, E]` in the type of the condition's embedding, added to that; None for nothing.
     blocks: which blocks see the shift, in the order of computation; None for all of them.
     denoiser: what predicts the branch; None for the one that predicts the other branch too.
+    under, scale: a third condition, which this branch is led away from by a scale of its own; None for two branches.
     """
 
     condition: Condition
@@ -30,6 +32,13 @@ class Weak:
     shift: Array | None = None
     blocks: tuple[bool, ...] | None = None
     denoiser: Any = None
+    under: Condition | None = None
+    scale: float = 1.0
+
+    @property
+    def apart(self) -> bool:
+        """Whether the branches are more than two of one denoiser, and so predicted one by one."""
+        return self.denoiser is not None or self.under is not None
 
     @property
     def kind(self) -> tuple:
@@ -59,4 +68,5 @@ class Weak:
     def map(self, function: Callable[[Array], Array]) -> "Weak":
         """Apply a function to every array."""
         rows, shift = (a if a is None else function(a) for a in (self.rows, self.shift))
-        return dataclasses.replace(self, condition=self.condition.map(function), rows=rows, shift=shift)
+        under = self.under if self.under is None else self.under.map(function)
+        return dataclasses.replace(self, condition=self.condition.map(function), rows=rows, shift=shift, under=under)

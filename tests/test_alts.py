@@ -76,7 +76,7 @@ def test_targets_are_the_pictures_with_a_text(shards, mode):
 
 def test_each_sample_has_the_text_of_its_target(shards):
     data = open_data(shards, captions=True)
-    pairs = Pairs(data, seed=1, image_size=8, global_batch=2, tokenizer=WordTokenizer.learn(data.captions))
+    pairs = Pairs(data, seed=1, image_size=8, global_batch=2, tokenizers={"text": WordTokenizer.learn(data.captions)})
     for i in range(12):
         assert pairs[i]["caption"] == data.captions.texts[data.draw(1, i).target.ref][0]
     training, held = data.split(0.34, 0)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from semantica import PretrainedEncoder, UserError, ViTEncoder
 from semantica.model.clip import ClipTextEncoder
-from semantica.model.encoders import frozen_encoder, text_encoder
+from semantica.model.encoders import frozen_encoder, text_encoders
 
 
 def pictures(size, batch=2):
@@ -158,14 +158,14 @@ def test_the_encoder_of_a_run_is_loaded_frozen_and_nothing_else_is(small_run, tm
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("load", [frozen_encoder, text_encoder])
+@pytest.mark.parametrize("load", [frozen_encoder, lambda source: text_encoders([source])])
 def test_a_run_folder_that_lacks_a_weight_is_refused_and_nothing_is_drawn(small_run, tmp_path, load, capfd):
     texts = ["a red circle", "two blue squares"]
     if load is frozen_encoder:
         shutil.copytree(small_run / "encoder", tmp_path / "encoder")
         name, folder = "norm.weight", tmp_path / "encoder"
     else:
-        text_encoder("words", texts).save_pretrained(tmp_path / "encoder" / "text")
+        text_encoders(["words"], texts)["text"].save_pretrained(tmp_path / "encoder" / "text")
         name, folder = "codes", tmp_path / "encoder" / "text"
     assert load(str(tmp_path))
     path = folder / "diffusion_pytorch_model.safetensors"

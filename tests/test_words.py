@@ -12,7 +12,7 @@ from semantica.model.conditioner import Conditioner
 from semantica.train.data.captions import read_captions
 from semantica.train.data.loading import batches
 from semantica.train.data.open import open_data
-from semantica.train.data.pairs import Pairs
+from semantica.train.data.pairs import Drops, Pairs
 from semantica.words import WordTokenizer, split_words
 
 TEXTS = ["Two red crosses, on green.", "a ring", "don\u2019t blink-182"]
@@ -213,7 +213,7 @@ def test_texts_that_do_not_fit_their_pictures_are_one_line(web, tmp_path, spoil,
 
 
 def options(data, **given):
-    return dict(seed=3, image_size=8, global_batch=8, tokenizer=WordTokenizer.learn(data.captions)) | given
+    return dict(seed=3, image_size=8, global_batch=8, tokenizers={"text": WordTokenizer.learn(data.captions)}) | given
 
 
 def test_a_text_is_drawn_for_each_sample_alike_in_every_process(web):
@@ -224,7 +224,7 @@ def test_a_text_is_drawn_for_each_sample_alike_in_every_process(web):
     for index, item in enumerate(items):
         ref = data.draw(3, index).target.ref
         assert item["caption"] in data.captions.texts[ref]
-        assert item["text"].tolist() == pairs.tokenizer([item["caption"]])[0].tolist()
+        assert item["text"].tolist() == pairs.tokenizers["text"]([item["caption"]])[0].tolist()
         drawn.setdefault(ref, set()).add(item["caption"])
     # two epochs: some picture with two texts has shown both
     assert max(map(len, drawn.values())) == 2 and min(map(len, drawn.values())) == 1
@@ -248,7 +248,7 @@ def test_a_text_is_drawn_for_each_sample_alike_in_every_process(web):
 
 def test_each_stream_is_dropped_apart_and_all_together(web):
     data, count = open_data(web, captions=True), 4000
-    found = [Pairs(data, **options(data, drop=0.1, drop_each=(0.2, 0.3)))._dropped(i) for i in range(count)]
+    found = [Pairs(data, **options(data, drop=0.1, drop_each=Drops(0.2, 0.3)))._dropped(i) for i in range(count)]
     drop = np.array(found)
     whole = np.array([Pairs(data, seed=3, image_size=8, global_batch=8, drop=0.1)._dropped(i) for i in range(count)])
     # all together exactly where one condition would have been dropped
@@ -257,9 +257,9 @@ def test_each_stream_is_dropped_apart_and_all_together(web):
     # four standard deviations of a share of 3600
     for share, rate in ((image, 0.2), (text, 0.3), (image & text, 0.06), (whole, 0.1)):
         assert abs(share.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / len(share))
-    assert np.array_equal(drop[5], Pairs(data, **options(data, drop=0.1, drop_each=(0.2, 0.3)))[5]["drop"])
+    assert np.array_equal(drop[5], Pairs(data, **options(data, drop=0.1, drop_each=Drops(0.2, 0.3)))[5]["drop"])
     with pytest.raises(UserError, match="condition dropout 1.5 is out of range"):
-        Pairs(data, **options(data, drop_each=(0.0, 1.5)))
+        Pairs(data, **options(data, drop_each=Drops(text=1.5)))
 
 
 def test_an_encoder_of_texts_stands_in_a_conditioner(tmp_path):

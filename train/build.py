@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from semantica.errors import UserError
-from semantica.inputs import SINGLE, TEXT
+from semantica.inputs import SINGLE, is_text
 from semantica.model.conditioner import Conditioner, encoders_of
-from semantica.model.encoders import ViTEncoder, frozen_encoder, text_encoder, weights_sha256
+from semantica.model.encoders import ViTEncoder, frozen_encoder, text_encoders, weights_sha256
+from semantica.model.grow import grow, new_streams
+from semantica.model.hub import located
 from semantica.model.presets import encoder_preset, preset
 from semantica.model.uvit import UViT
 from semantica.pipelines.networks import NetworkPipeline
+from semantica.pipelines.runfolder import PATTERNS, check_run
 from semantica.sampling.scheduler import SemanticaScheduler
+from semantica.train.adapters import adapt
 from semantica.train.config import TrainConfig
 from semantica.train.data.tokens import stored_encoder
 from semantica.train.heads import RepaHead, aligned_depth
@@ -53,16 +57,16 @@ def build(
     if config.texts:
         # how it is loaded must not decide how the denoiser begins
         with torch.random.fork_rng(devices=[]):
-            parts[TEXT] = text_encoder(config.text_encoder, texts)
+            parts |= text_encoders(config.text_encoder, texts)
     with building():
         streams = {name: part.token_dim for name, part in parts.items()}
-        unet = UViT(**settings, streams=streams, conditioning=config.conditioning)
+        unet = UViT(**settings, streams=streams, conditioning=config.conditioning, fusion=config.fusion)
     bad = [scale for scale in config.scales if scale < 1 or size % scale]
     if bad:
         raise UserError(f"--scales {bad[0]} does not divide the image size {size}")
     unet = placed(unet, device)
     for name, part in parts.items():
-        if name == TEXT or not config.tokens:
+        if is_text(name) or not config.tokens:
             placed(part, device)
     encoder = Conditioner(parts) if config.texts else parts[SINGLE]
     return unet, encoder, SemanticaScheduler(image_size=size, reference=config.reference)
@@ -78,7 +82,11 @@ def picture_encoder(config: TrainConfig, size: int, building: Callable[[], Abstr
     # how an encoder is loaded must not decide how the denoiser begins
     with torch.random.fork_rng(devices=[]):
         wanted = config.encoder, config.encoder_size, config.encoder_tokens
-        return stored_encoder(config.tokens, *wanted) if config.tokens else frozen_encoder(*wanted)
+        made = stored_encoder(config.tokens, *wanted) if config.tokens else frozen_encoder(*wanted)
+    if config.encoder_lr is not None:
+        made.trainable = True
+        made.requires_grad_(True)
+    return made
 
 
 def placed(module: nn.Module, device: torch.device) -> nn.Module:
@@ -88,32 +96,61 @@ def placed(module: nn.Module, device: torch.device) -> nn.Module:
     return module.to(device).to(memory_format=torch.channels_last)
 
 
-def begin_with(source: str, unet: UViT, encoder: nn.Module) -> None:
+def begin_with(source: str, unet: UViT, encoder: nn.Module) -> tuple[str, ...]:
     """Fill what is to be trained with the weights of a published run; a frozen encoder stays as it is.
+
+    Returns:
+        Streams that the run lacks: what they add begins at zero.
 
     Raises:
         UserError: there is no such run, its networks are others, or another encoder reads its texts.
     """
     found = NetworkPipeline.load(source)
-    pairs, theirs = [("denoiser", unet, found.unet)], encoders_of(found.encoder)
+    try:
+        new = new_streams(unet, found.unet)
+    except UserError as error:
+        raise UserError(f"--init {source}: {error}") from error
+    require_alike(source, "denoiser", unet, found.unet)
+    grow(unet, found.unet)
+    theirs = encoders_of(found.encoder)
     for name, part in encoders_of(encoder).items():
+        if name in new:
+            continue
+        other = theirs.get(name, found.encoder)
         if part.trainable:
-            pairs.append(("encoder", part, theirs.get(name, found.encoder)))
-    for what, own, other in pairs:
-        if type(own) is not type(other):
-            raise UserError(f"--init {source} has a {type(other).__name__} as {what}, this run a {type(own).__name__}")
-        for name, value in own.config.items():
-            given = other.config.get(name)
-            if not name.startswith("_") and as_json(given) != as_json(value):
-                raise UserError(
-                    f"--init {source} has a {what} of {name} {given}, this run of {value}: give what it was made with"
-                )
-        own.load_state_dict(other.state_dict())
-    # frozen, but a word of one is none of another's
-    ours, other = encoders_of(encoder).get(TEXT), theirs.get(TEXT)
-    if ours and (type(ours) is not type(other) or weights_sha256(ours) != weights_sha256(other)):
-        kind = type(other or ours).__name__
-        raise UserError(f"--init {source} reads texts by another {kind} than this run: give --text-encoder {source}")
+            require_alike(source, "encoder", part, other)
+            part.load_state_dict(other.state_dict())
+        # frozen, but a word of one is none of another's
+        elif is_text(name) and (type(part) is not type(other) or weights_sha256(part) != weights_sha256(other)):
+            reads = f"reads texts by another {type(other).__name__} than this run"
+            raise UserError(f"--init {source} {reads}: give --text-encoder {source}")
+    return new
+
+
+def require_alike(source: str, what: str, own: nn.Module, other: nn.Module) -> None:
+    """Raises `UserError` where two modules differ in their configurations, but for streams that only one has."""
+    if type(own) is not type(other):
+        raise UserError(f"--init {source} has a {type(other).__name__} as {what}, this run a {type(own).__name__}")
+    for name, value in own.config.items():
+        given = other.config.get(name)
+        if name == "streams":
+            value = {stream: width for stream, width in value.items() if stream in given}
+        if not name.startswith("_") and as_json(given) != as_json(value):
+            raise UserError(
+                f"--init {source} has a {what} of {name} {given}, this run of {value}: give what it was made with"
+            )
+
+
+def adapted(config: TrainConfig, unet: UViT) -> None:
+    """The LoRAs that `--lora` asks for, beside weights that are there already or will be.
+
+    Raises:
+        UserError: there is no such run as `--init`, or it has other streams.
+    """
+    folder = located(config.init, PATTERNS)
+    check_run(folder)
+    base = UViT.from_config(UViT.load_config(folder / "unet"))
+    adapt(unet, config.lora, new_streams(unet, base))
 
 
 def as_json(value: Any) -> str:

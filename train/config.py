@@ -93,18 +93,24 @@ class TrainConfig:
     tokens: str | None = None
     """Folder of tokens that `semantica pairs --tokens` stored for --data with the same --encoder: it then never runs.
     Conditions are the centre of their pictures, mirrored at random like before; targets are cut as ever."""
-    text_encoder: str = "words"
-    """Frozen encoder of texts: "words" has a token for each word of the training texts, "phrases" one that
-    knows the word before it too, which binds "red" to "cross" sooner; or a CLIP text tower by the
-    folder of it and its tokenizer, or of a diffusers pipeline; or that of a run folder."""
+    text_encoder: tuple[str, ...] = ("words",)
+    """Frozen encoders of texts, each a stream of its own: "words" has a token for each word of the training texts,
+    "phrases" one that knows the word before it too, which binds "red" to "cross" sooner; or a CLIP text tower, T5, UL2
+    or ByT5 with its tokenizer, by hub name or folder, or in the folder of a diffusers pipeline; or those of a run
+    folder."""
     conditioning: Literal["tokens", "global", "both", "none"] = "tokens"
     """How the condition enters: cross-attention to tokens, pooled vector, both, or not at all."""
+    fusion: Literal["parallel", "concatenated"] = "parallel"
+    """How several streams meet in cross-attention: "parallel", a softmax for each (arXiv 2409.13346), or, to compare
+    with, "concatenated", one over the tokens of all. Their sum as one vector is --conditioning global."""
     drop: float = 0.1
     """Share of samples whose condition is dropped, pictures and text together, which makes guidance possible."""
     drop_picture: float = 0.1
     """With --condition-on both: share of samples that lose their pictures, whether or not they lose the text too."""
     drop_text: float = 0.1
     """With --condition-on both: share of samples that lose their text, whether or not they lose the pictures too."""
+    drop_tower: float = 0.1
+    """With several --text-encoder: share of samples that lose the text of one of them, each by itself."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     warmup: int = 200
@@ -121,7 +127,12 @@ class TrainConfig:
     """Further decays: their averages are kept in checkpoints too, and published as the pipelines OUT/ema-DECAY."""
     init: str | None = None
     """Run folder or hub name of a published run whose weights this one begins with, with a new optimizer; of the same
-    --preset, --image-size, --conditioning and kind of --encoder."""
+    --preset, --image-size, --conditioning and kind of --encoder. Streams that it lacks begin by adding nothing."""
+    lora: int = 0
+    """Rank of LoRAs on self-attention and on cross-attention to texts (package peft): of --init's weights nothing else
+    is trained, but streams that it lacks are, whole. They are merged into what is published. 0 = no LoRAs."""
+    encoder_lr: float | None = None
+    """Learning rate of the encoder of pictures, in the place of --lr. A frozen --encoder is trained along then."""
     loss: Literal["x", "v", "eps", "sigmoid"] = "x"
     """What the weight of the noise levels makes the loss equal to; "x" learns content first, "eps" and "v" detail."""
     align: float = 0.0
@@ -220,7 +231,8 @@ class TrainConfig:
         if self.graph and self.checkpointing:
             # it keeps and sets states of random numbers, which a recording forbids
             raise UserError("--graph records no blocks that are computed again: leave out --checkpointing, or --graph")
-        shares = [(name, 0, 1) for name in ("drop", "drop_picture", "drop_text", "ema", "held_out", "decay")]
+        bounded = ("drop", "drop_picture", "drop_text", "drop_tower", "ema", "held_out", "decay")
+        shares = [(name, 0, 1) for name in bounded]
         for name, low, high in shares + ([("crop", 1e-3, 1)] if self.crop != "centre" else []):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give {low} to {high}")
@@ -252,19 +264,38 @@ class TrainConfig:
             raise UserError(f"--tokens {self.tokens} come from a frozen encoder: give the --encoder that made them")
         if self.encoder == "vit" and self.encoder_tokens != "patches":
             raise UserError("--encoder-tokens is for frozen encoders: the trainable one has patches only")
-        if self.condition_on == "picture" and self.text_encoder != "words":
-            raise UserError(f"--text-encoder {self.text_encoder} is nothing without --condition-on text or both")
+        if not self.text_encoder:
+            raise UserError("--text-encoder is empty: give at least one, or leave it out")
+        if self.condition_on == "picture" and self.text_encoder != TrainConfig.text_encoder:
+            given = " ".join(self.text_encoder)
+            raise UserError(f"--text-encoder {given} is nothing without --condition-on text or both")
         if self.condition_on == "text":
             self.check_text_alone()
         for name in APART if self.condition_on != "both" else ():
             if getattr(self, name) != getattr(TrainConfig, name):
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} is for pictures and texts: leave it out, or give --condition-on both")
+        self.check_adapters()
         if self.seed >= 1 << 32:
             raise UserError(f"--seed is {self.seed}: give less than {1 << 32}")
         if self.warmup < 0 or self.weight_decay < 0 or (self.workers or 0) < 0 or self.seed < 0:
             raise UserError("--warmup, --weight-decay, --workers and --seed must not be negative")
         return self
+
+    def check_adapters(self) -> None:
+        """Raises `UserError` for adapters of nothing, or of what cannot have them."""
+        if self.lora < 0 or (self.lora and not self.init):
+            raise UserError(f"--lora is {self.lora}: give a rank, and the run that it adapts as --init")
+        if self.lora and (self.float8 or self.compile or self.parallel in ("fsdp", "hsdp")):
+            raise UserError("--lora is for weights in their own type, whole and uncompiled: leave out --float8, "
+                            "--compile and --parallel fsdp or hsdp")  # fmt: skip
+        if self.encoder_lr is None:
+            return
+        if not (math.isfinite(self.encoder_lr) and self.encoder_lr > 0):
+            raise UserError(f"--encoder-lr is {self.encoder_lr}: give a positive number")
+        if not self.pictures or self.tokens:
+            what = "--tokens, which no encoder runs for" if self.tokens else "--condition-on text"
+            raise UserError(f"--encoder-lr trains the encoder of pictures: leave out {what}")
 
     def check_sizes(self) -> None:
         """Raises `UserError` for sizes of a network that none has."""

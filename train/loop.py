@@ -15,6 +15,7 @@ from semantica.diffusion import noise_levels
 from semantica.errors import UserError, first_line
 from semantica.inputs import Prepared
 from semantica.pipelines.networks import NetworkPipeline
+from semantica.train.adapters import merged
 from semantica.train.config import TrainConfig
 from semantica.train.data.heldout import contrasted, examples
 from semantica.train.graph import StepGraph
@@ -210,6 +211,6 @@ def finish(t: Training) -> None:
         # a frozen encoder has no average
         pictures = modules.get("encoder") and gathered(modules["encoder"], t.world)
         place = None if modules is t.state.ema else f"ema-{decay}"
-        unet, encoder = gathered(modules["unet"], t.world), with_pictures(t.averaged.encoder, pictures)
+        unet, encoder = merged(gathered(modules["unet"], t.world)), with_pictures(t.averaged.encoder, pictures)
         t.run.publish(unet, encoder, t.scheduler, place)
     t.run.say(f"done: {out} after {step} steps")

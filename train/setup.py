@@ -12,7 +12,7 @@ from torch import nn
 
 from semantica.device import pick_device, pick_precision
 from semantica.errors import UserError
-from semantica.inputs import SINGLE, TEXT
+from semantica.inputs import SINGLE, is_text
 from semantica.kernels import implementations
 from semantica.model.attention import set_attention
 from semantica.model.compile import compile_in_place
@@ -23,13 +23,13 @@ from semantica.model.float8 import check_float8, to_float8
 from semantica.model.image_encoder import sight_of
 from semantica.model.recompute import keeping_products
 from semantica.sampling.scheduler import SemanticaScheduler
-from semantica.train.build import alignment, begin_with, build
+from semantica.train.build import adapted, alignment, begin_with, build
 from semantica.train.config import TrainConfig
 from semantica.train.data.folders import RECONSTRUCT
 from semantica.train.data.heldout import contrasted, held_out_batches
 from semantica.train.data.loading import batches, require_room, worker_bytes
 from semantica.train.data.open import open_data
-from semantica.train.data.pairs import Pairs
+from semantica.train.data.pairs import Drops, Pairs
 from semantica.train.data.source import Source
 from semantica.train.data.workers import BEST_MFU, choose
 from semantica.train.heads import PairHead
@@ -128,6 +128,7 @@ def prepare(config: TrainConfig, world: World, opened: ExitStack) -> Training:
     arithmetic = f"{str(dtype).removeprefix('torch.')} on {device.type}"
     world.require_same({"the arithmetic of a step": arithmetic}, "give all the same --precision and --device")
     parallel = parallelize(world, device, dtype)
+    lines: list[str] = []
     # as the first process sees them: its weights replace those that a run begins with
     goes_on = world.from_main(lambda: bool(checkpoint.folders(config.out / "checkpoints")))
     with world.consensus():
@@ -135,7 +136,11 @@ def prepare(config: TrainConfig, world: World, opened: ExitStack) -> Training:
         # of the encoders only that of pictures may be trained along, or stay where it is
         pictures = encoders_of(encoder).get(SINGLE)
         if config.init and not goes_on and not unet.conv_in.weight.is_meta:
-            begin_with(config.init, unet, encoder)
+            new = begin_with(config.init, unet, encoder)
+            added = f", and begins with nothing of {', '.join(new)}" if new else ""
+            lines.append(f"begins with the weights of {config.init}{added}")
+        if config.lora:
+            adapted(config, unet)
         repa, teacher = alignment(config, unet, encoder, device)
         known = frozen(config, encoder, teacher)
         networks = nn.ModuleList([unet, encoder])
@@ -146,13 +151,13 @@ def prepare(config: TrainConfig, world: World, opened: ExitStack) -> Training:
     run = opened.enter_context(closing(Run(config, data.digest(), world, known)))
     run.bad_samples(bad if world.is_main else ())
     run.say(f"device {device}, {str(dtype).removeprefix('torch.')}; attention: {attention[0]} ({attention[1]})")
-    run.say(*described(world, device))
+    run.say(*described(world, device), *lines)
     run.say(f"{data.describe()}; held out: {held.describe() if held else 'nothing'}; {len(bad)} bad")
     if alone:
         run.say(f"{len(alone)} groups of one picture are left out, the first is {alone[0]!r}; {RECONSTRUCT}")
-    run.say(f"denoiser {millions(unet)} parameters, encoder {millions(encoder)}")
+    run.say(f"denoiser {millions(unet)} parameters, encoder {millions(encoder)}{trained_share(config, unet)}")
     if config.texts:
-        run.say(*described_texts(encoder, held))
+        run.say(*described_texts(encoder, data, held))
 
     head = PairHead(pictures.token_dim, across=world.size > 1).to(device) if config.align else None
     flops = sample_flops(config, unet, encoder, head, teacher)
@@ -169,10 +174,10 @@ def prepare(config: TrainConfig, world: World, opened: ExitStack) -> Training:
     resume(state, saver.root, world, run.say)
     run.rewind(state.step)
 
-    tokenizer = encoder.encoders[TEXT].tokenizer if config.texts else None
+    tokenizers = {n: part.tokenizer for n, part in encoders_of(encoder).items() if is_text(n)}
     shown = {
         "image_size": unet.config.image_size, "condition_size": pictures and pictures.image_size,
-        "sight": pictures and sight_of(pictures), "conditions": config.pictures, "tokenizer": tokenizer,
+        "sight": pictures and sight_of(pictures), "conditions": config.pictures, "tokenizers": tokenizers,
     }  # fmt: skip
     fixed = []
     if held:
@@ -186,7 +191,7 @@ def prepare(config: TrainConfig, world: World, opened: ExitStack) -> Training:
     pairs = Pairs(
         data, seed=config.seed, **shown, global_batch=config.batch, drop=config.drop,
         flip=config.flip, crop=None if config.crop == "centre" else config.crop, target_tokens=config.repa_from_store,
-        drop_each=(config.drop_picture, config.drop_text),
+        drop_each=Drops(config.drop_picture, config.drop_text, config.drop_tower),
     )  # fmt: skip
     measure = Measure(config, device, dtype, flops, world)
     if measure.peak is None:
@@ -235,10 +240,12 @@ def frozen(config: TrainConfig, encoder: nn.Module, teacher: nn.Module | None) -
     what a hub or a folder has under a name may change. Stored tokens know the one that made them."""
     parts = encoders_of(encoder)
     pictures = None if config.tokens else parts.get(SINGLE)
-    named = {"encoder": pictures, "text_encoder": parts.get(TEXT)}
+    named = {"encoder": pictures}
     if teacher is not None and teacher is not parts.get(SINGLE):
         named["repa_encoder"] = teacher
-    return {name: weights_sha256(part) for name, part in named.items() if part is not None and not part.trainable}
+    known = {name: weights_sha256(part) for name, part in named.items() if part is not None and not part.trainable}
+    texts = [weights_sha256(part) for name, part in parts.items() if is_text(name)]
+    return known | ({"text_encoder": "+".join(texts)} if texts else {})
 
 
 def described(world: World, device: torch.device) -> list[str]:
@@ -250,17 +257,23 @@ def described(world: World, device: torch.device) -> list[str]:
     return lines
 
 
-def described_texts(encoder: Conditioner, held: Source | None) -> list[str]:
-    """What the encoder of texts knows, and which words of held-out texts it does not."""
-    tokenizer = encoder.encoders[TEXT].tokenizer
-    if not isinstance(tokenizer, WordTokenizer):
-        return []
-    lines = [f"texts: {len(tokenizer.vocabulary)} words, at most {tokenizer.length} in a text"]
-    unknown = tokenizer.unknown(held.captions) if held else []
-    if unknown:
-        lines.append(
-            f"{len(unknown)} words of held-out texts are in no training text, left out there: {listed(unknown)}"
-        )
+def described_texts(encoder: Conditioner, data: Source, held: Source | None) -> list[str]:
+    """What the encoders of texts know, which words of held-out texts they do not, and how many texts they cut."""
+    lines = []
+    for name, part in encoder.encoders.items():
+        tokenizer = getattr(part, "tokenizer", None)
+        if isinstance(tokenizer, WordTokenizer):
+            lines.append(f"{name}: {len(tokenizer.vocabulary)} words, at most {tokenizer.length} in a text")
+            unknown = tokenizer.unknown(held.captions) if held else []
+            if unknown:
+                lines.append(
+                    f"{len(unknown)} words of held-out texts are in no training text, left out there: {listed(unknown)}"
+                )
+        elif tokenizer is not None:
+            texts = [*data.captions, *(held.captions if held else ())]
+            cut = tokenizer.cut(texts)
+            shortened = f"; {cut} of {len(texts)} texts have more and are cut" if cut else ""
+            lines.append(f"{name}: {type(part).__name__}, at most {tokenizer.room} tokens of a text{shortened}")
     return lines
 
 
@@ -283,6 +296,12 @@ def sample_flops(
 
 def millions(module: nn.Module) -> str:
     return f"{count_parameters(module) / 1e6:.1f} M"
+
+
+def trained_share(config: TrainConfig, unet: nn.Module) -> str:
+    """With LoRAs, how much of the denoiser is trained."""
+    count = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    return f"; {count / 1e6:.2f} M of the denoiser's are trained" if config.lora else ""
 
 
 def compiled(config: TrainConfig, objective: Objective) -> Objective:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from semantica.model.compile import repeated
 from semantica.model.layers import CrossAttention
+from semantica.model.pretrained import PretrainedEncoder
 from semantica.train.objective import Objective
 from semantica.train.processes import World
 
@@ -63,6 +64,7 @@ class DataParallel(Whole):
         # sums of three processes and more depend on places in buckets. Buckets that are built anew after the first step
         # are not those of a run that goes on there; where any parameter might be unused, none are built anew
         same = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        foreign = any(isinstance(module, PretrainedEncoder) and module.trainable for module in objective.modules())
         # it takes no module on two devices: the frozen encoder of stored tokens stays on the CPU, and does not run
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             objective, elsewhere(objective, self.device)
@@ -72,8 +74,8 @@ class DataParallel(Whole):
             device_ids=[self.device] if self.device.type == "cuda" else None,
             **{buffers: False},
             gradient_as_bucket_view=True,
-            # an encoder that is trained along, but conditions nothing
-            find_unused_parameters=same or not objective.unet.stream_names and objective.head is None,
+            # an encoder that is trained along, but conditions nothing, and heads of one that came from elsewhere
+            find_unused_parameters=same or not objective.unet.stream_names and objective.head is None or foreign,
         )
 
     def micro_batch(self, objective: nn.Module, last: bool) -> AbstractContextManager:

@@ -13,6 +13,15 @@ SLOTS = ("step", "exp_avg", "exp_avg_sq")
 SCALE = {"scale": "scale", "steps": "_growth_tracker"}
 
 
+def split(parameters: list[Tensor], weight_decay: float, times: float) -> list[dict]:
+    """Groups of an optimizer, of a rate so many times the run's. Norms, biases and tokens are not pulled to zero."""
+    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay, "times": times},
+        {"params": vectors, "weight_decay": 0.0, "times": times},
+    ]
+
+
 class TrainState:
     """Modules in training, their exponential moving averages, and AdamW.
 
@@ -47,10 +56,12 @@ class TrainState:
             for key, p in module.named_parameters()
             if p.requires_grad
         }
-        # norms, biases and tokens are not pulled to zero
-        matrices = [p for p in self.parameters.values() if p.ndim > 1]
-        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        own = config.encoder_lr is not None
+        encoder = [p for key, p in self.parameters.items() if own and key.startswith("encoder.")]
+        others = [p for key, p in self.parameters.items() if not (own and key.startswith("encoder."))]
+        # what a group's rate is a multiple of the others' by
+        groups = [*split(others, config.weight_decay, 1.0)]
+        groups += split(encoder, config.weight_decay, config.encoder_lr / config.lr) if encoder else []
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self._averages = {decay: self._in_order(modules) for decay, modules in self.averages.items()}
 
@@ -70,7 +81,7 @@ class TrainState:
             self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
+            group["lr"] = learning_rate(self.config, self.step) * group["times"]
         if self.scaler is None:
             self.optimizer.step()
         else:

@@ -55,7 +55,7 @@ def train_options(out: Path, steps: int, seed: int, compile: bool) -> dict:
     """What the demo trains with: words as the only condition, attention on a grid of 8 x 8."""
     return dict(
         data=out / "web" / "train", val=out / "web" / "val", out=out / "run", mode="reconstruct", condition_on="text",
-        text_encoder="phrases", steps=steps, preset="tiny", channels=(64,), depths=(1,), width=128, depth=3, heads=4,
+        text_encoder=("phrases",), steps=steps, preset="tiny", channels=(64,), depths=(1,), width=128, depth=3, heads=4,
         batch=32, lr=2e-3, warmup=100, decay=0.4, ema=0.998, loss="x", reference=16, flip=False, crop="centre",
         compile=compile, seed=seed, workers=1, log_every=100, eval_every=max(1, steps // 5), sample_every=steps,
         save_every=max(1, steps // 3),

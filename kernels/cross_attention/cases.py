@@ -76,6 +76,8 @@ class CrossAttentionCase(Case):
         return products(direction, (self.batch, self.queries, self.heads, self.dim), sum(self.sizes))
 
 
+# a picture, CLIP's text and T5's, with guidance in one batch: the reference is three attentions and their sum
+THREE = (257, 77, 512)
 CASES = {
     "tiny": CrossAttentionCase(2, 64, 3, 64, (64,)),
     "257 tokens": CrossAttentionCase(1, 64, 2, 32, (257,)),
@@ -101,6 +103,7 @@ def timed(device: str, quick: bool) -> list[CrossAttentionCase]:
             CrossAttentionCase(2, 256, 8, 64, (257,)),
             CrossAttentionCase(2, 256, 8, 64, (256, 77), gates=True),
             CrossAttentionCase(2, 256, 8, 64, (256, 77), ((256, 40), (256, 0)), gates=True),
+            CrossAttentionCase(2, 256, 8, 64, THREE),
         ]
     return [
         CrossAttentionCase(16, 256, 32, 128, (256,), q_norm=False),
@@ -110,4 +113,5 @@ def timed(device: str, quick: bool) -> list[CrossAttentionCase]:
         CrossAttentionCase(8, 256, 16, 64, (256, 77), gates=True),
         CrossAttentionCase(8, 256, 16, 64, (256, 77), ((256, 40), (256, 0)) * 4, gates=True),
         CrossAttentionCase(8, 1024, 16, 64, (256,)),
+        CrossAttentionCase(8, 256, 16, 64, THREE),
     ]

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from semantica.condition import Stream
@@ -46,39 +47,35 @@ class ClipTextEncoder(ModelMixin, ConfigMixin):
         self.tokenizer: ClipTokenizer | None = None
 
     @classmethod
-    def from_source(cls, source: str | Path) -> Self:
+    def from_source(cls, source: str | Path, folder: Path | None = None) -> Self:
         """The tower and the tokenizer of a local folder, safetensors and JSON only.
 
         Args:
-            source: as `save_pretrained` of transformers writes a CLIP and its tokenizer into one folder, or the folder
-                of a diffusers pipeline with `text_encoder` and `tokenizer`.
+            source: the folder, or the name that it has elsewhere: kept for the record.
+            folder: as `save_pretrained` of transformers writes a CLIP and its tokenizer into one folder, or the folder
+                of a diffusers pipeline with `text_encoder` and `tokenizer`; by default `source`.
 
         Raises:
             UserError: there is no such folder, a part is missing or unsafe, or they do not fit each other.
         """
         from transformers import CLIPTextModel
-        from transformers.utils import logging
 
-        folder = Path(source)
+        folder = folder or Path(source)
         if not folder.is_dir():
-            raise UserError(f'--text-encoder {source} is no folder: give "words" or the folder of a CLIP text tower')
+            raise UserError(f'--text-encoder {source} is no folder: give "words" or the folder of a text tower')
         whole = (folder / TOWER).is_dir()
         tower, words = (folder / TOWER, folder / TOKENIZER) if whole else (folder, folder)
         refuse_unsafe(tower, words)
         kind = read_json(tower / "config.json").get("model_type")
         if kind not in ("clip", "clip_text_model"):
-            raise UserError(f"text encoder {source} is of type {kind!r}: expected a CLIP")
-        tokenizer, shown = ClipTokenizer(words), logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
+            raise UserError(f"text encoder {source} is of type {kind!r}: expected a CLIP, or a T5")
+        tokenizer = ClipTokenizer(words)
         try:
             loaded = complete(CLIPTextModel, tower, local_files_only=True)
         except UserError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"text encoder {source} has no loadable safetensors: {first_line(error)}") from error
-        finally:
-            if shown:
-                logging.enable_progress_bar()
         config = loaded.config
         if max(tokenizer.numbers) >= config.vocab_size or tokenizer.length > config.max_position_embeddings:
             has = f"{config.vocab_size} words and {config.max_position_embeddings} places"

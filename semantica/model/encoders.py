@@ -23,10 +23,12 @@ from torch import nn
 
 from semantica.errors import UserError, first_line
 from semantica.files import read_json, refuse_unsafe
-from semantica.inputs import TEXT
+from semantica.inputs import TEXT, text_names
 from semantica.model.clip import ClipTextEncoder
+from semantica.model.hub import located
 from semantica.model.phrases import PhraseEncoder
 from semantica.model.pretrained import PretrainedEncoder
+from semantica.model.t5 import KINDS, T5TextEncoder
 from semantica.model.vit import ViTEncoder
 from semantica.model.whole import require_whole, unsaid
 from semantica.model.words import WordEncoder
@@ -52,7 +54,7 @@ def register_encoder(kind: type[nn.Module]) -> type[nn.Module]:
     return kind
 
 
-for kind in (ViTEncoder, PretrainedEncoder, WordEncoder, PhraseEncoder, ClipTextEncoder):
+for kind in (ViTEncoder, PretrainedEncoder, WordEncoder, PhraseEncoder, ClipTextEncoder, T5TextEncoder):
     register_encoder(kind)
 
 
@@ -106,6 +108,11 @@ def frozen_encoder(source: str, image_size: int | None = None, tokens: str = "pa
     return encoder.requires_grad_(False).eval()
 
 
+# of a text tower on the hub: itself and its tokenizer, or those of a diffusers pipeline
+TOWER_FILES = (
+    "config.json", "model*.safetensors*", "tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "text_encoder/config.json", "text_encoder/model*.safetensors*", "tokenizer/*",
+)  # fmt: skip
 # what `--text-encoder` may name beside folders: made of the training texts
 TEXT_ENCODERS: dict[str, Callable[[Iterable[str]], nn.Module]] = {
     "words": WordEncoder.learn,
@@ -113,22 +120,36 @@ TEXT_ENCODERS: dict[str, Callable[[Iterable[str]], nn.Module]] = {
 }
 
 
-def text_encoder(source: str, texts: Iterable[str] = ()) -> nn.Module:
-    """A frozen encoder of texts.
+def text_encoders(sources: Iterable[str], texts: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """Frozen encoders of texts, one stream each: `text`, `text_2`, ...; of a run folder all that it has.
 
     Args:
-        source: a name in `TEXT_ENCODERS`, a folder as `ClipTextEncoder.from_source` takes it, or a run folder of this
-            package with an encoder of texts.
+        sources: each a name in `TEXT_ENCODERS`; a CLIP text tower, T5, UL2 or ByT5 with its tokenizer by folder or hub
+            name (`from_source`); or a run folder of this package with an encoder of texts.
         texts: that the model is to be trained on.
 
     Raises:
         UserError: nothing safe can be loaded from there, or the texts do not fit.
     """
+    texts = list(texts)
+    made = [encoder for source in sources for encoder in text_encoders_of(source, texts)]
+    return dict(zip(text_names(len(made)), made))
+
+
+def text_encoders_of(source: str, texts: list[str]) -> list[nn.Module]:
+    """The encoders of one source."""
     if source in TEXT_ENCODERS:
-        return TEXT_ENCODERS[source](texts)
+        return [TEXT_ENCODERS[source](texts)]
     folder = own_folder(source, f"encoder/{TEXT}")
     if folder is None:
-        return ClipTextEncoder.from_source(source)
+        return [tower_of_texts(source, texts)]
+    beside = sorted(folder.parent.glob(f"{TEXT}_*"), key=lambda path: (len(path.name), path.name))
+    folders = [folder, *(beside if folder.name == TEXT and folder.parent.name == "encoder" else ())]
+    return [own_text_encoder(source, place, texts) for place in folders]
+
+
+def own_text_encoder(source: str, folder: Path, texts: list[str]) -> nn.Module:
+    """An encoder of texts that this package saved."""
     kind = read_class(folder)
     encoder = loaded(kind, folder, f"text encoder {source!r}")
     if not hasattr(encoder, "tokenizer"):
@@ -137,6 +158,15 @@ def text_encoder(source: str, texts: Iterable[str] = ()) -> nn.Module:
         # now, not at the step that first draws a text which it cannot read
         encoder.tokenizer.check_all(texts)
     return encoder.requires_grad_(False).eval()
+
+
+def tower_of_texts(source: str, texts: list[str]) -> nn.Module:
+    """A tower of transformers, by a folder or a name on the hub."""
+    folder = located(source, TOWER_FILES)
+    config = folder / "config.json"
+    if config.is_file() and read_json(config).get("model_type") in KINDS:
+        return T5TextEncoder.from_folder(folder, source, texts)
+    return ClipTextEncoder.from_source(source, folder)
 
 
 def loaded(kind: type[nn.Module], folder: Path, what: str) -> nn.Module:

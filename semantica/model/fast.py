@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semantica.condition import Condition
+from semantica.errors import UserError
 from semantica.model.attention import attend_by_products, sampling_attention
 from semantica.model.layers import GroupNormAct, ResBlock, TransformerBlock
 from semantica.model.uvit import UViT
@@ -148,10 +149,15 @@ class FastDenoiser(nn.Module):
     Args:
         unet: where sampling happens; is copied. Weights are cast to `dtype`, those of group norms kept in fp32.
         dtype: of weights and activations.
+
+    Raises:
+        UserError: a network whose streams are concatenated.
     """
 
     def __init__(self, unet: UViT, dtype: torch.dtype):
         super().__init__()
+        if unet.config.fusion != "parallel":
+            raise UserError(f"{unet.config.fusion} streams are for comparisons, in eager torch only: sample without")
         self.dtype = dtype
         self.net = net = copy.deepcopy(unet).eval()
         rearrange(net, dtype)

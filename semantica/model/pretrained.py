@@ -123,16 +123,19 @@ class PretrainedEncoder(ImageEncoder):
         return self.config.width or self.tower.config.hidden_size
 
     def train(self, mode: bool = True) -> "PretrainedEncoder":
-        """Stays in evaluation mode: the tower is frozen."""
+        """Stays in evaluation mode, also where the tower is trained along: without dropout."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Stream:
         """Images `[B, 3, S, S]` in [-1, 1], any size, to tokens `[B, M, C]` and a pooled vector `[B, C]`.
 
         The vector is the one that the backbone pools to; where there is none, or of another width than the tokens, the
         class token, and without one the mean of the tokens.
         """
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            return self.encode(images)
+
+    def encode(self, images: Tensor) -> Stream:
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)

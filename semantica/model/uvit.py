@@ -28,6 +28,7 @@ from semantica.solvers import alpha_sigma
 # below this noise the prediction fades into z itself, so that v stays of order 1
 SIGMA_MIN = 0.1
 CONDITIONING = ("tokens", "global", "both", "none")
+FUSIONS = ("parallel", "concatenated")
 
 # known to torch's pytrees, so that conditions pass through export, compile and distributed wrappers
 torch.export.register_dataclass(Stream)
@@ -50,6 +51,8 @@ class UViT(ModelMixin, ConfigMixin):
         streams: name and token width of each condition stream, `{"image": 384}`.
         conditioning: "tokens" (cross-attention), "global" (pooled vector added to the embedding), "both" or "none".
         dropout: in the transformer and in the lowest convolutional level.
+        fusion: of several streams' tokens: "parallel", a softmax for each (arXiv 2409.13346), or "concatenated", one
+            over all of them, which is there to be compared with.
 
     Raises:
         UserError: sizes that do not fit each other.
@@ -75,8 +78,11 @@ class UViT(ModelMixin, ConfigMixin):
         conditioning: str = "tokens",
         dropout: float = 0.0,
         in_channels: int = 3,
+        fusion: str = "parallel",
     ):
         super().__init__()
+        if fusion not in FUSIONS:
+            raise UserError(f"fusion={fusion!r}: expected one of {', '.join(FUSIONS)}")
         self.gradient_checkpointing = False
         channels, depths, streams = tuple(channels), tuple(depths), dict(streams or {})
         check(image_size, patch_size, channels, depths, width, heads, streams, conditioning)
@@ -155,7 +161,12 @@ class UViT(ModelMixin, ConfigMixin):
             if drop is not None:
                 # the null token stands for the stream at every place, present before or not
                 lengths = torch.where(drop if drop.ndim == 2 else drop[:, None], torch.stack(full, 1), lengths)
-        return self._project(tokens if self.use_tokens else [], emb, lengths)
+        made = self._project(tokens if self.use_tokens else [], emb, lengths)
+        if self.config.fusion == "parallel" or not made.sizes:
+            return made
+        # copies of a null token would weigh by their number, and `null` has one
+        absent = [made.emb.new_zeros(len(made.emb), dtype=torch.bool) if d is None else d for d in drops.values()]
+        return concatenated(made, torch.stack(absent, 1))
 
     def null(self, batch: int) -> Condition:
         """The unconditional branch `[batch, ...]`: one null token per stream, the same softmax as M copies of it."""
@@ -301,6 +312,23 @@ class UViT(ModelMixin, ConfigMixin):
             if stream.tokens.ndim != 3 or stream.tokens.shape[-1] != self.config.streams[name]:
                 shape = tuple(stream.tokens.shape)
                 raise UserError(f"stream {name!r} has tokens {shape}: expected [B, M, {self.config.streams[name]}]")
+
+
+def concatenated(condition: Condition, absent: Tensor) -> Condition:
+    """All streams as one, under one softmax: of an absent stream one token, and what is there before what is not.
+
+    absent: boolean `[B, S]`.
+    """
+    full = torch.tensor(condition.sizes, device=absent.device).expand(absent.shape)
+    lengths = torch.where(absent, 1, full if condition.lengths is None else condition.lengths)
+    places = [torch.arange(size, device=absent.device) for size in condition.sizes]
+    there = torch.cat([place < lengths[:, s, None] for s, place in enumerate(places)], 1)
+    order = (~there).to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
+    keys, values = (
+        tuple(torch.take_along_dim(array, order, 1) for array in arrays)
+        for arrays in (condition.keys, condition.values)
+    )
+    return Condition(keys, values, condition.emb, there.sum(1, keepdim=True), (sum(condition.sizes),))
 
 
 def check(image_size, patch_size, channels, depths, width, heads, streams, conditioning):

@@ -56,12 +56,15 @@ def complete(kind: type[nn.Module], source: str | Path, **options: Any) -> nn.Mo
     from transformers.utils import logging
 
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    level = logging.get_verbosity()
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
         tower, found = kind.from_pretrained(source, dtype=torch.float32, **options)
     finally:
         logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{source} has no {missing[0]}, one of {len(missing)} missing weights: download it whole")
     return tower

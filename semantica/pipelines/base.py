@@ -15,7 +15,7 @@ from semantica.condition import Condition, concatenate
 from semantica.discrete import schedule_of
 from semantica.errors import UserError
 from semantica.images import to_uint8
-from semantica.inputs import SINGLE, TEXT, Prepared, part_of, samples_in
+from semantica.inputs import SINGLE, Prepared, is_text, part_of, samples_in
 from semantica.ranges import span
 from semantica.sampling.guiders import Call
 from semantica.sampling.loop import Array, Denoiser, Guidance, sample
@@ -175,11 +175,11 @@ class VariationPipeline(ABC):
         Raises:
             UserError: the model does not read them.
         """
-        given = {SINGLE: image, TEXT: prompt}
-        for name, what in ((SINGLE, "pictures"), (TEXT, "text")):
-            if given[name] is not None and name not in self.inputs:
+        pictures, texts = SINGLE in self.inputs, any(map(is_text, self.inputs))
+        for value, there, what in ((image, pictures, "pictures"), (prompt, texts, "text")):
+            if value is not None and not there:
                 raise UserError(f"this model reads {' and '.join(self.inputs)}, no {what}: leave {what} out")
-        return {name: given.get(name) for name in self.inputs}
+        return {name: image if name == SINGLE else prompt if is_text(name) else None for name in self.inputs}
 
     def decode(self, z: Array) -> Array:
         """Images `[B, 3, R, R]` around [-1, 1] of what was sampled: that itself, or its decoded latents."""

@@ -13,7 +13,7 @@ from tyro.extras import literal_type_from_choices
 from semantica.errors import UserError
 from semantica.images import load_image
 from semantica.pipelines.base import VariationPipeline
-from semantica.sampling.guiders import Guider, IndependentCondition, TimeStep, WeakModel
+from semantica.sampling.guiders import Guider, IndependentCondition, StreamsApart, TimeStep, WeakModel
 
 Load = Callable[[Path], VariationPipeline]
 
@@ -56,6 +56,11 @@ GUIDERS = {
     "tsg": Named(
         "a perturbed noise level (time-step guidance)", time_step, ("tsg_scale", "tsg_power", "tsg_blocks"), 2.5
     ),
+    "streams": Named(
+        "pictures alone, and these of the null condition",
+        lambda options, *_: StreamsApart(options.streams_image),
+        ("streams_image",),
+    ),
     "auto": Named("a bad version of the model (autoguidance)", weak_model, ("weak",), 2.1),
 }
 
@@ -67,7 +72,7 @@ class GuiderOptions:
     guider: literal_type_from_choices(GUIDERS) = "cfg"
     """What is weak: "cfg" the null condition (arXiv 2207.12598), for models trained with dropped conditions; "icg"
     another condition (2407.02687); "tsg" the same one at a perturbed noise level (2407.02687); "auto" a bad version of
-    the model, --weak (2406.02507)."""
+    the model, --weak (2406.02507); "streams" texts by --guidance, pictures by --streams-image (2211.09800)."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Part of the run, from noise (0) to picture (1), in which guidance is on (arXiv 2404.07724)."""
     icg_images: tuple[Path, ...] = ()
@@ -83,6 +88,8 @@ class GuiderOptions:
     """tsg: alpha; 0 is the paper's constant schedule."""
     tsg_blocks: int | None = None
     """tsg: perturb only the first so many blocks of each part of a U-ViT; by default all. Not for bundles."""
+    streams_image: float = 1.5
+    """streams: scale of the pictures alone, in three evaluations a step."""
     weak: Path | None = None
     """auto: run folder of a smaller or less trained model with the same inputs, or a bundle for a bundle."""
 
@@ -99,6 +106,8 @@ class GuiderOptions:
             if others and self.guider not in others and getattr(self, field.name) != field.default:
                 option = field.name.replace("_", "-")
                 raise UserError(f"--{option} says nothing to --guider {self.guider}: give --guider {others[0]} too")
+        if self.guider == "streams":
+            StreamsApart(self.streams_image)
         if self.guider == "tsg":
             # its own bounds
             TimeStep(self.tsg_scale, self.tsg_power, self.tsg_blocks)

@@ -15,12 +15,13 @@ from semantica.errors import UserError
 from semantica.files import read_json
 from semantica.inputs import SINGLE, TEXT, Prepared, samples_in
 from semantica.model.conditioner import Conditioner, encoders_of, encodings, fill, placed, prepare
+from semantica.model.hub import located
 from semantica.model.image_encoder import ImageEncoder
 from semantica.model.uvit import UViT
 from semantica.model.whole import require_whole, unsaid
 from semantica.pipelines import components
 from semantica.pipelines.base import VariationPipeline
-from semantica.pipelines.runfolder import CONFIGS, check_run, located, readable
+from semantica.pipelines.runfolder import CONFIGS, PATTERNS, check_run, readable
 from semantica.sampling.loop import Denoiser
 from semantica.sampling.scheduler import SemanticaScheduler
 
@@ -43,7 +44,7 @@ class NetworkPipeline(VariationPipeline):
     @classmethod
     def load(cls, source: str | Path) -> Self:
         """As `SemanticaPipeline.from_pretrained`, in a third of the time. Raises `UserError` as that."""
-        folder = located(source)
+        folder = located(source, PATTERNS)
         check_run(folder)
         index, parts = read_json(folder / "model_index.json"), {}
         with readable(folder), unsaid():

@@ -38,25 +38,6 @@ def components() -> dict[str, tuple[tuple[str, str], ...]]:
     return {"unet": UNET, "encoder": (*encoders, *OLD_ENCODERS), "scheduler": SCHEDULER}
 
 
-def located(source: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or that of a repository of the same layout, downloaded from the hub.
-
-    Raises:
-        UserError: the repository cannot be reached.
-    """
-    folder = Path(source)
-    if folder.exists() or len(folder.parts) != 2 or folder.is_absolute():
-        return folder
-
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{source} is neither a folder nor a repository that can be reached") from error
-
-
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
     """What the readers of a folder's weights and configurations raise becomes one line."""

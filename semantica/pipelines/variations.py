@@ -11,11 +11,12 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from semantica.model.conditioner import Conditioner
+from semantica.model.hub import located
 from semantica.model.image_encoder import ImageEncoder
 from semantica.model.uvit import UViT
 from semantica.pipelines import components
 from semantica.pipelines.networks import NetworkPipeline, unsaid
-from semantica.pipelines.runfolder import CONFIGS, address, check_run, located, readable
+from semantica.pipelines.runfolder import CONFIGS, PATTERNS, address, check_run, readable
 from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.sampling.settings import Sampling
 
@@ -48,7 +49,7 @@ class SemanticaPipeline(DiffusionPipeline, NetworkPipeline):
         Raises:
             UserError: the folder is not a complete pipeline of this package, or could execute code.
         """
-        folder = located(source, kwargs.get("revision"))
+        folder = located(source, PATTERNS, kwargs.get("revision"))
         check_run(folder)
         kwargs.update(use_safetensors=True, trust_remote_code=False, local_files_only=True)
         kwargs.pop("custom_pipeline", None)

@@ -13,7 +13,7 @@ import numpy as np
 
 from semantica.condition import Array, Condition, Stream, repeat_each
 from semantica.errors import UserError
-from semantica.inputs import Prepared, part_of, samples_in
+from semantica.inputs import SINGLE, Prepared, is_text, part_of, samples_in
 from semantica.sampling.loop import like
 from semantica.sampling.settings import Sampling
 from semantica.solvers import noise
@@ -186,6 +186,45 @@ class WeakModel:
             made = weak.condition(part_of(samples, first, (rows.stop - 1) // n + 1))
             chosen = [row // n - first for row in rows]
             return Weak(made.map(lambda array: array[chosen]), denoiser=weak.denoiser)
+
+        return branch
+
+
+@dataclass(frozen=True)
+class StreamsApart:
+    """Pictures and texts guided apart (InstructPix2Pix, arXiv 2211.09800, eq. 3), in three evaluations a step:
+    v(0, 0) + s_I (v(I, 0) - v(0, 0)) + s_T (v(I, T) - v(I, 0)), s_T the scale of guidance.
+
+    Args:
+        image: s_I.
+
+    Raises:
+        UserError: no number.
+    """
+
+    image: float = 1.5
+
+    def __post_init__(self):
+        if not math.isfinite(self.image):
+            raise UserError(f"guidance of streams apart: scale {self.image} of pictures must be a number")
+
+    def begin(self, call: Call) -> Branch:
+        pipeline, n, samples = call.pipeline, call.n, call.samples
+        there = [name for name, value in samples.items() if value is not None]
+        if SINGLE not in there or not any(map(is_text, there)):
+            raise UserError(
+                f"guidance of streams apart leads pictures and texts, here is {' and '.join(there)}: give both"
+            )
+        if not hasattr(pipeline, "conditioned"):
+            raise UserError("a bundle takes pictures and texts together: sample the run folder that it was made of")
+
+        def branch(rows: range, condition: Condition) -> Weak:
+            first = rows.start // n
+            part = part_of(samples, first, (rows.stop - 1) // n + 1)
+            made = pipeline.condition({name: None if is_text(name) else value for name, value in part.items()})
+            chosen = [row // n - first for row in rows]
+            pictures = made.map(lambda array: array[chosen])
+            return Weak(pictures, under=pipeline.denoiser.null(len(rows)), scale=self.image)
 
         return branch
 

@@ -15,7 +15,7 @@ from semantica.condition import Condition, concatenate, repeat_each
 from semantica.errors import UserError
 from semantica.ranges import span
 from semantica.sampling.settings import Sampling
-from semantica.solvers import Schedule, guide, predict_x, step
+from semantica.solvers import Schedule, guide, guide_apart, predict_x, step
 from semantica.weak import Weak
 
 Array = Any  # numpy.ndarray or torch.Tensor
@@ -147,7 +147,7 @@ def sample(
         # one number for all samples: kernels that round by how many there are have only one
         levels = levels.expand(-1, len(z))
     if hasattr(denoiser, "execute"):
-        own = plan.noise_scale.any() or guidance or on_step or (weak and weak.denoiser is not None)
+        own = plan.noise_scale.any() or guidance or on_step or (weak is not None and weak.apart)
         key = None if own else (schedule, dataclasses.replace(settings, seed=0))
         return denoiser.execute(run, z, levels, condition, weak, key)
     return run(z, levels, condition, weak)
@@ -157,16 +157,28 @@ def predictor(
     denoiser: Denoiser, levels: Array, condition: Condition, weak: Weak | None, settings: Sampling
 ) -> Predict:
     """v by number of step: the denoiser's own way, else calls of it; another network predicts what is its own."""
-    if weak is not None and weak.denoiser is not None:
-        own, other = (
-            unguided(net, levels, which, settings)
-            for net, which in ((denoiser, condition), (weak.denoiser, weak.condition))
-        )
-        guided = settings.guided()
-        return lambda i, z: guide(own(i, z), other(i, z), settings.guidance) if guided[i] else own(i, z)
+    if weak is not None and weak.apart:
+        return by_branches(denoiser, levels, condition, weak, settings)
     if hasattr(denoiser, "predictor"):
         return denoiser.predictor(levels, condition, weak, settings)
     return by_calls(denoiser, levels, condition, weak, settings)
+
+
+def by_branches(denoiser: Denoiser, levels: Array, condition: Condition, weak: Weak, settings: Sampling) -> Predict:
+    """Each branch by itself, in the own way of what predicts it."""
+    guided, other = settings.guided(), weak.denoiser or denoiser
+    given = [(denoiser, condition), (other, weak.condition), *([(other, weak.under)] if weak.under else [])]
+    branches = [unguided(net, levels, which, settings) for net, which in given]
+
+    def predict(i: int, z: Array) -> Array:
+        if not guided[i]:
+            return branches[0](i, z)
+        made = [branch(i, z) for branch in branches]
+        if weak.under is None:
+            return guide(*made, settings.guidance)
+        return guide_apart(*made, settings.guidance, weak.scale)
+
+    return predict
 
 
 def unguided(denoiser: Denoiser, levels: Array, condition: Condition, settings: Sampling) -> Predict:

@@ -13,7 +13,7 @@ from semantica.discrete import schedule_of
 from semantica.engines.bundle import is_bundle
 from semantica.errors import UserError
 from semantica.images import to_uint8
-from semantica.inputs import SINGLE, TEXT
+from semantica.inputs import SINGLE, TEXT, is_text
 from semantica.pipelines.base import VariationPipeline
 from semantica.pipelines.kinds import foreign
 from semantica.pipelines.sample import given
@@ -63,7 +63,7 @@ class Runner:
     def warm_up(self, card: Card) -> None:
         """Two steps at each size of batch that is prepared for, with the settings of requests that name none."""
         picture = np.zeros((card.side, card.side, 3), np.uint8) if SINGLE in card.inputs else None
-        text = "" if TEXT in card.inputs else None
+        text = "a picture" if TEXT in card.inputs else None
         for size in self.warm:
             job = Job(picture, text, size, min(2, card.steps), card.guidance, card.solver, 0)
             self([Part(job, range(size))], lambda: True)
@@ -130,7 +130,7 @@ def card_of(
     Raises:
         UserError: it reads something else than pictures and texts.
     """
-    others = {*pipeline.inputs} - {SINGLE, TEXT}
+    others = {name for name in pipeline.inputs if name != SINGLE and not is_text(name)}
     if others:
         raise UserError(f"{model} reads {', '.join(sorted(others))}: only models of pictures and texts are served")
     bundle = is_bundle(model)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from semantica.condition import Stream
-from semantica.inputs import SINGLE, TEXT
+from semantica.inputs import SINGLE, is_text
 from semantica.train.data.noise import noise
 
 # a name and what it has for each sample: shape and type
@@ -38,9 +38,9 @@ def finish(batch: dict[str, Any], seed: int, device: torch.device | str) -> dict
     Returns:
         `target` float32 `[B, 3, S, S]` in [-1, 1]; `condition` the same, `[B, 3, C, C]` or `[B, K, 3, C, C]`, or a
         `Stream` of stored tokens `[B, K M, C]`, with their pictures, if any, as `shown`; where texts are read too, or
-        alone, `{"image": ..., "text": numbers}`; `noise` float32 `[B, 3, S, S]`, see `semantica.train.data.noise`; the
-        rest as it was, but `flips`. `u` stays on the host, where noise levels are worked out in float64. Nothing shares
-        memory with pictures of `batch`.
+        alone, `{"image": ..., "text": numbers, "text_2": ...}`; `noise` float32 `[B, 3, S, S]`, see
+        `semantica.train.data.noise`; the rest as it was, but `flips`. `u` stays on the host, where noise levels are
+        worked out in float64. Nothing shares memory with pictures of `batch`.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "u"}
     moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
@@ -54,9 +54,10 @@ def finish(batch: dict[str, Any], seed: int, device: torch.device | str) -> dict
     if "tokens" in made:
         shown = {"shown": made.pop("condition")} if "condition" in made else {}
         made |= {**shown, "condition": Stream(made.pop("tokens").flatten(1, 2), made.pop("pooled"))}
-    if TEXT in made:
+    texts = {name: made.pop(name) for name in [*made] if is_text(name)}
+    if texts:
         pictures = {SINGLE: made.pop("condition")} if "condition" in made else {}
-        made["condition"] = {**pictures, TEXT: made.pop(TEXT)}
+        made["condition"] = pictures | texts
     return made
 
 

@@ -1,6 +1,7 @@
 """A fixed set of held-out pairs, each with a partner from another group."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -24,21 +25,21 @@ def held_out_batches(
     device: torch.device,
     conditions: int = 1,
     encoder: nn.Module | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizers: Mapping[str, Tokenizer] | None = None,
     sight: Sight | None = None,
 ) -> list[dict]:
     """At most 256 pairs (one per held-out target picture) in batches of at most 64, centre crops, no flips.
 
     Each batch has `other [B]`: the place in the batch of a sample from another group. Noise levels are stratified
     over the whole set, and all is a function of the seed. Conditions are pictures, or streams where tokens are stored
-    or where an encoder is given, which then runs once; `shown` are their pictures. With a tokenizer texts condition
+    or where an encoder is given, which then runs once; `shown` are their pictures. With tokenizers texts condition
     too, or alone; words that it does not know are left out. What is made on the device waits on the host.
     """
     count = min(PAIRS, max(2, len(data)))
     pairs = Pairs(
         data, seed=seed, image_size=image_size, condition_size=condition_size, sight=sight,
         conditions=conditions, global_batch=count, drop=0.0, flip=False, crop=None, pixels=True,
-        tokenizer=getattr(tokenizer, "lenient", tokenizer),
+        tokenizers={name: getattr(each, "lenient", each) for name, each in (tokenizers or {}).items()},
     )  # fmt: skip
     result = []
     for start in range(0, count, BATCH):

@@ -5,8 +5,8 @@ Workers decode, cut and resize; what touches every number (mirroring, scaling, n
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 
 from semantica.errors import UserError
 from semantica.images import BadImage
-from semantica.inputs import TEXT
 from semantica.sight import Sight
 from semantica.train.data.batch import Layout, empty, finish, mean, stack
 from semantica.train.data.draws import DROP, LEVEL, Pair, Ref, View, generator, strata
@@ -34,21 +33,32 @@ class Tokenizer(Protocol):
     def __call__(self, texts: Sequence[str]) -> np.ndarray: ...
 
 
+class Drops(NamedTuple):
+    """Shares of samples that lose a part of their condition: pictures, all texts, and the text of one encoder."""
+
+    picture: float = 0.0
+    text: float = 0.0
+    tower: float = 0.0
+
+
+NEVER = Drops()
+
+
 class Pairs(Dataset):
     """Sample `index` (any non-negative integer) of a run, as a pure function of (data, options, seed, index).
 
     An item is a dict: `condition` uint8 `[C, C, 3]`, or `[K, C, C, 3]` for K > 1 conditions; `target` uint8
     `[S, S, 3]`; `flips`, 1 + K bools, whether the target and each condition are yet to be mirrored; `u` float in
     (0, 1), the noise level's quantile, stratified so that each global batch has one in each interval
-    `[k / global_batch, (k + 1) / global_batch)`; `drop` bool, whether the condition is dropped, or with pictures and
-    texts two bools, of each; `index`; `bad`, a list of (path, reason) of pictures that proved broken and were replaced
-    by the next usable ones.
+    `[k / global_batch, (k + 1) / global_batch)`; `drop` bool, whether the condition is dropped, or where there are
+    several streams a bool for each, pictures first; `index`; `bad`, a list of (path, reason) of pictures that proved
+    broken and were replaced by the next usable ones.
 
     Data with stored tokens have `tokens`, fp16 `[M, C]` for each condition, and `pooled`, float32 `[C]`, the mean over
     them, instead of `condition`: those of its centre, mirrored where the picture would be.
 
-    With a tokenizer there is `text` too, the numbers of a text of the target, and `caption`, that text. `group` is what
-    the target's group is known by.
+    With tokenizers there are `text`, `text_2`, ... too, the numbers of a text of the target, and `caption`, that text.
+    `group` is what the target's group is known by.
 
     Args:
         image_size, condition_size: S and C in pixels; C defaults to S.
@@ -56,13 +66,13 @@ class Pairs(Dataset):
         conditions: K, pictures that each target is conditioned on; 0 for texts alone.
         global_batch: samples per optimizer step, over all processes and micro-batches.
         drop: probability of dropping the condition, pictures and text together.
-        drop_each: of dropping the picture and of dropping the text, each by itself, where there are both.
+        drop_each: of dropping the picture, the text, and one encoder's text, each by itself, where there are several.
         flip: mirror each picture with probability 1/2.
         crop: the smallest side of a random square crop, as a share of the shorter side (1: random place only);
             None takes the centre.
         pixels: give `condition` too where tokens are stored, to be looked at.
         target_tokens: give the stored tokens of the target too, `target_tokens` `[M, C]`.
-        tokenizer: of texts, where they condition too.
+        tokenizers: of texts, where they condition too, by the names of their streams.
 
     Raises:
         UserError: drop or crop out of range; a crop where the target has to be what its stored tokens show.
@@ -83,8 +93,8 @@ class Pairs(Dataset):
         crop: float | None = 1.0,
         pixels: bool = False,
         target_tokens: bool = False,
-        tokenizer: Tokenizer | None = None,
-        drop_each: tuple[float, float] = (0.0, 0.0),
+        tokenizers: Mapping[str, Tokenizer] | None = None,
+        drop_each: Drops = NEVER,
     ):
         for share in (drop, *drop_each):
             if not 0 <= share <= 1:
@@ -101,9 +111,11 @@ class Pairs(Dataset):
         self.conditions = conditions
         self.global_batch = global_batch
         self.drop = drop
-        self.tokenizer = tokenizer
-        # two streams may be dropped apart
-        self.drop_each = np.array(drop_each) if tokenizer and conditions else None
+        # how many texts they cut is said once, not for each
+        self.tokenizers = {name: getattr(each, "quiet", each) for name, each in (tokenizers or {}).items()}
+        # several streams may be dropped apart
+        self.streams = len(self.tokenizers) + (conditions > 0)
+        self.drop_each = drop_each
         self.flip = flip
         self.crop = crop
         self.stored = data.tokens is not None and conditions > 0
@@ -133,9 +145,10 @@ class Pairs(Dataset):
             inputs["pooled"] = mean(pooled)
         if self.target_tokens:
             inputs["target_tokens"], _ = self.data.tokens.read(shown, pair.target.flip and self.flip)
-        if self.tokenizer:
+        if self.tokenizers:
             inputs["caption"] = self.data.captions.draw(shown, self.seed, index)
-            (inputs[TEXT],) = self.tokenizer([inputs["caption"]])
+        for name, tokenizer in self.tokenizers.items():
+            (inputs[name],) = tokenizer([inputs["caption"]])
         return {
             **inputs,
             # a picture that is its own condition is a group of its own
@@ -149,10 +162,18 @@ class Pairs(Dataset):
         }
 
     def _dropped(self, index: int) -> bool | np.ndarray:
-        """Whether the condition is dropped, or with pictures and texts which of them."""
-        draw = generator(self.seed, DROP, index)
+        """Whether the condition is dropped, or of several streams which of them."""
+        draw, (picture, text, tower) = generator(self.seed, DROP, index), self.drop_each
         whole = bool(draw.random() < self.drop)
-        return whole if self.drop_each is None else whole | (draw.random(2) < self.drop_each)
+        if self.streams < 2:
+            return whole
+        # both are drawn where there are no pictures, too
+        lost_picture, lost_text = draw.random(2) < (picture, text)
+        if not self.conditions:
+            lost_text = False
+        towers = len(self.tokenizers)
+        texts = lost_text | (draw.random(towers) < tower) if towers > 1 else np.full(towers, lost_text)
+        return whole | np.append(np.full(min(1, self.conditions), lost_picture), texts)
 
     def batch(self, indices: Iterable[int], device: torch.device | str = "cpu") -> dict[str, Any]:
         """These samples as the trainer takes them, see `semantica.train.data.batch.finish`, loaded here and now; their
@@ -162,7 +183,7 @@ class Pairs(Dataset):
         items = [self[index] for index in indices]
         batch = empty(self.layout(), len(items))
         stack(items, batch)
-        texts = {"captions": [item["caption"] for item in items]} if self.tokenizer else {}
+        texts = {"captions": [item["caption"] for item in items]} if self.tokenizers else {}
         bad = [entry for item in items for entry in item["bad"]]
         groups = [item["group"] for item in items]
         return finish({**batch, **texts, "bad": bad, "group": groups}, self.seed, device)
@@ -179,9 +200,9 @@ class Pairs(Dataset):
             layout |= stored if self.stored else {}
             if self.target_tokens:
                 layout["target_tokens"] = (count, width), torch.float16
-        if self.tokenizer:
-            layout[TEXT] = self.tokenizer.shape, torch.int64
-        dropped = () if self.drop_each is None else (2,)
+        for name, tokenizer in self.tokenizers.items():
+            layout[name] = tokenizer.shape, torch.int64
+        dropped = () if self.streams < 2 else (self.streams,)
         rest = {"u": ((), torch.float64), "drop": (dropped, torch.bool), "index": ((), torch.int64)}
         return layout | {"flips": ((1 + self.conditions,), torch.bool)} | rest
 

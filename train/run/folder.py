@@ -121,13 +121,17 @@ class Run:
         for name, now in record["train"].items():
             # a run made before an option existed had its default
             then = before.get(name, defaults.get(name))
+            # one that may be several now
+            then = [then] if isinstance(now, list) and isinstance(then, str) else then
             if name not in free and then != now:
                 option = name.replace("_", "-")
                 raise UserError(f"{self.out} was made with --{option} {then}, not {now}: choose another --out")
         for name, sha in record["encoders"].items():
             # of runs that do not know it anything may be
             if old.get("encoders", {}).get(name, sha) != sha:
-                option = f"--{name.replace('_', '-')} {getattr(self.config, name)}"
+                given = getattr(self.config, name)
+                given = given if isinstance(given, str) else " ".join(given)
+                option = f"--{name.replace('_', '-')} {given}"
                 raise UserError(f"the weights of {option} changed since {self.out} was made: choose another --out")
         if old.get("draws", 1) != DRAWS:
             self.say(f"{self.out} was begun by a version that drew noise and crops in another way: from here on as now")
