@@ -98,4 +98,4 @@ def steps_within(minutes: float, rehearsed: TrainConfig, spent: float) -> int:
 
 def steps_before(run: Path) -> int | None:
     """Steps of a run that is there and goes on; None where there is none."""
-    return read_json(run / "config.json").get("steps") if (run / "config.json").is_file() else None
+    return read_json(run / "config.json")["train"]["steps"] if (run / "config.json").is_file() else None
