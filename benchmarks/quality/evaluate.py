@@ -227,11 +227,13 @@ def losses(pipeline, config: EvaluateConfig, data, device) -> dict[str, float]:
     """Denoising loss with the right condition and with one of another group."""
     from contextlib import nullcontext
 
+    from semantica.model.image_encoder import sight_of
     from semantica.train.data.heldout import held_out_batches
     from semantica.train.objective import Objective, held_out_loss
 
     unet, encoder = pipeline.unet, pipeline.encoder
-    batches = held_out_batches(data, config.seed, encoder.image_size, unet.config.image_size, device)
+    sizes = encoder.image_size, unet.config.image_size
+    batches = held_out_batches(data, config.seed, *sizes, device, sight=sight_of(encoder))
     found = held_out_loss(Objective(unet, encoder), batches, pipeline.scheduler.schedule, nullcontext)
     return {**found, "right_below_shuffled": 1 - found["right"] / found["shuffled"]}
 
