@@ -16,6 +16,7 @@ from semantica.benchmarks.quality.metrics.baselines import Asked
 from semantica.benchmarks.quality.metrics.inception import Inception, load_inception, resized
 from semantica.benchmarks.quality.metrics.judges import Judge, judge
 from semantica.benchmarks.quality.metrics.jury import REAL, Jury, Row
+from semantica.benchmarks.quality.metrics.listing import Listed, read_listing, write_listing
 from semantica.benchmarks.quality.metrics.store import Store
 from semantica.cli import main
 from semantica.errors import UserError
@@ -121,6 +122,15 @@ def test_lists_that_are_wrong_are_one_line_each(photos, tmp_path, capsys):
     (folder / "conditions.csv").write_bytes(b"\xff\xfe\x00")
     assert main(["evaluate", "--data", str(photos), "--images", str(folder)]) == 2
     assert "cannot be read as CSV" in capsys.readouterr().err
+
+
+def test_a_list_of_any_names_is_read_as_it_was_written(tmp_path):
+    files, paths = ["0.png", "1.png", "2.png"], ['a/12" wide.jpg', "a/b, c.jpg", "a/d\re.jpg"]
+    for name in files:
+        (tmp_path / name).touch()
+    listed = Listed(files, paths, ["a"] * 3)
+    write_listing(tmp_path, listed)
+    assert read_listing(tmp_path, {"a": tuple(paths)}) == listed
 
 
 def test_judges_and_places_that_are_none_are_one_line(photos, tmp_path, capsys):
