@@ -248,7 +248,8 @@ def write(config: EvaluateConfig, result: dict) -> None:
     for name in names:
         cells = [f"{row[name]:.1%}" if name in row else "" for row in result["figures"].values()]
         table.add_row(name.replace("_", " "), *cells)
-    console = Console()
+    # names of folders are no markup
+    console = Console(markup=False)
     console.print(table)
     if "loss" in result:
         loss = result["loss"]

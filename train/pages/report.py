@@ -228,7 +228,8 @@ def summary(out: Path, stats: dict) -> None:
         stored = row["stored"]
         figures = (row["pages"], row["linked"], stored["images"], stored["pages"], stored["pairs"], row["problems"])
         table.add_row(row["name"], *map(str, figures))
-    Console().print(table)
+    # names of files are no markup
+    Console(markup=False).print(table)
     reasons = ", ".join(f"{name} {count}" for name, count in stats["pictures"].items())
     print(f"links: {reasons or 'none'}")
     for row in stats["inputs"][:50]:
