@@ -95,6 +95,19 @@ def test_folders_of_labels_have_no_conditions(photos, tmp_path):
     assert row["fd"]["value"] == pytest.approx(0, abs=1e-6) and row["recall"]["value"] == row["precision"]["value"] == 1
 
 
+def test_figures_are_written_also_where_nobody_reads_the_table(photos, tmp_path, monkeypatch):
+    """`semantica evaluate ... | head` after an hour of sampling."""
+
+    def left(*given, **named):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("rich.console.Console.print", left)
+    config = EvaluateConfig(data=photos, images=photos, out=tmp_path / "e.json", bootstrap=20, conditions=6)
+    with pytest.raises(BrokenPipeError):
+        evaluate(config)
+    assert "figures" in json.loads((tmp_path / "e.json").read_text())
+
+
 def test_lists_that_are_wrong_are_one_line_each(photos, tmp_path, capsys):
     folder, out = tmp_path / "made", tmp_path / "evaluation.json"
     good = copies(photos, folder)

@@ -239,7 +239,19 @@ def losses(pipeline, config: EvaluateConfig, data, device) -> dict[str, float]:
 
 
 def write(config: EvaluateConfig, result: dict) -> None:
-    """Print the table, and write the JSON aside, then rename it."""
+    """Write the JSON aside, then rename it; and print the table, also where the one or the other cannot be done."""
+    folder = config.model if config.model else config.images.parent
+    out = config.out or folder / "evaluation.json"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, result)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another file") from error
+    finally:
+        printed(config, result)
+
+
+def printed(config: EvaluateConfig, result: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -258,10 +270,3 @@ def write(config: EvaluateConfig, result: dict) -> None:
             f"denoising loss {loss['right']:.5f}, {below} the {loss['shuffled']:.5f} with shuffled conditions"
         )
     show(console, result["metrics"], "model" if config.model else "images")
-    folder = config.model if config.model else config.images.parent
-    out = config.out or folder / "evaluation.json"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, result)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another file") from error
