@@ -99,6 +99,12 @@ def test_the_first_steps_tell_how_long_it_takes(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == (
         "2.0 steps a second on this machine: about 12 min to go, training and the rest"
     )
+    (config.out / "checkpoints" / "step-00001000").mkdir()
+    clock = Clock(monkeypatch, first=30.0, each=0.5)
+    config = pace.TrainConfig(data=tmp_path, out=tmp_path / "again", steps=200)
+    clock.train(config, pace.announced(1200, pace.steps_made(tmp_path / "run")))
+    # 164 steps and the rest
+    assert "about 3 min to go" in capsys.readouterr().out
 
 
 def test_a_run_that_was_begun_goes_on_with_its_own_steps(tmp_path):
