@@ -104,4 +104,4 @@ def steps_made(run: Path) -> int:
 
 def steps_before(run: Path) -> int | None:
     """Steps of a run that is there and goes on; None where there is none."""
-    return read_json(run / "config.json")["train"]["steps"] if (run / "config.json").is_file() else None
+    return read_json(path).get("train", {}).get("steps") if (path := run / "config.json").is_file() else None
