@@ -299,7 +299,10 @@ keep() {
   mv "$ARCHIVE.new" "$ARCHIVE"
 }
 
-if [[ -n $ARCHIVE && -e $ARCHIVE ]]; then tar -xzf "$ARCHIVE" -C "$OUT"; fi
+if [[ -n $ARCHIVE && -e $ARCHIVE ]]; then
+  # what was measured here since it was packed stays
+  tar -xzf "$ARCHIVE" --keep-newer-files --warning=no-ignore-newer -C "$OUT"
+fi
 if ! ((rehearsal)); then prepare; fi
 failed=()
 for slice in "${chosen[@]}"; do

@@ -21,14 +21,18 @@ import numpy as np
 from PIL import Image
 
 SOLVERS = ("dpmpp_2m", "ddim", "ddpm")
-# figures of the log that are measured, not computed
-MEASURED = {"images_per_s", "data_wait", "peak_memory_bytes", "mfu", "peak_flops", "peak_flops_source", "seconds"}
+# figures of the log that are measured, not computed; and what says of which sources a judge is, comments included
+MEASURED = {
+    "images_per_s", "data_wait", "peak_memory_bytes", "mfu", "peak_flops", "peak_flops_source", "seconds",
+    "judge_identity",
+}  # fmt: skip
 
 
 def semantica(python: Path, place: Path, *arguments: object) -> None:
     """A verb of the version that an interpreter holds. Raises `SystemExit` with its last line where it fails."""
     command = [str(python), "-P", "-m", "semantica.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # an environment's own version, not one that a path puts before both
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")

@@ -273,7 +273,7 @@ def run(config: DoctorConfig) -> int:
 
     if config.presets and config.model:
         raise UserError("--presets and --model are a table each: give one of them")
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     if config.presets or config.model:
         if config.model:
             from semantica.fused.survey import survey

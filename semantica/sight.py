@@ -46,8 +46,9 @@ class Sight(NamedTuple):
     def see(self, image: Image.Image) -> np.ndarray:
         """Of an RGB picture, uint8 `[size, size, 3]`: the picture resized, and the square cut out of it.
 
-        Of pictures more than `LONG` times as long as high, only what is seen is resized: a few hostile ones would fill
-        the memory. Pillow then rounds between its two passes in another order.
+        Of pictures more than `LONG` times as long as high, and where all but a small part would be cut away, only what
+        is seen is resized: a few hostile ones would fill the memory. Pillow then rounds between its two passes in
+        another order.
         """
         if self.interpolation is None:
             return fit(image, self.size)
@@ -56,7 +57,7 @@ class Sight(NamedTuple):
         margins = [(side - self.size) / 2 for side in resized]
         left, top = (round(margin) if self.nearest else int(margin) for margin in margins)
         box = left, top, left + self.size, top + self.size
-        if max(resized) <= LONG * self.resize:
+        if max(resized) <= LONG * min(self.resize, 2 * self.size):
             return np.array(image.resize(resized, kind).crop(box))
         scales = [side / whole for side, whole in zip(image.size, resized)]
         seen = tuple(min(place * scales[i % 2], image.size[i % 2]) for i, place in enumerate(box))

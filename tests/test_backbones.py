@@ -2,16 +2,19 @@
 
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from semantica import PretrainedEncoder, UserError
 from semantica.model.backbones import FAMILIES
 from semantica.model.encoders import frozen_encoder
+from semantica.model.preprocessing import settings_of
 from semantica.sight import Sight, sight_in
 
 SIDE = 64
@@ -150,6 +153,35 @@ def test_long_pictures_are_seen_without_resizing_what_is_cropped_away():
     assert Sight(64, 64, "bicubic").see(Image.new("RGB", (4_000_000, 1))).shape == (64, 64, 3)
 
 
+def test_no_picture_is_enlarged_to_be_cut_away():
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (50, 50, 3), dtype=np.uint8))
+    whole = picture.resize((640, 640), Image.Resampling.BILINEAR).crop((312, 312, 328, 328))
+    seen = Sight(16, 640, "bilinear").see(picture)
+    assert np.abs(seen.astype(int) - np.array(whole).astype(int)).max() <= 1
+    # 120 GB if it were resized whole
+    assert Sight(16, 200_000, "bilinear").see(picture).shape == (16, 16, 3)
+
+
+def test_how_pictures_are_prepared_is_not_guessed_where_the_hub_cannot_be_asked(monkeypatch, tmp_path):
+    """A repository without the file is another thing than one that is out of reach."""
+    name, commit = "nobody/tower", "0" * 40
+
+    def unreachable(*given, **named):
+        raise LocalEntryNotFoundError("out of reach")
+
+    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"^whether encoder 'nobody/tower' has a preprocessor_config.json is not known"):
+        settings_of(name, commit)
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        gone = tmp_path / "models--nobody--tower" / ".no_exist" / commit / file
+        gone.parent.mkdir(parents=True, exist_ok=True)
+        gone.touch()
+    assert settings_of(name, commit) == {}
+
+
 @pytest.mark.parametrize(
     "said", [{"size": 32}, {"size": 64, "resize": 32, "interpolation": "bicubic"}, {"side": 64}, 3,
              {"size": 64, "resize": "72", "interpolation": "bicubic"}, {"size": 64, "resize": 72, "interpolation": "x"}]
@@ -208,6 +240,9 @@ def test_hostile_and_unfit_folders_are_refused_in_one_line(tmp_path):
     ):
         settings.write_text(json.dumps(said))
         refused(why)
+    for said in ("{", "[]"):
+        settings.write_text(said)
+        refused("cannot be read: It looks like" if said == "{" else "cannot be read: it is a list")
     settings.write_text("{}")
     before = config.read_text()
     changed(config, auto_map={"AutoModel": "evil.Model"})

@@ -1,6 +1,7 @@
 """A convolutional backbone that crops what it is shown: its tokens stored, trained on, exported and sampled."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -9,11 +10,16 @@ import transformers
 from PIL import Image
 
 from semantica import PretrainedEncoder, SemanticaPipeline
+from semantica.benchmarks.quality.evaluate import EvaluateConfig, losses
 from semantica.cli import main
 from semantica.images import load_image, to_tensor
+from semantica.pipelines.networks import NetworkPipeline
 from semantica.sight import Sight
 from semantica.solvers import noise
+from semantica.train.data.folders import scan
+from semantica.train.data.heldout import held_out_batches
 from semantica.train.data.open import open_data
+from semantica.train.objective import Objective, held_out_loss
 
 SETTINGS = {"size": {"shortest_edge": 72}, "crop_size": {"height": 64, "width": 64}, "resample": 2}
 
@@ -44,6 +50,18 @@ def test_tokens_are_stored_as_it_sees_pictures_and_trained_on(source, photos, tm
     options = ["--encoder", str(source), "--tokens", str(tokens), "--steps", "2", "--batch", "4", "--image-size", "16"]
     assert main(["train", "--data", str(photos), "--out", str(run), *options, "--device", "cpu", "--no-compile"]) == 0
     assert SemanticaPipeline.from_pretrained(run).encoder.sight == encoder.sight
+
+
+def test_the_loss_that_a_run_is_judged_by_is_of_pictures_as_it_sees_them(source, photos, make_run, tmp_path):
+    encoder = PretrainedEncoder.from_source(str(source))
+    pipeline = NetworkPipeline.load(make_run(tmp_path / "run", encoder=encoder))
+    data = scan(photos, "folders")
+    found = losses(pipeline, EvaluateConfig(data=photos), data, torch.device("cpu"))
+    objective, level = Objective(pipeline.unet, pipeline.encoder), pipeline.scheduler.schedule
+    for sight, same in ((encoder.sight, True), (None, False)):
+        batches = held_out_batches(data, 0, 64, 16, torch.device("cpu"), sight=sight)
+        expected = held_out_loss(objective, batches, level, nullcontext)
+        assert (found["right"] == expected["right"]) is same
 
 
 @pytest.mark.slow

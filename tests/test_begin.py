@@ -198,6 +198,13 @@ def test_frozen_encoders_are_those_that_the_run_was_made_with(photos, tmp_path, 
         with pytest.raises(UserError, match=f"the weights of --{option} .*{name} changed since .*: choose another"):
             train(dataclasses.replace(settings, steps=2))
         path.write_bytes(before)
+        # the same weights of other pictures
+        said = tmp_path / name / "preprocessor_config.json"
+        kept = said.read_text() if said.exists() else None
+        said.write_text(json.dumps({"size": {"shortest_edge": 56}, "crop_size": 28, "image_std": [0.5, 0.5, 0.5]}))
+        with pytest.raises(UserError, match=f"how pictures are prepared for --{option} .*{name} changed since .*run"):
+            train(dataclasses.replace(settings, steps=2))
+        said.write_text(kept) if kept else said.unlink()
     # one from before runs knew their encoders goes on
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["encoders"].keys() == {"encoder", "repa_encoder"}

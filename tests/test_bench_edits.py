@@ -10,6 +10,7 @@ from semantica import SemanticaPipeline, SemanticaScheduler, UserError, UViT, Vi
 from semantica.benchmarks.bench import run
 from semantica.benchmarks.quality.edits import figures, mask_of, pairs_of, palette_of
 from semantica.benchmarks.quality.web import HELD_OUT_PALETTES
+from semantica.editing.pictures import edit_pictures
 
 
 def test_the_right_picture_scores_fully_and_others_do_not():
@@ -37,7 +38,7 @@ def test_masks_and_palettes_are_found_again():
         assert palette_of(noisy) == pair.palette
 
 
-def test_the_verb_measures_a_run(tmp_path, small_run, capsys):
+def test_the_verb_measures_a_run(tmp_path, small_run, capsys, monkeypatch):
     torch.manual_seed(0)
     encoder = ViTEncoder(image_size=32, patch_size=8, width=32, depth=1, heads=2)
     unet = UViT(image_size=32, patch_size=4, channels=(8,), depths=(1,), width=32, depth=2, heads=2, emb_dim=8,
@@ -49,6 +50,13 @@ def test_the_verb_measures_a_run(tmp_path, small_run, capsys):
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert [row["method"] for row in rows][3:] == ["sds", "dds", "cds", "cds"] and rows[-1]["w_cut"] == "30"
     assert (tmp_path / "e.html").read_text().count("<img") == len(rows) and "palette matches" in capsys.readouterr().out
+    calls = iter([edit_pictures])
+    # the second setting is interrupted
+    monkeypatch.setattr("semantica.editing.pictures.edit_pictures", lambda *given: next(calls)(*given))
+    given[-3] = tmp_path / "begun.json"
+    with pytest.raises(StopIteration):
+        run([str(part) for part in ("edits", *given)])
+    assert json.loads((tmp_path / "begun.json").read_text())["rows"] == rows[:4]
     for wrong, message in (
         (["--model", small_run], "no run of drawn pictures of 32 pixels"),
         (["--model", tmp_path / "run", "--pairs", 1], "give at least 2 pairs"),

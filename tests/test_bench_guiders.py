@@ -72,6 +72,17 @@ def test_every_way_is_measured(web, small_run, tmp_path, capsys):
     assert "Frechet distance" in capsys.readouterr().out
 
 
+def test_what_is_not_known_is_left_out(web, small_run, tmp_path, capsys):
+    """Shapes without attributes: no figure, which JSON has no word for."""
+    few = ["--conditions", 2, "-n", 2, "--samples", 8, "--steps", 1, "--seeds", 2, "--only", "none"]
+    command = ["bench", "guiders", "--model", small_run, "--data", web / "val", *few, "--json", tmp_path / "rows.json"]
+    assert main([str(a) for a in command]) == 0
+    assert "nan" not in capsys.readouterr().out.lower() and "NaN" not in (tmp_path / "rows.json").read_text()
+    more = ["--train", web / "train", "--samples", 33]
+    assert main([str(a) for a in [*command, *more]]) == 2
+    assert "and " + str(web / "train") + " holds 32: give fewer" in capsys.readouterr().err
+
+
 def test_bad_options_are_one_line(small_run, tmp_path, capsys):
     def said(*options):
         given = ["bench", "guiders", "--model", str(small_run), "--data", str(tmp_path)]

@@ -15,7 +15,7 @@ from semantica.benchmarks.harness.sources import IN_TORCH, stale
 from semantica.benchmarks.harness.table import as_markdown, cells
 from semantica.benchmarks.kernels.public import split
 from semantica.benchmarks.sampling import command
-from semantica.benchmarks.unets import suite, table, worker
+from semantica.benchmarks.unets import steering, suite, table, worker
 from semantica.benchmarks.unets.bundles import make, pipeline_of, rows_of, schedule_of
 from semantica.benchmarks.unets.contenders import CONTENDERS, Build, builder_of, rungs, stock_of
 from semantica.benchmarks.unets.engines import ENGINES
@@ -229,3 +229,16 @@ def test_the_error_of_a_median_is_that_of_repeated_medians():
     drawn = np.random.default_rng(0).normal(5, 3, (2000, 101))
     found = np.mean([suite.error_of_median(list(row)) for row in drawn])
     assert found == pytest.approx(np.median(drawn, 1).std(), rel=0.05)
+
+
+def test_a_guided_step_without_a_gradient_is_wrong(monkeypatch, capsys):
+    """A way that does nothing is fast, and must not be shown as right."""
+    truth, row = np.ones((1, 4, 2, 2)), {"seconds": [1.0], "peak_bytes": 2, "built_bytes": 1}
+    made = {"stored maps": [truth, truth], "steered": [0 * truth] * 2, "unguided": [0 * truth] * 2}
+    monkeypatch.setattr(steering, "folder_of", lambda *_: None)
+    monkeypatch.setattr(steering, "contents", lambda *_: {})
+    monkeypatch.setattr(steering, "measured", lambda way, *_: (dict(row), made[way]))
+    monkeypatch.setattr("sys.argv", ["steering", "--rounds", "1", "--only", *made])
+    assert steering.main() == 1
+    said = capsys.readouterr().out
+    assert "gradients differ: steered\n" in said and said.count("gradient error") == 2

@@ -16,6 +16,7 @@ from semantica.benchmarks.quality.metrics.baselines import Asked
 from semantica.benchmarks.quality.metrics.inception import Inception, load_inception, resized
 from semantica.benchmarks.quality.metrics.judges import Judge, judge
 from semantica.benchmarks.quality.metrics.jury import REAL, Jury, Row
+from semantica.benchmarks.quality.metrics.listing import Listed, read_listing, write_listing
 from semantica.benchmarks.quality.metrics.store import Store
 from semantica.cli import main
 from semantica.errors import UserError
@@ -94,6 +95,19 @@ def test_folders_of_labels_have_no_conditions(photos, tmp_path):
     assert row["fd"]["value"] == pytest.approx(0, abs=1e-6) and row["recall"]["value"] == row["precision"]["value"] == 1
 
 
+def test_figures_are_written_also_where_nobody_reads_the_table(photos, tmp_path, monkeypatch):
+    """`semantica evaluate ... | head` after an hour of sampling."""
+
+    def left(*given, **named):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("rich.console.Console.print", left)
+    config = EvaluateConfig(data=photos, images=photos, out=tmp_path / "e.json", bootstrap=20, conditions=6)
+    with pytest.raises(BrokenPipeError):
+        evaluate(config)
+    assert "figures" in json.loads((tmp_path / "e.json").read_text())
+
+
 def test_lists_that_are_wrong_are_one_line_each(photos, tmp_path, capsys):
     folder, out = tmp_path / "made", tmp_path / "evaluation.json"
     good = copies(photos, folder)
@@ -121,6 +135,15 @@ def test_lists_that_are_wrong_are_one_line_each(photos, tmp_path, capsys):
     (folder / "conditions.csv").write_bytes(b"\xff\xfe\x00")
     assert main(["evaluate", "--data", str(photos), "--images", str(folder)]) == 2
     assert "cannot be read as CSV" in capsys.readouterr().err
+
+
+def test_a_list_of_any_names_is_read_as_it_was_written(tmp_path):
+    files, paths = ["0.png", "1.png", "2.png"], ['a/12" wide.jpg', "a/b, c.jpg", "a/d\re.jpg"]
+    for name in files:
+        (tmp_path / name).touch()
+    listed = Listed(files, paths, ["a"] * 3)
+    write_listing(tmp_path, listed)
+    assert read_listing(tmp_path, {"a": tuple(paths)}) == listed
 
 
 def test_judges_and_places_that_are_none_are_one_line(photos, tmp_path, capsys):

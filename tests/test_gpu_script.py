@@ -172,6 +172,11 @@ def test_results_go_on_from_an_archive_on_another_machine(machine, tmp_path):
     tar.unlink()
     done, _ = machine("--archive", str(archive), "doctor", "norm", out="elsewhere")
     assert slices_run(done) == ["norm"] and done.returncode == 0
+    # and what is there and newer is not written over
+    (tmp_path / "elsewhere" / "doctor.txt").write_text("since then")
+    archive.write_bytes(whole)
+    done, _ = machine("--archive", str(archive), "doctor", out="elsewhere")
+    assert (tmp_path / "elsewhere" / "doctor.txt").read_text() == "since then" and not done.stderr
 
 
 def test_it_refuses_what_it_does_not_know_in_one_line(machine, tmp_path):

@@ -23,6 +23,7 @@ from semantica.train.pages.describe import Encoder
 from semantica.train.pages.links import BadPage, Link, canonical, encoding, largest, page_links
 from semantica.train.pages.mine import Job, give_up, mine
 from semantica.train.pages.picture import Rejected, by_name, examine, slug
+from semantica.train.pages.read import Problems
 from semantica.train.pages.sources import Input, digest, events, find_inputs
 from semantica.train.pages.warc import captures
 from semantica.train.pages.write import furniture_limit
@@ -84,6 +85,24 @@ def test_a_flipped_byte_costs_one_member_of_a_gzip_file(crawl):
     # one gzip stream over all records is read as well
     found, said = read(gzip.compress(b"".join(map(gzip.decompress, parts))))
     assert len(found) == 20 and not said
+
+
+def test_what_begins_like_a_member_a_hundred_thousand_times_costs_a_second(crawl):
+    """Also at the ends of what is read at a time, and nothing that begins a record is missed."""
+    began = time.monotonic()
+    (record, *_), start = three(crawl), b"\x1f\x8b\x08" * 100_000
+    for size in (len(start), (1 << 20) + 19, (1 << 20) + 25, (1 << 20) - (1 << 12) + 23):
+        fill = (start + bytes(1 << 20))[:size]
+        found, said = read(b"\x1f\x8b\x08\xff" + bytes(20) + fill + record)
+        assert urls(found) == ["0"] and len(said) == 1
+    # it took minutes
+    assert time.monotonic() - began < 30
+
+
+def test_names_of_problems_steer_no_terminal():
+    problems = Problems()
+    problems("a\x1b[2J\nb.jpg\udcff", "no\x1b]0;x\x07 JSON \u202e é")
+    assert problems.named == [["a\\x1b[2J\\nb.jpg\\udcff", "no\\x1b]0;x\\x07 JSON \\u202e é"]]
 
 
 def test_bodies_are_bounded_and_forgiving():

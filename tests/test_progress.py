@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,9 @@ from semantica import UserError
 from semantica.benchmarks.quality import pace
 from semantica.benchmarks.quality.demo import DemoConfig, demo
 from semantica.progress import phase, so_far
+
+# a run of six steps
+STORED = Path(__file__).parent / "stored" / "run"
 
 
 class Heard:
@@ -95,6 +99,16 @@ def test_the_first_steps_tell_how_long_it_takes(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == (
         "2.0 steps a second on this machine: about 12 min to go, training and the rest"
     )
+    (config.out / "checkpoints" / "step-00001000").mkdir()
+    clock = Clock(monkeypatch, first=30.0, each=0.5)
+    config = pace.TrainConfig(data=tmp_path, out=tmp_path / "again", steps=200)
+    clock.train(config, pace.announced(1200, pace.steps_made(tmp_path / "run")))
+    # 164 steps and the rest
+    assert "about 3 min to go" in capsys.readouterr().out
+
+
+def test_a_run_that_was_begun_goes_on_with_its_own_steps(tmp_path):
+    assert pace.steps_before(STORED) == 6 and pace.steps_before(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -120,7 +134,8 @@ def test_a_demo_of_some_minutes_is_that_of_as_many_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(module + "engines_beside_torch", lambda *_: [])
     monkeypatch.setattr(module + "write_web_page", lambda *_: "")
     monkeypatch.setattr(module + "report", lambda *_: None)
-    monkeypatch.setattr(pace, "steps_within", lambda *_: 3)
+    found = iter([3])
+    monkeypatch.setattr(pace, "steps_within", lambda *_: next(found))
     options = dict(groups=8, compile=False)
     timed = demo(DemoConfig(out=tmp_path / "a", minutes=5.0, **options))
     counted = demo(DemoConfig(out=tmp_path / "b", steps=3, **options))

@@ -142,6 +142,16 @@ def test_killed_and_continued_are_the_same_bytes(home, tmp_path, monkeypatch):
     assert content(out) == whole and (out / "part-00000.safetensors").stat().st_mtime_ns == first
 
 
+def test_pictures_that_are_prepared_in_another_way_are_no_part_of_the_same_tokens(home, copy, tmp_path, capsys):
+    """The same weights, once half of the tokens are stored."""
+    (copy / "index.json").unlink()
+    next(copy.glob("part-*.json")).unlink()
+    before, encoder = content(copy), shutil.copytree(home / "dino", tmp_path / "dino")
+    (encoder / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 56}, "crop_size": 28}))
+    assert store(home, copy, encoder=encoder) == 2 and content(copy) == before
+    assert "holds tokens of pictures that were prepared with image_size=28" in capsys.readouterr().err
+
+
 def test_a_crash_at_any_point_of_a_unit_is_made_good(home, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "FILE", 20 * encode.picture_bytes((4, 32)))
     assert store(home, tmp_path / "whole") == 0

@@ -116,13 +116,13 @@ def begin_with(source: str, unet: UViT, encoder: nn.Module) -> tuple[str, ...]:
     for name, part in encoders_of(encoder).items():
         if name in new:
             continue
-        other = theirs.get(name, found.encoder)
+        other = theirs.get(name, None if is_text(name) else found.encoder)
         if part.trainable:
             require_alike(source, "encoder", part, other)
             part.load_state_dict(other.state_dict())
         # frozen, but a word of one is none of another's
         elif is_text(name) and (type(part) is not type(other) or weights_sha256(part) != weights_sha256(other)):
-            reads = f"reads texts by another {type(other).__name__} than this run"
+            reads = f"reads texts by another {type(other or part).__name__} than this run"
             raise UserError(f"--init {source} {reads}: give --text-encoder {source}")
     return new
 

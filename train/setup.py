@@ -20,7 +20,7 @@ from semantica.model.conditioner import Conditioner, encoders_of
 from semantica.model.cost import count_parameters, encoding_cost, step_flops
 from semantica.model.encoders import weights_sha256
 from semantica.model.float8 import check_float8, to_float8
-from semantica.model.image_encoder import sight_of
+from semantica.model.image_encoder import preparation_of, sight_of
 from semantica.model.recompute import keeping_products
 from semantica.sampling.scheduler import SemanticaScheduler
 from semantica.train.build import adapted, alignment, begin_with, build
@@ -143,12 +143,15 @@ def prepare(config: TrainConfig, world: World, opened: ExitStack) -> Training:
             adapted(config, unet)
         repa, teacher = alignment(config, unet, encoder, device)
         known = frozen(config, encoder, teacher)
+        weights = {name: "+".join(map(weights_sha256, these)) for name, these in known.items()}
+        seen = {name: preparation_of(one.config) for name, (one, *_) in known.items() if hasattr(one, "image_size")}
         networks = nn.ModuleList([unet, encoder])
         attention = set_attention(
             networks, config.attention, device, dtype, compiled=config.compile, deterministic=config.deterministic
         )
-    world.require_same({f"the weights of --{name.replace('_', '-')}": sha for name, sha in known.items()})
-    run = opened.enter_context(closing(Run(config, data.digest(), world, known)))
+    world.require_same({f"the weights of --{name.replace('_', '-')}": sha for name, sha in weights.items()})
+    world.require_same({f"how pictures are prepared for --{n.replace('_', '-')}": said for n, said in seen.items()})
+    run = opened.enter_context(closing(Run(config, data.digest(), world, weights, seen)))
     run.bad_samples(bad if world.is_main else ())
     run.say(f"device {device}, {str(dtype).removeprefix('torch.')}; attention: {attention[0]} ({attention[1]})")
     run.say(*described(world, device), *lines)
@@ -235,17 +238,17 @@ def open_sets(config: TrainConfig) -> tuple[Source, Source | None, list[tuple[st
     return (*(data.split(config.held_out, config.seed) if config.held_out else (data, None)), *left)
 
 
-def frozen(config: TrainConfig, encoder: nn.Module, teacher: nn.Module | None) -> dict[str, str]:
-    """SHA-256 of the weights of each frozen encoder that runs, by the option that names it: no checkpoint has them, and
-    what a hub or a folder has under a name may change. Stored tokens know the one that made them."""
+def frozen(config: TrainConfig, encoder: nn.Module, teacher: nn.Module | None) -> dict[str, list[nn.Module]]:
+    """The frozen encoders that run, by the option that names each: no checkpoint has them, and what a hub or a folder
+    has under a name may change. Stored tokens know the one that made them."""
     parts = encoders_of(encoder)
     pictures = None if config.tokens else parts.get(SINGLE)
     named = {"encoder": pictures}
     if teacher is not None and teacher is not parts.get(SINGLE):
         named["repa_encoder"] = teacher
-    known = {name: weights_sha256(part) for name, part in named.items() if part is not None and not part.trainable}
-    texts = [weights_sha256(part) for name, part in parts.items() if is_text(name)]
-    return known | ({"text_encoder": "+".join(texts)} if texts else {})
+    known = {name: [part] for name, part in named.items() if part is not None and not part.trainable}
+    texts = [part for name, part in parts.items() if is_text(name)]
+    return known | ({"text_encoder": texts} if texts else {})
 
 
 def described(world: World, device: torch.device) -> list[str]:

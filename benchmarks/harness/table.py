@@ -146,7 +146,8 @@ def show(columns: Sequence[str], body: Body) -> None:
     for line in body:
         table.add_row(*(cell for i, cell in enumerate(line) if i not in alike))
     # as wide as the table: cut figures are worse than long lines
-    Console(width=max(80, Console(width=1000).measure(table).maximum), highlight=False).print(table)
+    width = max(80, Console(width=1000, markup=False).measure(table).maximum)
+    Console(width=width, highlight=False, markup=False).print(table)
 
 
 REFUSED = ("problem", "direction", "implementation", "reason")

@@ -73,7 +73,7 @@ def demo(config: DemoConfig) -> dict:
             raise UserError("--groups is for pictures without captions: leave it out with --controls")
         return demo_controls(config.out / "controls", config.steps, config.seed, config.compile)
     from semantica.benchmarks.quality.evaluate import EvaluateConfig, evaluate
-    from semantica.benchmarks.quality.pace import announced, steps_before, steps_within
+    from semantica.benchmarks.quality.pace import announced, steps_before, steps_made, steps_within
     from semantica.benchmarks.quality.web import draw_web
     from semantica.memory import keep_freed_memory
     from semantica.train.config import TrainConfig
@@ -104,7 +104,8 @@ def demo(config: DemoConfig) -> dict:
             steps = timed("measure the speed", steps_within, config.minutes, rehearsed, sum(seconds.values()))
     config = replace(config, steps=steps)
     print(f"2/5 training {config.steps} steps in {config.out / 'run'}")
-    run = timed("train", train, TrainConfig(**train_options(config)), announced(config.steps))
+    pace = announced(config.steps, steps_made(config.out / "run"))
+    run = timed("train", train, TrainConfig(**train_options(config)), pace)
     print("3/5 measuring variations of held-out pictures")
     settings = EvaluateConfig(
         data=config.out / "web" / "val", model=run, attributes=config.out / "web" / "attributes.json",

@@ -136,7 +136,7 @@ def figures(made: np.ndarray, pairs: list[Pair]) -> Row:
 
 
 def edits(config: EditsConfig) -> int:
-    """Measure, print and write. Raises `UserError` for a run that cannot be used; rows are printed as they come."""
+    """Measure, print and write: rows as they come. Raises `UserError` for a run that cannot be used."""
     from PIL import Image
 
     from semantica.benchmarks.harness.store import environment
@@ -161,6 +161,8 @@ def edits(config: EditsConfig) -> int:
     ]
     strips = {row["method"]: list(given[name])[:SHOWN] for row, name in zip(rows, given)}
     pictures, others = ([Image.fromarray(p) for p in given[name]] for name in ("source", "other"))
+    plain = {k: v if isinstance(v, int | float) else str(v) for k, v in dataclasses.asdict(config).items()}
+    content = {"environment": environment(pick_device(config.device).type), "config": plain, "rows": rows}
     for settings in wanted:
         made = edit_pictures(pipeline, pictures, [*pictures, *others], settings)
         cut = f"{settings.w_cut:g}" if settings.method == "cds" else ""
@@ -169,12 +171,11 @@ def edits(config: EditsConfig) -> int:
         strips[" ".join(filter(None, (settings.method, f"w_dds {row['w_dds']}", cut and f"w_cut {cut}")))] = list(
             made[:SHOWN]
         )
+        if config.json is not None:
+            # rows are stored as they come
+            write_json(config.json, content)
         print(" ".join(cells(COLUMNS, [row])[0]), flush=True)
     show(heads(COLUMNS), cells(COLUMNS, rows))
-    if config.json is not None:
-        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in dataclasses.asdict(config).items()}
-        where = environment(pick_device(config.device).type)
-        write_json(config.json, {"environment": where, "config": plain, "rows": rows})
     if config.html is not None:
         page(config, rows, strips)
     return 0

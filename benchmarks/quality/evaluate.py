@@ -227,17 +227,31 @@ def losses(pipeline, config: EvaluateConfig, data, device) -> dict[str, float]:
     """Denoising loss with the right condition and with one of another group."""
     from contextlib import nullcontext
 
+    from semantica.model.image_encoder import sight_of
     from semantica.train.data.heldout import held_out_batches
     from semantica.train.objective import Objective, held_out_loss
 
     unet, encoder = pipeline.unet, pipeline.encoder
-    batches = held_out_batches(data, config.seed, encoder.image_size, unet.config.image_size, device)
+    sizes = encoder.image_size, unet.config.image_size
+    batches = held_out_batches(data, config.seed, *sizes, device, sight=sight_of(encoder))
     found = held_out_loss(Objective(unet, encoder), batches, pipeline.scheduler.schedule, nullcontext)
     return {**found, "right_below_shuffled": 1 - found["right"] / found["shuffled"]}
 
 
 def write(config: EvaluateConfig, result: dict) -> None:
-    """Print the table, and write the JSON aside, then rename it."""
+    """Write the JSON aside, then rename it; and print the table, also where the one or the other cannot be done."""
+    folder = config.model if config.model else config.images.parent
+    out = config.out or folder / "evaluation.json"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, result)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another file") from error
+    finally:
+        printed(config, result)
+
+
+def printed(config: EvaluateConfig, result: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -246,7 +260,8 @@ def write(config: EvaluateConfig, result: dict) -> None:
     for name in names:
         cells = [f"{row[name]:.1%}" if name in row else "" for row in result["figures"].values()]
         table.add_row(name.replace("_", " "), *cells)
-    console = Console()
+    # names of folders are no markup
+    console = Console(markup=False)
     console.print(table)
     if "loss" in result:
         loss = result["loss"]
@@ -255,10 +270,3 @@ def write(config: EvaluateConfig, result: dict) -> None:
             f"denoising loss {loss['right']:.5f}, {below} the {loss['shuffled']:.5f} with shuffled conditions"
         )
     show(console, result["metrics"], "model" if config.model else "images")
-    folder = config.model if config.model else config.images.parent
-    out = config.out or folder / "evaluation.json"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, result)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another file") from error

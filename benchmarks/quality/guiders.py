@@ -168,18 +168,25 @@ class Judge:
         n, flat = made.shape[1], made.reshape(-1, *made.shape[2:])
         picks, sets = [pick for pick in self.picks for _ in range(n)], np.repeat(np.arange(len(made)), n).tolist()
         found = self.space.figures(flat, picks, sets)
-        found["same_shape_in_grey"] = self.grey.figures(flat, picks, None).get("same_shape", float("nan"))
+        # shapes are known from --attributes alone
+        if "same_shape" in (grey := self.grey.figures(flat, picks, None)):
+            found["same_shape_in_grey"] = grey["same_shape"]
         return {name: found[name] for name in FIGURES if name in found}
 
 
 def training_features(config: GuidersConfig, size: int) -> np.ndarray | None:
-    """Of training pictures spread over the groups."""
+    """Of as many training pictures as samples, spread over the groups. Raises `UserError` where there are fewer."""
     from semantica.train.data.folders import scan
 
     if config.train is None:
         return None
     data = scan(config.train, "folders")
     chosen = spread(data.groups, config.samples)
+    if len(chosen) < config.samples:
+        raise UserError(
+            f"--samples {config.samples} are compared with as many training pictures, and {config.train} holds "
+            f"{len(chosen)}: give fewer"
+        )
     return features.colour_and_shape(read(data, [data.groups[label][k] for label, k in chosen], size))
 
 

@@ -14,6 +14,7 @@ from semantica.progress import spelled
 from semantica.train.config import TrainConfig
 from semantica.train.loop import train
 from semantica.train.preemption import Stop
+from semantica.train.run.checkpoint import folders, number
 
 # steps that are not counted, since the first ones compile, and those that are
 WARM, COUNTED = 12, 24
@@ -46,11 +47,11 @@ class Pace(Stop):
         return self.ends and self.asked >= WARM + COUNTED
 
 
-def announced(steps: int) -> Pace:
-    """Says after the first steps of a training of so many how long all will take."""
+def announced(steps: int, done: int = 0) -> Pace:
+    """Says after the first steps of a training of so many how long all will take. done: steps that it goes on from."""
 
     def say(step: float, start: float) -> None:
-        left = (steps - WARM - COUNTED + REST) * step
+        left = (steps - done - WARM - COUNTED + REST) * step
         # beside the bar of the training, not behind it
         speed = f"{1 / step:.1f} steps a second on this machine"
         tqdm.write(f"  {speed}: about {spelled(left)} to go, training and the rest")
@@ -96,6 +97,11 @@ def steps_within(minutes: float, rehearsed: TrainConfig, spent: float) -> int:
     return steps
 
 
+def steps_made(run: Path) -> int:
+    """Steps of a run's newest checkpoint; 0 where there is none."""
+    return max(map(number, folders(run / "checkpoints")), default=0)
+
+
 def steps_before(run: Path) -> int | None:
     """Steps of a run that is there and goes on; None where there is none."""
-    return read_json(run / "config.json").get("steps") if (run / "config.json").is_file() else None
+    return read_json(path).get("train", {}).get("steps") if (path := run / "config.json").is_file() else None

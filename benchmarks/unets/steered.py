@@ -117,7 +117,8 @@ class StoredMaps:
         return gradient
 
 
-# an unguided step and one of training first, for comparison
+# an unguided step and one of training first, for comparison: they have no gradient of the energy
+PLAIN = ("unguided", "training")
 WAYS = {
     "unguided": Denoised,
     "training": Trained,

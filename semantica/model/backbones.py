@@ -129,7 +129,7 @@ def load(source: str, revision: str | None, found: dict[str, Any], size: int | N
         raise
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"encoder {source!r} has no loadable safetensors weights: {first_line(error)}") from error
-    settings = settings_of(source, revision)
+    settings = settings_of(source, found.get("_commit_hash") or revision)
     prepared = of_transformers(settings, source, family.normalised)
     if not settings:
         # its library's resizing is not known: that of this package

@@ -1,6 +1,7 @@
 """What encoders of pictures have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 from semantica.errors import UserError
 from semantica.images import to_tensor
 from semantica.sight import Sight
+
+# what configurations say of how pictures become what an encoder reads; some were written before they said all of it
+PREPARATION = ("image_size", "mean", "std", "resize", "interpolation", "bgr")
+UNSAID = {"resize": None, "interpolation": None, "bgr": False}
 
 
 class ImageEncoder(ModelMixin, ConfigMixin):
@@ -43,6 +48,12 @@ class ImageEncoder(ModelMixin, ConfigMixin):
             if not isinstance(picture, Image.Image):
                 raise UserError(f"a condition is a {type(picture).__name__}: give Pillow images, or one array of all")
         return to_tensor([self.sight.see(picture.convert("RGB")) for picture in pictures])
+
+
+def preparation_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How pictures become what an encoder reads, by its configuration, as JSON values: its weights do not tell."""
+    said = {**UNSAID, **config}
+    return {n: list(said[n]) if isinstance(said[n], tuple) else said[n] for n in PREPARATION if n in said}
 
 
 def sight_of(encoder: nn.Module) -> Sight:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from semantica.errors import UserError
+from semantica.errors import UserError, first_line
+from semantica.files import read_json
 from semantica.sight import FILTERS
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -162,10 +163,44 @@ def normalisation(
 
 
 def settings_of(source: str | Path, revision: str | None) -> dict[str, Any]:
-    """What preprocessor_config.json holds; nothing where there is none."""
+    """What preprocessor_config.json holds; nothing where there is none.
+
+    Raises:
+        UserError: it cannot be read or fetched. Features of pictures that were prepared in another way are others.
+    """
     from transformers import image_processing_utils as processing
 
     try:
-        return dict(processing.ImageProcessingMixin.get_image_processor_dict(source, revision=revision)[0])
-    except OSError:
+        said, _ = processing.ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+    except OSError as error:
+        own, whole = (found_in(str(source), revision, f"{name}_config.json") for name in ("preprocessor", "processor"))
+        # that of a whole processor need not say anything of pictures
+        if own or (whole and "image_processor" in read_json(whole)):
+            raise UserError(f"{own or whole} cannot be read: {first_line(error)}") from error
         return {}
+    if not isinstance(said, dict):
+        raise UserError(f"preprocessor_config.json of encoder {source!r} cannot be read: it is a {type(said).__name__}")
+    return dict(said)
+
+
+def found_in(source: str, revision: str | None, name: str) -> Path | None:
+    """A file of a folder, or of a hub's repository; None where there is none.
+
+    Raises:
+        UserError: the hub cannot be asked, and what is kept of it does not say.
+    """
+    if Path(source).is_dir():
+        return path if (path := Path(source) / name).is_file() else None
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, name, revision=revision))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        gone = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if gone or try_to_load_from_cache(source, name, revision=revision) is _CACHED_NO_EXIST:
+            return None
+        raise UserError(
+            f"whether encoder {source!r} has a {name} is not known ({first_line(error)}): load it once with the hub "
+            "in reach, or give a folder"
+        ) from error

@@ -22,7 +22,7 @@ from semantica.images import to_tensor
 from semantica.lock import locked
 from semantica.model.compile import compile_in_place
 from semantica.model.encoders import frozen_encoder, own_folder, weights_sha256
-from semantica.model.image_encoder import sight_of
+from semantica.model.image_encoder import preparation_of, sight_of
 from semantica.train.data.config import TokensConfig
 from semantica.train.data.open import open_data
 from semantica.train.data.source import Source
@@ -140,6 +140,13 @@ def begin(out: Path, identity: dict, encoder: nn.Module, held: ExitStack) -> Non
                 f"{out} holds tokens with {name} {brief(before.get(name))}, not {brief(identity.get(name))}: choose "
                 "another --out, or remove that folder"
             )
+        if (saved := out / "encoder" / "config.json").is_file():
+            then, now = preparation_of(read_json(saved)), preparation_of(encoder.config)
+            if then != now:
+                raise UserError(
+                    f"{out} holds tokens of pictures that were prepared with {brief(then)}, not {brief(now)}: choose "
+                    "another --out, or remove that folder"
+                )
     elif out.exists() and (not out.is_dir() or any(p.name != "encoder" and p.name[0] != "." for p in out.iterdir())):
         raise UserError(f"{out} exists and holds no stored tokens: choose another --out")
     try:

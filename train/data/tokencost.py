@@ -81,5 +81,6 @@ def report(root: Path) -> None:
     )  # fmt: skip
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # names of folders are no markup
+    Console(markup=False).print(table)
     print(f"semantica train --data … --encoder {encoder['source']} --tokens {root}")

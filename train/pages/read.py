@@ -20,8 +20,9 @@ NAMED = 100
 
 
 def readable(text: str) -> str:
-    """A text that can be printed: names of files need not be any."""
-    return text.encode(errors="backslashreplace").decode()
+    """A text that can be printed: names of files need not be any, and those in archives may steer a terminal."""
+    whole = text.encode(errors="backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole)
 
 
 class Problems:

@@ -14,7 +14,7 @@ from semantica.train.data.shards import ShardData, allowed, open_listed, open_sh
 from semantica.train.data.store import Store
 from semantica.train.pages.config import ReportConfig
 from semantica.train.pages.stats import REASONS
-from semantica.train.pages.write import BINS
+from semantica.train.pages.write import BINS, SIDES
 
 TILE, EXAMPLE_PAGES, ACROSS, EXAMPLE_PAIRS = 96, 8, 8, 8
 
@@ -31,13 +31,13 @@ def write_report(out: Path, stats: dict, index: dict, low: float | None = None, 
         UserError: jinja2 or matplotlib is missing, or the shards cannot be read.
     """
     parts = [totals(stats, index), inputs(stats), dropped(stats)]
-    for name, title, label in (
-        ("images_per_page", "Pictures per page", "pictures of a page, after all rules (1: not stored, 0: left out)"),
-        ("side", "Sizes", "shorter side of stored pictures, in pixels"),
+    for name, title, label, width in (
+        ("images_per_page", "Pictures per page", "pictures of a page, after all rules (1: not stored, 0: left out)", 1),
+        ("side", "Sizes", "shorter side of stored pictures, in pixels", SIDES),
     ):
         # most pages of a crawl have none, and would flatten the rest
         values = {int(key): count for key, count in stats[name].items() if int(key) or name == "side"}
-        parts.append(Part(title, svg=bars(list(values), list(values.values()), label)))
+        parts.append(Part(title, svg=bars(list(values), list(values.values()), label, width)))
     if index["shards"]:
         data = open_index(out, index)
         if len(data.cosine):
@@ -159,8 +159,8 @@ def png(rows: list[list[np.ndarray]]) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def bars(places, counts, label: str, width: float | None = None, lines: list[float] = ()) -> str:
-    """A histogram as SVG."""
+def bars(places, counts, label: str, width: float, lines: list[float] = ()) -> str:
+    """A histogram as SVG: of bins of a width that begin at these places, or of whole numbers, width 1, about them."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -171,8 +171,6 @@ def bars(places, counts, label: str, width: float | None = None, lines: list[flo
         figure = Figure(figsize=(7, 2.6), layout="constrained")
         axes = figure.subplots()
         places = np.asarray(places, float)
-        if width is None:
-            width = float(np.diff(places).min()) if len(places) > 1 else 1.0
         axes.bar(places + (width / 2 if width != 1 else 0), counts, width=width * 0.92)
         for line in lines:
             axes.axvline(line, color="black", linewidth=1)
@@ -230,7 +228,8 @@ def summary(out: Path, stats: dict) -> None:
         stored = row["stored"]
         figures = (row["pages"], row["linked"], stored["images"], stored["pages"], stored["pairs"], row["problems"])
         table.add_row(row["name"], *map(str, figures))
-    Console().print(table)
+    # names of files are no markup
+    Console(markup=False).print(table)
     reasons = ", ".join(f"{name} {count}" for name, count in stats["pictures"].items())
     print(f"links: {reasons or 'none'}")
     for row in stats["inputs"][:50]:

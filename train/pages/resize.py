@@ -31,7 +31,7 @@ from semantica.train.pages.mine import locked, run_phase
 from semantica.train.pages.report import write_report
 from semantica.train.pages.runners import Local
 from semantica.train.pages.store import write_json
-from semantica.train.pages.write import ShardFile
+from semantica.train.pages.write import SIDES, ShardFile
 
 # 40 to 43 dB against the picture before it was compressed, 28 to 44 kB for a short side of 256 pixels
 QUALITY, SUBSAMPLING = 95, "4:2:0"
@@ -173,7 +173,7 @@ def resize_shard(job: Job, unit: int) -> None:
             )
             for picture in pictures:
                 counts["resized" if picture.resized else "kept"] += 1
-                sides[min(picture.width, picture.height) // 32 * 32] += 1
+                sides[min(picture.width, picture.height) // SIDES * SIDES] += 1
     mark = {"shard": new.close() if new else None, "side": {str(side): count for side, count in sides.items()}}
     write_json(marker(job.out, entry["name"]), mark | {name: counts[name] for name in ("resized", "kept", "left_out")})
 

@@ -2,9 +2,12 @@
 
 import zlib
 from collections import deque
+from collections.abc import Iterator
 from typing import BinaryIO
 
 CHUNK, OUT = 1 << 16, 1 << 20
+# stored bytes of a member that hold the first of its record, whatever names and codes come before
+HEAD = 1 << 12
 MAGIC = b"\x1f\x8b\x08"
 START = b"WARC/1."
 # members between the last record and where reading stopped: far more than a reader looks ahead
@@ -82,29 +85,31 @@ class Bytes:
 
     def next_member(self) -> bool:
         """After `BrokenMember`: go to the next gzip member that begins a record."""
-        at = self.member + 1
-        while (at := self._find(at)) is not None:
-            self.file.seek(at)
+        for at, stored in self._candidates(self.member + 1):
             try:
-                head = zlib.decompressobj(31).decompress(self.file.read(CHUNK), len(START))
+                head = zlib.decompressobj(31).decompress(stored, len(START))
             except zlib.error:
-                head = b""
+                continue
             if head == START:
                 self._start(self.position, at)
                 return True
-            at += 1
         return False
 
-    def _find(self, at: int) -> int | None:
+    def _candidates(self, at: int) -> Iterator[tuple[int, bytes]]:
+        """Places from one on that may begin a member, and its first bytes. The file is read once, however many."""
         self.file.seek(at)
-        tail = b""
-        while block := self.file.read(OUT):
-            found = (tail + block).find(MAGIC)
-            if found >= 0:
-                return at - len(tail) + found
-            at += len(block)
-            tail = block[-len(MAGIC) + 1 :]
-        return None
+        held, more = b"", True
+        while more:
+            more = self.file.read(OUT)
+            held += more
+            # those at the end are looked at when their bytes are there
+            end = len(held) - HEAD if more else len(held)
+            found = held.find(MAGIC)
+            while 0 <= found < end:
+                yield at + found, held[found : found + HEAD]
+                found = held.find(MAGIC, found + 1)
+            seen = found if found >= 0 else max(0, len(held) - len(MAGIC) + 1)
+            at, held = at + seen, held[seen:]
 
     def next_record(self, after: int) -> bool:
         """Go to the first line that begins a record, at or beyond a decompressed offset; False if there is none."""

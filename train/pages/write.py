@@ -25,6 +25,8 @@ from semantica.train.pages.store import connect, write_json
 
 # bins of the similarity histogram, from -1 to 1
 BINS = 100
+# pixels of a bin of shorter sides
+SIDES = 32
 # bytes of a picture's SHA-256 that the table keeps, to tell a damaged one
 MARK = 16
 
@@ -98,7 +100,7 @@ def write_unit(unit: int, source: Input, folders: list[Path], furniture: Path, o
             reasons["kept"] += len(kept)
             histograms["images_per_page"][len(kept)] += 1
             for found in kept:
-                histograms["side"][min(found.width, found.height) // 32 * 32] += 1
+                histograms["side"][min(found.width, found.height) // SIDES * SIDES] += 1
             cosines = shards.add(page, url, time, kept, pictures)
             if cosines is not None:
                 similar += np.histogram(cosines, BINS, (-1, 1))[0]

@@ -41,7 +41,8 @@ class Run:
     where it cannot write all of them end. `close` it at the end: until then no other run gets the folder.
 
     Args:
-        encoders: SHA-256 of the weights of frozen encoders, by the option that names each.
+        encoders: SHA-256 of the weights of frozen encoders, by the option that names each. prepared: how pictures are
+            for those that read them, see `semantica.model.image_encoder.preparation_of`.
 
     Raises:
         UserError: the folder holds a run of another configuration that saved something, or something else, or cannot be
@@ -49,7 +50,14 @@ class Run:
             written.
     """
 
-    def __init__(self, config: TrainConfig, data_digest: str, world: World, encoders: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        data_digest: str,
+        world: World,
+        encoders: Mapping[str, str] | None = None,
+        prepared: Mapping[str, dict] | None = None,
+    ):
         self.out, self.config, self.world = config.out, config, world
         self.known_bad: set[str] = set()
         self.found_bad: list[tuple[str, str]] = []
@@ -59,7 +67,7 @@ class Run:
             if world.is_main:
                 self._claim()
                 try:
-                    self._open(data_digest, dict(encoders or {}))
+                    self._open(data_digest, dict(encoders or {}), dict(prepared or {}))
                 except BaseException:
                     self.close()
                     raise
@@ -81,9 +89,10 @@ class Run:
         with suppress(OSError):
             self.out.rmdir()
 
-    def _open(self, data_digest: str, encoders: dict[str, str]) -> None:
+    def _open(self, data_digest: str, encoders: dict[str, str], prepared: dict[str, dict]) -> None:
         record = {"format": FORMAT, "semantica": semantica.__version__, "torch": torch.__version__}
         record |= {"train": self.config.record(), "data_digest": data_digest, "draws": DRAWS, "encoders": encoders}
+        record |= {"prepared": prepared} if prepared else {}
         path, config = self.out / "config.json", self.config
         # an attempt that failed before it saved anything, as where memory was short, binds to nothing
         kept = checkpoint.folders(self.out / "checkpoints")
@@ -133,6 +142,17 @@ class Run:
                 given = given if isinstance(given, str) else " ".join(given)
                 option = f"--{name.replace('_', '-')} {given}"
                 raise UserError(f"the weights of {option} changed since {self.out} was made: choose another --out")
+        for name, now in record.get("prepared", {}).items():
+            option = f"--{name.replace('_', '-')} {getattr(self.config, name)}"
+            then = old.get("prepared", {}).get(name)
+            if then is None:
+                self.say(
+                    f"{self.out} was begun by a version that may have prepared pictures for {option} in another way"
+                )
+            elif then != now:
+                raise UserError(
+                    f"how pictures are prepared for {option} changed since {self.out} was made: choose another --out"
+                )
         if old.get("draws", 1) != DRAWS:
             self.say(f"{self.out} was begun by a version that drew noise and crops in another way: from here on as now")
         if seen != record["data_digest"]:

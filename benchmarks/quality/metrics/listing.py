@@ -1,6 +1,7 @@
 """`conditions.csv`: which condition and class each picture was made of, so that any system's can be judged."""
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,6 @@ def read_listing(folder: Path, groups: dict[str, tuple[str, ...]]) -> Listed:
 
 def write_listing(folder: Path, listed: Listed) -> None:
     """Write FOLDER/conditions.csv, the last of the folder's files."""
-    lines = [COLUMNS, *zip(listed.files, listed.conditions, listed.classes, strict=True)]
-    text = "".join(",".join(f'"{x}"' if set(x) & set(',"\n') else x for x in line) + "\n" for line in lines)
-    write_text(folder / NAME, text)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([COLUMNS, *zip(listed.files, listed.conditions, listed.classes, strict=True)])
+    write_text(folder / NAME, text.getvalue())

@@ -1,7 +1,6 @@
 """The table of metrics, and the lines beneath it, as a user reads them."""
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from semantica.benchmarks.quality.metrics.jury import ORDER, SHARES
@@ -16,16 +15,16 @@ THOUSANDS = ("kid", "kd")
 
 
 def show(console: Console, metrics: dict, named: str) -> None:
-    """Print what `Jury.table` made."""
+    """Print what `Jury.table` made, on a console that reads no markup."""
     rows, level = metrics["rows"], metrics["level"]
     title = f"{metrics['judge']} as judge; {level:.0%} intervals over {metrics['units']}"
-    table = Table("", *rows, title=escape(title))
+    table = Table("", *rows, title=title)
     for name in ORDER:
         if any(name in row for row in rows.values()):
             table.add_row(MEANINGS.get(name, name.replace("_", " ")), *(cell(name, row) for row in rows.values()))
     console.print(table)
     for line in remarks(metrics, named):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False)
 
 
 def cell(name: str, row: dict) -> str:
