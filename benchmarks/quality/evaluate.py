@@ -99,6 +99,8 @@ def evaluate(config: EvaluateConfig) -> dict:
     conditions = [(place[data.groups[label][k]], label) for label, k in chosen]
     asked = Asked(np.array([i for i, _ in conditions]), np.array([label for _, label in conditions]), of)
     result = {"config": json.loads(json.dumps(dataclasses.asdict(config), default=str))}
+    if data.names:
+        result["names"] = {label: ", ".join(data.names[label]) for label in data.groups if label in data.names}
     result |= {"groups": len(data.groups), "pictures": len(paths), "chance": 1 / len(data.groups), "figures": {}}
 
     def add(name: str, made: np.ndarray, picks: Picks, sets: list | None) -> None:
