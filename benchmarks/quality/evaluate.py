@@ -17,6 +17,7 @@ from semantica.benchmarks.quality.metrics.listing import NAME, Listed, read_list
 from semantica.benchmarks.quality.metrics.shown import show
 from semantica.benchmarks.quality.metrics.store import Store
 from semantica.benchmarks.quality.systems import evaluated, losses, record, sampled
+from semantica.editing.command import writable
 from semantica.errors import UserError
 from semantica.files import read_json, write_json
 from semantica.pipelines.kinds import foreign
@@ -72,6 +73,9 @@ def evaluate(config: EvaluateConfig) -> dict:
     config.check()
     if config.keep and os.path.lexists(config.keep):
         raise UserError(f"--keep {config.keep} exists: give a new folder")
+    if config.model and config.model.exists():
+        # sampling may take hours, and others' folders may be for reading alone
+        writable("--out", place_of(config).parent)
     device = pick_device(config.device)
     data = classed(config.data)
     attributes = read_attributes(config.attributes)
@@ -193,6 +197,12 @@ def repeats(count: int) -> list[int]:
     return [i for i in range(count) for _ in range(2)]
 
 
+def place_of(config: EvaluateConfig) -> Path:
+    """Where the figures go."""
+    folder = config.model if config.model else config.images.parent
+    return config.out or folder / "evaluation.json"
+
+
 def write(config: EvaluateConfig, result: dict) -> None:
     """Print the table, and write the JSON aside, then rename it."""
     from rich.console import Console
@@ -212,8 +222,7 @@ def write(config: EvaluateConfig, result: dict) -> None:
             f"denoising loss {loss['right']:.5f}, {below} the {loss['shuffled']:.5f} with shuffled conditions"
         )
     show(console, result["metrics"], "model" if config.model else "images")
-    folder = config.model if config.model else config.images.parent
-    out = config.out or folder / "evaluation.json"
+    out = place_of(config)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, result)
