@@ -31,7 +31,7 @@ from semantica.engines.network import DTYPES
 from semantica.errors import UserError, first_line
 from semantica.fused.accelerate import accelerate
 from semantica.fused.denoiser import UNetDenoiser
-from semantica.fused.towers import ClipPictures, ClipTexts, VersatilePictures
+from semantica.fused.towers import ClipPictures, ClipTexts
 from semantica.model.conditioner import Conditioner
 from semantica.model.encoders import refuse_code
 from semantica.pipelines.unets import UNetPipeline
@@ -92,15 +92,10 @@ def build_pictures(settings: Mapping[str, Any], bundle: Bundle, name: str) -> Cl
     return ClipPictures(tower, settings["tokens"], settings["mean"], settings["std"])
 
 
-def build_versatile(settings: Mapping[str, Any], bundle: Bundle, name: str) -> VersatilePictures:
-    return VersatilePictures(tower_of(settings["tower"], bundle), settings["mean"], settings["std"])
-
-
 # by class
 ENCODERS = {
     ClipTexts.__name__: Encoder(describe_texts, build_texts),
     ClipPictures.__name__: Encoder(describe_pictures, build_pictures),
-    VersatilePictures.__name__: Encoder(describe_pictures, build_versatile),
 }
 
 

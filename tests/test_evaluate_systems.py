@@ -69,6 +69,14 @@ def test_what_is_made_without_a_condition_is_decoded(foreign, tmp_path):
     assert np.abs(made / 255 - again).max() <= 0.5 / 255 + 1e-5
 
 
+def test_an_encoder_that_no_bundle_has_is_refused_before_anything_is_captured(foreign, tmp_path, capsys):
+    path = foreign.write(tmp_path / "model", "versatile")
+    capsys.readouterr()
+    assert main(["export", "--model", str(path), "--out", str(tmp_path / "bundle")]) == 2
+    assert "reads VersatilePictures, which no bundle has yet: sample the folder" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_model_that_cannot_be_judged_is_one_line(foreign, photos, tmp_path, capsys):
     path = foreign.write(tmp_path / "sd", "sd")
 
