@@ -14,6 +14,8 @@ from semantica.benchmarks.loading import command as bench_loading
 from semantica.benchmarks.quality import edits as bench_edits
 from semantica.benchmarks.quality import guiders as bench_guiders
 from semantica.benchmarks.quality import streams as bench_streams
+from semantica.benchmarks.quality.published import edited as bench_edited
+from semantica.benchmarks.quality.published import subjects as bench_subjects
 from semantica.benchmarks.sampling import command as bench_sample
 from semantica.benchmarks.serving import command as bench_serve
 from semantica.benchmarks.training import command as bench_train
@@ -34,6 +36,8 @@ USAGE = """usage: semantica bench kernels [options]           time the operators
        semantica bench guiders [options]           figures of ways of guidance, on drawn pictures
        semantica bench edits [options]             figures of edits by scores (sds, dds, cds), on drawn pictures
        semantica bench streams [options]           do samples follow a picture and a text at once, by kinds of fusion
+       semantica bench pie-bench [options]         score edited pictures on PIE-Bench
+       semantica bench dreambench [options]        score pictures of subjects on DreamBench or DreamBench++
        semantica bench compare A.json B.json       ratios of time, with the band of noise
        semantica bench table FILE.json ...         the rows as Markdown, stale ones marked
        semantica bench tune --op group_norm        tune an operator's launch table on the GPU at hand
@@ -172,6 +176,8 @@ VERBS = {
     "loading": (bench_loading.LoadingConfig, bench_loading.loading),
     "serve": (bench_serve.ServeBenchConfig, bench_serve.serve),
     "edits": (bench_edits.EditsConfig, bench_edits.edits),
+    "pie-bench": (bench_edited.PieConfig, bench_edited.score),
+    "dreambench": (bench_subjects.SubjectsConfig, bench_subjects.score),
     "guiders": (bench_guiders.GuidersConfig, bench_guiders.guiders),
     "streams": (bench_streams.StreamsConfig, bench_streams.streams),
     "compare": (CompareConfig, compare),

@@ -88,7 +88,7 @@ def write(config: ExportConfig, pipeline) -> Path:
 
 
 def load(config: ExportConfig):
-    """The pipeline of a run folder, or of a folder of diffusers, in fp32."""
+    """The pipeline of a run folder, or of a folder of diffusers, in fp32. Raises `UserError` for one of no bundle."""
     if not foreign(config.model):
         for option, given in (("ip-adapter", config.ip_adapter), ("lora", config.lora)):
             if given is not None:
@@ -96,9 +96,14 @@ def load(config: ExportConfig):
         from semantica.pipelines.variations import SemanticaPipeline
 
         return SemanticaPipeline.from_pretrained(config.model)
+    from semantica.export.rebuild import ENCODERS
     from semantica.pipelines.unets import UNetPipeline
 
-    return UNetPipeline.load(config.model, config.ip_adapter, config.ip_scale, config.lora, config.lora_scale)
+    pipeline = UNetPipeline.load(config.model, config.ip_adapter, config.ip_scale, config.lora, config.lora_scale)
+    for part in pipeline.encoder.encoders.values():
+        if type(part).__name__ not in ENCODERS:
+            raise UserError(f"{config.model} reads {type(part).__name__}, which no bundle has yet: sample the folder")
+    return pipeline
 
 
 def contents(folder: Path) -> list[str]:

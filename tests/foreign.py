@@ -35,6 +35,7 @@ CLASSES = {
     "sd": ("StableDiffusionPipeline", ("text_encoder", "tokenizer")),
     "xl": ("StableDiffusionXLPipeline", ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
     "variations": ("StableDiffusionImageVariationPipeline", ("image_encoder",)),
+    "versatile": ("VersatileDiffusionImageVariationPipeline", ("image_encoder",)),
 }
 TRAINED_ON = ["a lighthouse on a cliff at dusk, oil on canvas", "two red bicycles, photograph of 1987!"] * 3
 
@@ -84,16 +85,18 @@ def write(folder: Path, kind: str, vae: dict | None = None, **unet) -> Path:
         made["text_encoder"] = texts(CLIPTextModel, vocabulary)
     if "text_encoder_2" in own:
         made["text_encoder_2"] = texts(CLIPTextModelWithProjection, vocabulary)
-    width = TEXT if kind == "variations" else PICTURE
+    width = PICTURE if kind == "sd" or kind == "xl" else TEXT
     pictures = CLIPVisionModelWithProjection(
         CLIPVisionConfig(hidden_size=TEXT, projection_dim=width, image_size=32, patch_size=8, **ALL)
     )
     if "image_encoder" in own:
         made["image_encoder"] = pictures
     index = {"_class_name": name, "force_zeros_for_empty_prompt": kind == "xl"}
+    if kind == "versatile":
+        made["image_unet"] = made.pop("unet")
     for part, module in made.items():
         module.save_pretrained(folder / part)
-        index[part] = ["diffusers" if part in ("unet", "vae", "scheduler") else "transformers", type(module).__name__]
+        index[part] = ["transformers" if "encoder" in part else "diffusers", type(module).__name__]
     index |= {part: ["transformers", "CLIPTokenizer"] for part in own if part.startswith("tokenizer")}
     (folder / "model_index.json").write_text(json.dumps(index))
     if kind == "sd":

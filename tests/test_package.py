@@ -324,7 +324,7 @@ def test_constraints_pin_what_make_installs():
     project, pinned = PROJECT["project"], pins()
     extras = project["optional-dependencies"]
     named = {"train", "pairs", "export", "bench", "cuda-build", "flash", "float8", "tensorrt", "tensorrt-rtx", "ray"}
-    named |= {"quantise", "serve", "serve-ray", "timm"}
+    named |= {"quantise", "serve", "serve-ray", "timm", "lsun"}
     assert set(extras) == {*named, "test"}
     tested = ("train", "bench", "pairs", "serve", "test", "cuda-build")
     lines = sum((extras[name] for name in tested), project["dependencies"])

@@ -14,6 +14,7 @@ from diffusers import (
     StableDiffusionImageVariationPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    VersatileDiffusionImageVariationPipeline,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -32,7 +33,10 @@ TEXTS = ["", "  Two RED   bicycles\n", "don't we'll it's 'tis", "naïve café �
          "hello!!! ???...'s <|endoftext|>", "ΟΔΟΣ ΙΣΤΑΝΒΟΥΛ", "a\u0301 e\u0301", "x" * 200,
          "🙂 emoji_under-score 3.14"]  # fmt: skip
 STOCK = {"sd": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline,
-         "variations": StableDiffusionImageVariationPipeline}  # fmt: skip
+         "variations": StableDiffusionImageVariationPipeline,
+         "versatile": VersatileDiffusionImageVariationPipeline}  # fmt: skip
+# those that read pictures
+PICTURES = ("variations", "versatile")
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +186,10 @@ def test_sdxl_folders_that_do_not_say_so_have_zeros_for_the_empty_prompt(foreign
 
 
 def stock(kind, folder, **more):
-    own = {} if kind != "variations" else {"feature_extractor": CLIPImageProcessor(
+    place = "image_feature_extractor" if kind == "versatile" else "feature_extractor"
+    own = {} if kind not in PICTURES else {place: CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})}  # fmt: skip
-    if kind != "xl":
+    if kind in ("sd", "variations"):
         own |= {"safety_checker": None}
     if kind == "sd":
         own |= {"feature_extractor": None}
@@ -200,15 +205,15 @@ def test_images_are_those_of_diffusers_pipelines(folder, picture):
     pipe = UNetPipeline.load(path)
     latents = torch.randn(2, *pipe.sample_shape, generator=torch.Generator().manual_seed(0))
     options = {"num_inference_steps": 6, "guidance_scale": 4.0, "latents": latents}
-    inputs = [picture, picture] if kind == "variations" else PROMPTS
+    inputs = [picture, picture] if kind in PICTURES else PROMPTS
     made = pipe(inputs, solver="ddim", output_type="pt", **options).images
-    side = {} if kind == "variations" else {"height": 8 * 8, "width": 8 * 8}
+    side = {} if kind in PICTURES else {"height": 8 * 8, "width": 8 * 8}
     expected = stock(kind, path)(inputs, output_type="pt", **side, **options).images
     assert made.shape == expected.shape == (2, 3, 64, 64)
     assert float((made - expected).abs().max()) < 1e-3
     # the second sample differs by its prompt, not by its noise alone
     same = pipe(inputs[:1] * 2, solver="ddim", output_type="pt", **options).images
-    assert kind == "variations" or float((made - same)[1].abs().max()) > 1e-3
+    assert kind in PICTURES or float((made - same)[1].abs().max()) > 1e-3
 
 
 @torch.no_grad()
@@ -232,12 +237,12 @@ def test_an_ip_adapter_is_what_diffusers_loads(foreign, tmp_path, picture):
 def test_the_command_writes_pictures_of_prompts(folder, picture, tmp_path, capsys):
     kind, path = folder
     picture.save(tmp_path / "condition.png")
-    given = ["--image", str(tmp_path / "condition.png")] if kind == "variations" else ["--prompt", *PROMPTS]
+    given = ["--image", str(tmp_path / "condition.png")] if kind in PICTURES else ["--prompt", *PROMPTS]
     arguments = ["sample", "--model", str(path), *given, "--steps", "2", "-n", "2", "--guidance", "3"]
     assert main([*arguments, "--out", str(tmp_path / "grid.png")]) == 0
     assert main([*arguments, "--out", str(tmp_path / "single")]) == 0
     names = sorted(p.name for p in (tmp_path / "single").glob("*.png"))
-    if kind == "variations":
+    if kind in PICTURES:
         assert names == ["000-condition-0.png", "000-condition-1.png"]
     else:
         assert names[0] == "000-two-red-bicycles-at-dusk-0.png" and len(names) == 4
@@ -248,7 +253,7 @@ def test_the_command_writes_pictures_of_prompts(folder, picture, tmp_path, capsy
 def test_what_is_not_named_is_as_in_diffusers_and_fits_into_memory(folder, picture, tmp_path):
     kind, path = folder
     pipe, seen = load_pipeline(path, "cpu"), []
-    given = [picture] if kind == "variations" else ["a"]
+    given = [picture] if kind in PICTURES else ["a"]
     pipe.unet.unet.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
     assert pipe.guidance == inspect.signature(STOCK[kind].__call__).parameters["guidance_scale"].default
     fixed = {"seed": 1, "num_inference_steps": 1, "output_type": "np"}

@@ -239,7 +239,7 @@ def open_sets(config: TrainConfig) -> tuple[Source, Source | None, list[tuple[st
 
 
 def frozen(config: TrainConfig, encoder: nn.Module, teacher: nn.Module | None) -> dict[str, list[nn.Module]]:
-    """The frozen encoders that run, by the option that names each: no checkpoint has them, and what a hub or a folder
+    """The frozen encoders that run, by the option that names them: no checkpoint has them, and what a hub or a folder
     has under a name may change. Stored tokens know the one that made them."""
     parts = encoders_of(encoder)
     pictures = None if config.tokens else parts.get(SINGLE)

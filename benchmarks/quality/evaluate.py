@@ -4,25 +4,24 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from semantica import features
 from semantica.benchmarks.quality.evaluate_options import SIZE, EvaluateConfig
-from semantica.benchmarks.quality.made import keep, read_files, read_labelled
+from semantica.benchmarks.quality.made import classed, keep, read, read_files, read_labelled, resized
 from semantica.benchmarks.quality.metrics.baselines import Asked, noise
 from semantica.benchmarks.quality.metrics.judges import judge
 from semantica.benchmarks.quality.metrics.jury import REAL, Jury, Row
 from semantica.benchmarks.quality.metrics.listing import NAME, Listed, read_listing
 from semantica.benchmarks.quality.metrics.shown import show
 from semantica.benchmarks.quality.metrics.store import Store
+from semantica.benchmarks.quality.systems import evaluated, losses, record, sampled
+from semantica.editing.command import writable
 from semantica.errors import UserError
 from semantica.files import read_json, write_json
+from semantica.pipelines.kinds import foreign
 from semantica.progress import phase
-
-if TYPE_CHECKING:
-    from semantica.pipelines.networks import NetworkPipeline
 
 # (condition's place in the gallery or -1, group) of each evaluated picture
 Picks = list[tuple[int, str]]
@@ -63,21 +62,6 @@ def spread(groups: dict[str, tuple[str, ...]], count: int) -> list[tuple[str, in
     return [(label, place) for label, place in order if place < len(groups[label])][:count]
 
 
-def judged(model: Path, device: str) -> "NetworkPipeline":
-    """The pipeline of a run that pictures alone condition. Raises `UserError` for a bundle, and for other models."""
-    from semantica.engines.bundle import is_bundle
-    from semantica.model.conditioner import Conditioner
-    from semantica.pipelines.sample import load_pipeline
-
-    if is_bundle(model):
-        raise UserError(f"{model} is a bundle: give the run folder that it was exported from")
-    pipeline = load_pipeline(model, device)
-    if isinstance(pipeline.encoder, Conditioner):
-        read = " and ".join(pipeline.encoder.encoders)
-        raise UserError(f"{model} reads {read} by encoders of their own: runs that pictures alone condition are judged")
-    return pipeline
-
-
 def evaluate(config: EvaluateConfig) -> dict:
     """Compute, print and write the figures.
 
@@ -85,13 +69,15 @@ def evaluate(config: EvaluateConfig) -> dict:
         UserError: data, run, judge, attributes or pictures that cannot be used, or a file that cannot be written.
     """
     from semantica.device import pick_device
-    from semantica.train.data.folders import scan
 
     config.check()
     if config.keep and os.path.lexists(config.keep):
         raise UserError(f"--keep {config.keep} exists: give a new folder")
+    if config.model and config.model.exists():
+        # sampling may take hours, and others' folders may be for reading alone
+        writable("--out", place_of(config).parent)
     device = pick_device(config.device)
-    data = scan(config.data, "folders")
+    data = classed(config.data)
     attributes = read_attributes(config.attributes)
     paths = [(label, path) for label, members in data.groups.items() for path in members]
     place = {path: i for i, (_, path) in enumerate(paths)}
@@ -99,8 +85,10 @@ def evaluate(config: EvaluateConfig) -> dict:
     judging = judge(config.features, device)
     store = Store(judging, config.cache)
     listed = read_listing(config.images, data.groups) if config.images and (config.images / NAME).exists() else None
-    pipeline = judged(config.model, config.device) if config.model else None
-    size = pipeline.unet.config.image_size if pipeline else config.size or SIZE
+    pipeline = evaluated(config) if config.model else None
+    if pipeline is not None and config.guidance is None:
+        config = dataclasses.replace(config, guidance=pipeline.guidance)
+    size = config.size or (pipeline.side if pipeline else SIZE)
     pictures = read(data, [path for _, path in paths], size)
     with phase(f"evaluate: {config.features} of {len(pictures)} pictures"):
         space = Space(lambda made: judging.compared(store.describe(made)), pictures, groups, attributes)
@@ -115,6 +103,8 @@ def evaluate(config: EvaluateConfig) -> dict:
     conditions = [(place[data.groups[label][k]], label) for label, k in chosen]
     asked = Asked(np.array([i for i, _ in conditions]), np.array([label for _, label in conditions]), of)
     result = {"config": json.loads(json.dumps(dataclasses.asdict(config), default=str))}
+    if data.names:
+        result["names"] = {label: ", ".join(data.names[label]) for label in data.groups if label in data.names}
     result |= {"groups": len(data.groups), "pictures": len(paths), "chance": 1 / len(data.groups), "figures": {}}
 
     def add(name: str, made: np.ndarray, picks: Picks, sets: list | None) -> None:
@@ -127,14 +117,16 @@ def evaluate(config: EvaluateConfig) -> dict:
     repeated, sets = [conditions[i] for i in of], of.tolist()
     if pipeline is not None:
         sources = [data.groups[label][k] for label, k in chosen]
-        with phase(f"evaluate: {len(chosen)} conditions, {config.n} variations of each, and as many without"):
-            made, ignoring = sampled(pipeline, config, data, sources)
+        result["system"] = record(config, pipeline, size)
+        made, ignoring = sampled(pipeline, config, data, sources)
         if config.keep:
             keep(config.keep, made, config.n, sources, [label for label, _ in chosen])
+        made, ignoring = resized(made, size), resized(ignoring, size)
         add("model", made, repeated, sets)
         add(IGNORE, ignoring, repeated, sets)
-        with phase("evaluate: denoising loss of right and shuffled conditions"):
-            result["loss"] = losses(pipeline, config, data, device)
+        if not foreign(config.model):
+            with phase("evaluate: denoising loss of right and shuffled conditions"):
+                result["loss"] = losses(pipeline, config, data, device)
         # samples without a condition are independent of one another
         alone = dataclasses.replace(asked.row(store.describe(ignoring)), units=np.arange(len(ignoring)))
         rows = {"model": asked.row(store.describe(made)), IGNORE: alone}
@@ -205,43 +197,15 @@ def repeats(count: int) -> list[int]:
     return [i for i in range(count) for _ in range(2)]
 
 
-def read(data, paths: list[str], size: int) -> np.ndarray:
-    """`read_files` of a data folder that `scan` listed."""
-    return read_files(data.root, paths, size)
-
-
-def sampled(pipeline, config: EvaluateConfig, data, paths: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Variations of the conditions, and as many samples of the model without any condition."""
-    from semantica.images import load_image
-    from semantica.pipelines.sample import unconditional, variations
-    from semantica.sampling.settings import Sampling
-
-    opened = [load_image(data.root / path) for path in paths]
-    settings = Sampling(config.steps, guidance=config.guidance, seed=config.seed)
-    made = variations(pipeline, opened, config.n, settings)
-    ignoring = unconditional(pipeline, len(opened) * config.n, dataclasses.replace(settings, seed=config.seed + 1))
-    return made.reshape(-1, *made.shape[2:]), ignoring
-
-
-def losses(pipeline, config: EvaluateConfig, data, device) -> dict[str, float]:
-    """Denoising loss with the right condition and with one of another group."""
-    from contextlib import nullcontext
-
-    from semantica.model.image_encoder import sight_of
-    from semantica.train.data.heldout import held_out_batches
-    from semantica.train.objective import Objective, held_out_loss
-
-    unet, encoder = pipeline.unet, pipeline.encoder
-    sizes = encoder.image_size, unet.config.image_size
-    batches = held_out_batches(data, config.seed, *sizes, device, sight=sight_of(encoder))
-    found = held_out_loss(Objective(unet, encoder), batches, pipeline.scheduler.schedule, nullcontext)
-    return {**found, "right_below_shuffled": 1 - found["right"] / found["shuffled"]}
+def place_of(config: EvaluateConfig) -> Path:
+    """Where the figures go."""
+    folder = config.model if config.model else config.images.parent
+    return config.out or folder / "evaluation.json"
 
 
 def write(config: EvaluateConfig, result: dict) -> None:
     """Write the JSON aside, then rename it; and print the table, also where the one or the other cannot be done."""
-    folder = config.model if config.model else config.images.parent
-    out = config.out or folder / "evaluation.json"
+    out = place_of(config)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, result)

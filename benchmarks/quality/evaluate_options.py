@@ -1,6 +1,7 @@
 """What `semantica evaluate` can be asked for."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import tyro
 from semantica.errors import UserError
 
 # options of how a model samples
-SAMPLING = ("n", "steps", "guidance", "seed")
+SAMPLING = ("n", "steps", "guidance", "seed", "ip_adapter")
 # side at which pictures that were made elsewhere are judged
 SIZE = 64
 FEWEST_DRAWS = 20
@@ -18,7 +19,7 @@ FEWEST_DRAWS = 20
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Figures for a run (--model) or for a folder of pictures made elsewhere (--images), on held-out data.
+    """Figures for a model (--model) or for a folder of pictures made elsewhere (--images), on held-out data.
 
     On-topic rate: share of samples whose nearest picture in --data, the condition itself left out, is of the
     condition's group. Diversity: mean distance between variations of one condition, as a share of the mean distance
@@ -28,9 +29,11 @@ class EvaluateConfig:
     """
 
     data: Path
-    """Held-out folder of label folders."""
+    """Held-out pictures: a folder of label folders, or ImageNet, SUN397 or LSUN as they are distributed, see
+    docs/evaluation.md."""
     model: Path | None = None
-    """Run folder."""
+    """Run folder, or local folder of a diffusers pipeline that reads pictures: Stable Diffusion image variations,
+    Versatile Diffusion, or with --ip-adapter Stable Diffusion; safetensors only."""
     images: Path | None = None
     """Folder of made pictures: with conditions.csv (file, condition, class), or one folder for each label of --data."""
     out: Path | None = None
@@ -50,12 +53,17 @@ class EvaluateConfig:
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4
     """Variations of each condition."""
     size: int | None = None
-    """Side in pixels at which --images and --data are judged (default 64); a run's is its own."""
+    """Side in pixels at which all pictures are judged; by default that of --model's own, and 64 for --images."""
     bootstrap: int = 200
     """How often conditions are drawn again for the intervals."""
     steps: int = 20
-    guidance: float = 1.5
+    guidance: float | None = None
+    """By default 1.5 for runs, and 7.5 (SDXL: 5) for diffusers pipelines."""
     seed: int = 0
+    ip_adapter: Path | None = None
+    """IP-Adapter (.safetensors) for a diffusers pipeline of text; texts are empty then."""
+    ip_scale: float = 1.0
+    """How much the IP-Adapter's picture weighs."""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
 
     def check(self) -> "EvaluateConfig":
@@ -65,9 +73,13 @@ class EvaluateConfig:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in (*SAMPLING, "keep") if self.images else ():
             if getattr(self, name) != defaults[name]:
-                raise UserError(f"--{name} says nothing to pictures that are there: leave it out with --images")
-        if self.model and self.size is not None:
-            raise UserError("--size is for --images: a run's pictures have a size of their own")
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} says nothing to pictures that are there: leave it out with --images")
+        for name in ("guidance", "ip_scale"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give a number")
+        if self.ip_adapter is None and self.ip_scale != 1:
+            raise UserError("--ip-scale is nothing without --ip-adapter: give that too")
         if self.shots is not None and self.conditions != defaults["conditions"]:
             raise UserError("give either --shots or --conditions")
         for name in ("conditions", "steps", "shots"):

@@ -13,9 +13,11 @@ import tyro
 from semantica import features
 from semantica.benchmarks.harness.table import Column, Row, cells, heads, show
 from semantica.benchmarks.harness.verb import check_files
-from semantica.benchmarks.quality.evaluate import Picks, Space, judged, read, read_attributes, spread
+from semantica.benchmarks.quality.evaluate import Picks, Space, read_attributes, spread
+from semantica.benchmarks.quality.made import read
 from semantica.benchmarks.quality.metrics.gaussians import frechet
 from semantica.benchmarks.quality.metrics.manifolds import precision_recall
+from semantica.benchmarks.quality.systems import judged
 from semantica.errors import UserError
 from semantica.files import write_json
 from semantica.sampling.guiders import Guider, IndependentCondition, TimeStep, WeakModel

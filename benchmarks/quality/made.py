@@ -1,12 +1,46 @@
 """Pictures that were made: written for other judges, and read from where other systems left them."""
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from semantica.benchmarks.quality.metrics.listing import Listed, write_listing
 from semantica.errors import UserError
 from semantica.files import written
+
+if TYPE_CHECKING:
+    from semantica.train.data.folders import FolderData
+
+
+def classed(root: Path) -> "FolderData":
+    """Real pictures in classes. Raises `UserError` as `open_data`, and for pictures that are in none."""
+    from semantica.train.data.folders import FolderData
+    from semantica.train.data.open import open_data
+
+    data = open_data(root, "folders")
+    if not isinstance(data, FolderData):
+        raise UserError(f"{os.fspath(root)!r} holds {data.kind}, which have no classes: give a folder of label folders")
+    return data
+
+
+def read(data: "FolderData", refs: list[str], size: int) -> np.ndarray:
+    """Pictures of some data uint8 `[N, size, size, 3]`, centre crops. Raises `UserError` for one that is broken."""
+    from semantica.images import fit
+
+    return np.stack([fit(data.load(ref, 2 * size), size) for ref in refs])
+
+
+def resized(made: np.ndarray, size: int) -> np.ndarray:
+    """Pictures uint8 `[N, S, S, 3]` to the side at which they are judged."""
+    from PIL import Image
+
+    from semantica.images import fit
+
+    if made.shape[1] == size:
+        return made
+    return np.stack([fit(Image.fromarray(picture), size) for picture in made])
 
 
 def read_files(root: Path, paths: list[str], size: int) -> np.ndarray:

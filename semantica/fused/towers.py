@@ -119,3 +119,27 @@ class ClipPictures(nn.Module):
         if self.tokens:
             return self.encode(self.mean.new_zeros(1, *self.input_shape))
         return Stream(self.mean.new_zeros(1, 1, self.token_dim))
+
+
+class VersatilePictures(ClipPictures):
+    """Pictures to all of CLIP's tokens, projected, in units of the projected vector's length (Versatile Diffusion,
+    arXiv 2211.08332, as diffusers runs it).
+    """
+
+    def __init__(self, tower: nn.Module, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD):
+        super().__init__(tower, True, mean, std)
+
+    @property
+    def token_dim(self) -> int:
+        return self.tower.config.projection_dim
+
+    def encode(self, pixels: Tensor) -> Stream:
+        hidden = self.tower(pixels.to(self.tower.dtype)).last_hidden_state
+        tokens = self.tower.visual_projection(self.tower.vision_model.post_layernorm(hidden))
+        return Stream(tokens / tokens[:, :1].norm(dim=-1, keepdim=True))
+
+    @torch.no_grad()
+    def blank(self) -> Stream:
+        """Of a black picture, up to half a step of 8 bits, which is what diffusers shows."""
+        dark = self.mean.new_full((1, *self.input_shape), 0.5 / 255)
+        return self.encode((dark - self.mean) / self.std)

@@ -7,6 +7,8 @@ from typing import Any
 from semantica.files import read_json
 
 INDEX = "model_index.json"
+# what the classes of pipelines that are known here begin with
+FAMILIES = ("StableDiffusion", "VersatileDiffusion")
 # samples that are denoised at once, and latent pixels: 16 samples of Stable Diffusion 1.5, 4 of SDXL
 CHUNK, PIXELS = 64, 16 * 64**2
 
@@ -14,7 +16,7 @@ CHUNK, PIXELS = 64, 16 * 64**2
 def foreign(folder: Path) -> bool:
     """Whether it is a pipeline of diffusers' own, of the Stable Diffusion family."""
     index = folder / INDEX
-    return index.is_file() and str(read_json(index).get("_class_name", "")).startswith("StableDiffusion")
+    return index.is_file() and str(read_json(index).get("_class_name", "")).startswith(FAMILIES)
 
 
 def usual_guidance(unet: Mapping[str, Any]) -> float:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,13 +173,21 @@ def variations(
     n: int,
     settings: Sampling,
     guider: Guider | None = None,
+    on_step: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """`n` variations of each picture, or of each of the values of several inputs: uint8 `[count, n, S, S, 3]`.
 
     The noise of variation j of picture i depends on (seed, i, j) alone, on no device or batch. What is done about
-    pixels out of range is the model's own.
+    pixels out of range is the model's own. on_step: called after each step with the number of samples that made it.
     """
     options = dict(seed=settings.seed, solver=settings.solver, interval=settings.interval, guider=guider)
+    if on_step is not None:
+
+        def callback(pipeline: Any, step: int, timestep: Any, state: dict) -> dict:
+            on_step(len(state["latents"]))
+            return state
+
+        options["callback_on_step_end"] = callback
     made = pipeline(inputs, n, settings.steps, settings.guidance, **options).images
     arrays = np.stack([np.asarray(image) for image in made])
     return arrays.reshape(-1, n, *arrays.shape[1:])
@@ -194,11 +202,16 @@ def given(pipeline: VariationPipeline, pictures: list, prompts: Sequence[str]) -
 
 
 def unconditional(
-    pipeline: VariationPipeline, count: int, settings: Sampling, guider: Guider | None = None
+    pipeline: VariationPipeline,
+    count: int,
+    settings: Sampling,
+    guider: Guider | None = None,
+    on_step: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """`count` images that ignore any condition: uint8 `[count, S, S, 3]`, a function of the seed.
 
     guider: one that needs no condition leads them by the guidance and interval of the settings; without, both are off.
+    on_step: as in `variations`.
     """
     config, denoiser, made = pipeline.scheduler_config, pipeline.denoiser, []
     schedule = schedule_of(config)
@@ -207,6 +220,12 @@ def unconditional(
     levels = schedule.grid(alone.steps)[1][: alone.steps].astype(np.float32)
     branch = guider.begin(Call(pipeline, None, {}, 1, alone, levels)) if guider else None
     most = pipeline.limit(any(alone.guided())) or CHUNK
+
+    def counted(step: int, z: Array) -> Array:
+        if on_step is not None:
+            on_step(len(z))
+        return z
+
     for start in range(0, count, most):
         shape = (min(most, count - start), *pipeline.sample_shape)
         z, null = pipeline.array(noise(settings.seed, shape, start)), denoiser.null(shape[0])
@@ -215,7 +234,8 @@ def unconditional(
             return pipeline.array(noise(settings.seed, shape, start, step + 1))
 
         weak = branch and branch(range(start, start + shape[0]), null)
-        made.append(to_uint8(denoise(denoiser, z, null, None, schedule, alone, fresh, weak=weak)))
+        z = denoise(denoiser, z, null, None, schedule, alone, fresh, on_step=counted if on_step else None, weak=weak)
+        made.append(to_uint8(pipeline.decode(z)))
     return np.concatenate(made)
 
 

@@ -14,7 +14,7 @@ from semantica.errors import UserError, first_line
 from semantica.files import read_json
 from semantica.fused.accelerate import accelerate
 from semantica.fused.denoiser import UNetDenoiser
-from semantica.fused.towers import CLIP_MEAN, CLIP_STD, ClipPictures, ClipTexts
+from semantica.fused.towers import CLIP_MEAN, CLIP_STD, ClipPictures, ClipTexts, VersatilePictures
 from semantica.inputs import Prepared
 from semantica.model.conditioner import Conditioner
 from semantica.model.encoders import refuse_code
@@ -32,9 +32,13 @@ KINDS = {
         "unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
     ),
     "StableDiffusionImageVariationPipeline": ("unet", "vae", "scheduler", "image_encoder"),
+    # arXiv 2211.08332; of the whole model what makes variations
+    "VersatileDiffusionPipeline": ("image_unet", "vae", "scheduler", "image_encoder"),
+    "VersatileDiffusionImageVariationPipeline": ("image_unet", "vae", "scheduler", "image_encoder"),
 }  # fmt: skip
 CLASSES = {
     "unet": ("UNet2DConditionModel",),
+    "image_unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
@@ -77,15 +81,17 @@ class UNetPipeline(NetworkPipeline):
         """
         folder = Path(source)
         index = check_folder(folder)
+        parts = KINDS[index["_class_name"]]
         with readable(folder):
-            unet, vae = part_of(folder, "unet"), accelerate(part_of(folder, "vae"))
+            # the denoiser is the first of its parts
+            unet, vae = part_of(folder, parts[0]), accelerate(part_of(folder, "vae"))
             side = unet.config.sample_size
             if type(side) is not int or side < 1:
-                raise UserError(f"{folder / 'unet'} has sample_size {side!r}: only squares are sampled")
+                raise UserError(f"{folder / parts[0]} has sample_size {side!r}: only squares are sampled")
             check_vae(vae, folder / "vae", unet.config.in_channels)
             schedule = DiscreteSchedule.from_scheduler(read_json(folder / SCHEDULER), side)
             encoders: dict[str, nn.Module] = {}
-            numbers = [n for n in ("", "_2") if f"tokenizer{n}" in KINDS[index["_class_name"]]]
+            numbers = [n for n in ("", "_2") if f"tokenizer{n}" in parts]
             towers = [part_of(folder, f"text_encoder{n}") for n in numbers]
             if lora is not None:
                 add_lora({"unet": unet, **{f"text_encoder{n}": t for n, t in zip(numbers, towers)}}, lora, lora_scale)
@@ -93,7 +99,7 @@ class UNetPipeline(NetworkPipeline):
             if numbers:
                 encoders["text"] = ClipTexts([ClipTokenizer(folder / f"tokenizer{n}") for n in numbers], towers)
             else:
-                encoders["image"] = pictures(folder)
+                encoders["image"] = pictures(folder, versatile=parts[0] == "image_unet")
             if ip_adapter is not None:
                 if not numbers:
                     raise UserError(f"{folder} makes variations of pictures: an IP-Adapter goes beside text")
@@ -188,16 +194,17 @@ def part_of(folder: Path, name: str) -> nn.Module:
     return load_model(CLASSES[name][0], folder / name, dtype=torch.float32, **half).eval().requires_grad_(False)
 
 
-def pictures(folder: Path, tokens: bool = False) -> ClipPictures:
+def pictures(folder: Path, tokens: bool = False, versatile: bool = False) -> ClipPictures:
     """The image encoder of a folder, with the normalisation of its feature extractor."""
-    path = folder / "feature_extractor" / "preprocessor_config.json"
+    path = folder / f"{'image_' * versatile}feature_extractor" / "preprocessor_config.json"
     settings = read_json(path) if path.is_file() else {}
     mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
     for values in (mean, std):
         three = isinstance(values, list | tuple) and len(values) == 3
         if not three or not all(isinstance(value, int | float) for value in values):
             raise UserError(f"{path} has image_mean or image_std {values!r}: give three numbers each")
-    return ClipPictures(part_of(folder, "image_encoder"), tokens, mean, std)
+    tower = part_of(folder, "image_encoder")
+    return VersatilePictures(tower, mean, std) if versatile else ClipPictures(tower, tokens, mean, std)
 
 
 def adapt(unet: nn.Module, path: Path, scale: float, folder: Path) -> ClipPictures:

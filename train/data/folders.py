@@ -4,9 +4,10 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -16,7 +17,7 @@ from PIL import Image
 
 from semantica.errors import UserError
 from semantica.images import BadImage, load_image, load_pixels, probe_image
-from semantica.train.data.captions import Captions, read_captions
+from semantica.train.data.captions import FILE, Captions, read_captions
 from semantica.train.data.draws import PAIR, Pair, View, generator, order
 from semantica.train.data.source import MARK, Source, Stamp, around, parted
 
@@ -41,6 +42,7 @@ class FolderData(Source):
     alone: labels left out because they hold a single picture.
     tokens: what a frozen encoder made of the pictures, where it was stored.
     captions: texts of the pictures, where they were read.
+    names: what labels are called, where the data says so; they are texts of pictures that have none of their own.
     """
 
     root: Path
@@ -51,6 +53,7 @@ class FolderData(Source):
     alone: tuple[str, ...] = ()
     tokens: "Tokens | None" = None
     captions: Captions | None = None
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kind: ClassVar[str] = "folders"
 
     def __len__(self) -> int:
@@ -81,11 +84,21 @@ class FolderData(Source):
         """The same folder with only these groups, whose paths are among its own."""
         sizes = {path: self.sizes[path] for paths in groups.values() for path in paths}
         captions = self.captions and self.captions.keep(sizes)
-        return FolderData(self.root, self.mode, groups, sizes, tokens=self.tokens, captions=captions)
+        return replace(self, groups=groups, sizes=sizes, captions=captions, bad=(), alone=())
 
     def captioned(self) -> "FolderData":
-        """With the texts that lie beside the pictures. Raises `UserError` as `read_captions`."""
-        return replace(self, captions=read_captions(self.root, self.refs()))
+        """With the texts that lie beside the pictures, or else the names of their labels.
+
+        Raises:
+            UserError: as `read_captions`, or a label without a name where others have one.
+        """
+        if not self.names or (self.root / FILE).is_file():
+            return replace(self, captions=read_captions(self.root, self.refs()))
+        for label in self.groups:
+            if not self.names.get(label):
+                raise UserError(f"class {label!r} in {str(self.root)!r} has no name: add it to the file of the others")
+        texts = {ref: self.names[label] for label, paths in self.groups.items() for ref in paths}
+        return replace(self, captions=Captions(texts))
 
     def digest(self) -> str:
         """16 hex digits over the listing (relative paths and sizes), the stored tokens and the texts, so that a resumed
@@ -147,7 +160,7 @@ class FolderData(Source):
     def condition_candidates(self, group: str, target: str, start: str) -> Iterator[str]:
         return (path for path in around(self.groups[group], start) if path != target)
 
-    def load(self, ref: str, near: int) -> Image.Image:
+    def load(self, ref: str, near: int | None) -> Image.Image:
         """Raises `BadImage`."""
         return load_image(self.root / ref, near=near)
 
@@ -188,9 +201,14 @@ class FolderData(Source):
 
 def open_folder(root: str, mode: str, low: float | None, high: float | None) -> FolderData:
     """`scan`, for a source that knows no similarities. Raises `UserError` as that, and where they are asked for."""
+    refuse_thresholds(root, low, high)
+    return scan(root, mode)
+
+
+def refuse_thresholds(root: str, low: float | None, high: float | None) -> None:
+    """Raises `UserError` for similarities asked of pictures in classes."""
     if low is not None or high is not None:
         raise UserError(f"--low and --high are for shards, and {root!r} is a folder of pictures: leave them out")
-    return scan(root, mode)
 
 
 def scan(root: str | os.PathLike, mode: str) -> FolderData:
@@ -205,16 +223,34 @@ def scan(root: str | os.PathLike, mode: str) -> FolderData:
             "folders", no group of two.
     """
     root = Path(root)
-    where = repr(str(root))
     if mode not in MODES:
         raise UserError(f"unknown data mode {mode!r}: choose one of {', '.join(MODES)}")
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise UserError(f"data folder {where} {what}: give the folder that holds the label folders")
-    try:
+        raise UserError(f"data folder {str(root)!r} {what}: give the folder that holds the label folders")
+    with listing():
         files, bad = _list_files(root, mode)
+    return gathered(root, mode, files, bad)
+
+
+@contextmanager
+def listing() -> Iterator[None]:
+    """What fails when folders are listed becomes one line."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot list data folder {error.filename!r}: {error.strerror}; make it readable") from error
+
+
+def gathered(root: Path, mode: str, files: list[tuple[str, str]], bad: list[tuple[str, str]]) -> FolderData:
+    """Pictures listed as (label, path from root), each one's header checked; bad: (path, reason) of others there.
+
+    Raises:
+        UserError: as `scan`.
+    """
+    where = repr(str(root))
+    if mode not in MODES:
+        raise UserError(f"unknown data mode {mode!r}: choose one of {', '.join(MODES)}")
     with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
         # oddities that Pillow only warns of are no news here
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -222,6 +258,7 @@ def scan(root: str | os.PathLike, mode: str) -> FolderData:
 
     groups: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}
+    bad = list(bad)
     for (label, path), check in zip(files, checks, strict=True):
         if isinstance(check, str):
             bad.append((path, check))
@@ -230,28 +267,33 @@ def scan(root: str | os.PathLike, mode: str) -> FolderData:
             sizes[path] = check
     if not sizes and not bad:
         raise UserError(f"data folder {where} holds no pictures: give the folder that holds the label folders")
-    bad.sort(key=lambda entry: _natural(entry[0]))
+    bad.sort(key=lambda entry: natural(entry[0]))
     if len(bad) > len(sizes):
         first = f"the first is {bad[0][0]!r} ({bad[0][1]})"
         total, loose = len(bad) + len(sizes), sum(reason == LOOSE for _, reason in bad)
         advice = f"put them into label folders, or {RECONSTRUCT}" if 2 * loose > len(bad) else "clean the data folder"
         raise UserError(f"{len(bad)} of {total} files in {where} are not usable, {first}: {advice}")
-    least = 2 if mode == "folders" else 1
-    alone = tuple(label for label, paths in groups.items() if len(paths) < least)
-    kept = {label: tuple(paths) for label, paths in groups.items() if len(paths) >= least}
+    return grouped(FolderData(root, mode, groups, sizes, bad=tuple(bad)))
+
+
+def grouped(data: FolderData) -> FolderData:
+    """The same without labels that have too few pictures for the mode. Raises `UserError` where none is left."""
+    least = 2 if data.mode == "folders" else 1
+    alone = tuple(label for label, paths in data.groups.items() if len(paths) < least)
+    kept = {label: tuple(paths) for label, paths in data.groups.items() if len(paths) >= least}
     if not kept:
-        what = f"no label folder in {where} holds two usable pictures"
+        what = f"no label folder in {str(data.root)!r} holds two usable pictures"
         raise UserError(f"{what}: put pictures that belong together into one folder, or {RECONSTRUCT}")
-    return replace(FolderData(root, mode, groups, sizes).keep(kept), bad=tuple(bad), alone=alone)
+    return replace(data.keep(kept), bad=data.bad, alone=alone)
 
 
-def _natural(path: str) -> tuple[list[str | int], str]:
+def natural(path: str) -> tuple[list[str | int], str]:
     """Sorts img2 before img10, and nothing as equal."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)], path
 
 
-def _names(folder: Path) -> list[str]:
-    return sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=_natural)
+def names_in(folder: Path) -> list[str]:
+    return sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=natural)
 
 
 def _outside(root: Path, path: Path) -> bool:
@@ -261,7 +303,7 @@ def _outside(root: Path, path: Path) -> bool:
 def _list_files(root: Path, mode: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Files to check as (label, path), and what is bad by its place alone as (path, reason)."""
     files, bad = [], []
-    for name in _names(root):
+    for name in names_in(root):
         if not (root / name).is_dir():
             if Path(name).suffix.lower() in SIDE_FILES:
                 continue
@@ -272,7 +314,7 @@ def _list_files(root: Path, mode: str) -> tuple[list[tuple[str, str]], list[tupl
         elif _outside(root, root / name):
             bad.append((name, "leads outside the data folder"))
         else:
-            for child in _names(root / name):
+            for child in names_in(root / name):
                 path = f"{name}/{child}"
                 if (root / path).is_dir():
                     bad.append((path, "a folder inside a label folder"))

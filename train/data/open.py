@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from semantica.train.data.folders import FolderData, open_folder
+from semantica.train.data.lsun import LsunData, is_lsun, open_lsun
+from semantica.train.data.published import is_imagenet, is_sun, open_imagenet, open_sun
 from semantica.train.data.shards import ShardData, is_shards, open_shards
 from semantica.train.data.source import Source
 from semantica.train.data.tokens import attach
@@ -42,7 +44,8 @@ def open_data(
     """Open the source at a path or URL.
 
     Args:
-        root: a folder of label folders, shards in a folder or behind an fsspec URL, or what was registered.
+        root: a folder of label folders, shards in a folder or behind an fsspec URL, ImageNet, SUN397 or LSUN as they
+            are distributed, or what was registered.
         mode: "folders", "pages", "reconstruct"; "auto" is the source's own.
         low, high: similarity that a pair must have, for shards.
         tokens: folder of what a frozen encoder made of these pictures.
@@ -66,3 +69,6 @@ def open_data(
 # asked last: it takes every path
 register_source(FolderData.kind, lambda root: True, "folders", open_folder)
 register_source(ShardData.kind, is_shards, "pages", open_shards)
+register_source("imagenet", is_imagenet, "folders", open_imagenet)
+register_source("sun397", is_sun, "folders", open_sun)
+register_source(LsunData.kind, is_lsun, "folders", open_lsun)

@@ -211,7 +211,7 @@ class ShardData(Source):
         page = int(np.searchsorted(self.first, ref, side="right")) - 1
         return self.name[self.shard[page]] + ".tar", int(self.offset[ref]), int(self.size[ref])
 
-    def load(self, ref: int, near: int) -> Image.Image:
+    def load(self, ref: int, near: int | None) -> Image.Image:
         """Raises `BadImage` for bytes that are missing or altered, or no picture."""
         return load_image(io.BytesIO(self._bytes(ref)), near=near)
 

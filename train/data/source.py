@@ -78,8 +78,9 @@ class Source(Protocol):
         """The possible conditions of a target from one on and around."""
         ...
 
-    def load(self, ref: Ref, near: int) -> Image.Image:
-        """A picture, as `semantica.images.load_image`: `near` is the shortest side, in pixels, that is still of use.
+    def load(self, ref: Ref, near: int | None) -> Image.Image:
+        """A picture, as `semantica.images.load_image`: `near` is the shortest side, in pixels, that is still of use,
+        None for the whole picture.
 
         Raises `BadImage`.
         """
