@@ -14,6 +14,7 @@ from semantica.benchmarks.loading import command as bench_loading
 from semantica.benchmarks.quality import edits as bench_edits
 from semantica.benchmarks.quality import guiders as bench_guiders
 from semantica.benchmarks.quality import streams as bench_streams
+from semantica.benchmarks.quality import segment as bench_segment
 from semantica.benchmarks.sampling import command as bench_sample
 from semantica.benchmarks.serving import command as bench_serve
 from semantica.benchmarks.training import command as bench_train
@@ -34,6 +35,7 @@ USAGE = """usage: semantica bench kernels [options]           time the operators
        semantica bench guiders [options]           figures of ways of guidance, on drawn pictures
        semantica bench edits [options]             figures of edits by scores (sds, dds, cds), on drawn pictures
        semantica bench streams [options]           do samples follow a picture and a text at once, by kinds of fusion
+       semantica bench segment [options]           open-vocabulary segmentation of drawn scenes, unseen crossings
        semantica bench compare A.json B.json       ratios of time, with the band of noise
        semantica bench table FILE.json ...         the rows as Markdown, stale ones marked
        semantica bench tune --op group_norm        tune an operator's launch table on the GPU at hand
@@ -174,6 +176,7 @@ VERBS = {
     "edits": (bench_edits.EditsConfig, bench_edits.edits),
     "guiders": (bench_guiders.GuidersConfig, bench_guiders.guiders),
     "streams": (bench_streams.StreamsConfig, bench_streams.streams),
+    "segment": (bench_segment.SegmentBenchConfig, bench_segment.segment),
     "compare": (CompareConfig, compare),
     "table": (TableConfig, table),
     "tune": (bench_tune.TuneConfig, bench_tune.tune),

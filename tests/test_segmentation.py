@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from semantica import UserError
-from semantica.benchmarks.quality.small_clip import train_clip
+from semantica.benchmarks.quality.small_clip import write_clip
 from semantica.cli import main
 from semantica.segmentation.aggregator import ABSENT, cost_volume
 from semantica.segmentation.layers import (
@@ -31,7 +31,7 @@ NAMES = ["red cross", "blue ring", "green", "two pink squares", "black triangle"
 def clip(tmp_path_factory):
     """An untrained CLIP of 32 pixels with a tokenizer."""
     folder = tmp_path_factory.mktemp("clip") / "clip"
-    train_clip(folder, 0, 0)
+    write_clip(folder, 0)
     return folder
 
 

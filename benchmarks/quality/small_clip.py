@@ -1,22 +1,28 @@
-"""A small CLIP that is trained whole on drawn scenes and their captions: towers for what needs some, in minutes."""
+"""A small CLIP in transformers' format for drawn scenes: a stand-in, in minutes, where no published weights are."""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from semantica.benchmarks.quality.scenes import COLOURS, GROUNDS, PLURALS, SHAPES, SIDE, picture_of, scene_of
+from semantica.benchmarks.quality.scenes import COLOURS, GROUNDS, PLURALS, SHAPES, SIDE
 from semantica.files import written
-from semantica.images import to_tensor
+from semantica.progress import phase
+from semantica.segmentation.aggregator import cost_volume
+from semantica.segmentation.segmenter import Segmenter
+from semantica.segmentation.sizes import Sizes
 from semantica.tokens import END, MERGES, SETTINGS, START, VOCABULARY, ClipTokenizer
 
-# tokens of the longest caption, and its start and end
+# tokens of a text, with its start and end
 LENGTH = 24
 WORDS = (*SHAPES, *(PLURALS.get(shape, shape + "s") for shape in SHAPES), *COLOURS, *GROUNDS,
          "a", "an", "of", "on", "and", "two", "three", "left", "right", "above", "below", "photo")  # fmt: skip
-PATCH, WIDTH, DEPTH, HEADS, JOINT = 4, 96, 4, 4, 64
+PATCH, WIDTH, DEPTH, HEADS, JOINT = 4, 64, 4, 4, 64
+# of an aggregator on its 8 x 8 tokens; and the weight of classes that most of every picture is of
+SIZES = Sizes(hidden=32, guidance=32, window=4, decoder=(32, 16), raised=(32, 16), projected=(16, 8), padding=32)
+PLAIN = 0.1
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -36,8 +42,8 @@ def write_tokenizer(folder: Path) -> None:
     (folder / SETTINGS).write_text(json.dumps({"model_max_length": LENGTH}))
 
 
-def small_clip(vocabulary: int) -> torch.nn.Module:
-    """Without training."""
+def small_clip(vocabulary: int) -> nn.Module:
+    """Drawn weights, larger than CLIP's own in the vision tower: places and attention are then told apart sooner."""
     from transformers import CLIPConfig, CLIPModel
 
     size = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
@@ -45,36 +51,84 @@ def small_clip(vocabulary: int) -> torch.nn.Module:
     vision = dict(size, image_size=SIDE, patch_size=PATCH)
     text = dict(size, vocab_size=vocabulary, max_position_embeddings=LENGTH,
                 bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1)  # fmt: skip
-    return CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=JOINT))
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=JOINT))
+    tower = clip.vision_model
+    with torch.no_grad():
+        tower.embeddings.position_embedding.weight.normal_(std=0.3)
+        tower.embeddings.patch_embedding.weight.normal_(std=0.1)
+        for layer in tower.encoder.layers:
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                part.weight.mul_(2.5)
+    return clip
 
 
-def train_clip(out: Path, seed: int, steps: int, batch: int = 128, rate: float = 1e-3) -> list[float]:
-    """Contrastive training on scenes of no held-out crossing (Radford et al., arXiv 2103.00020), written to `out` as
-    transformers writes a CLIP; returns the loss of each step."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+def write_clip(out: Path, seed: int) -> None:
+    """An untrained one with its tokenizer and preprocessing, as transformers writes them. A function of the seed."""
     torch.manual_seed(seed)
-    losses = []
     with written(out) as aside:
         aside.mkdir()
         write_tokenizer(aside)
-        tokenizer = ClipTokenizer(aside)
-        clip = small_clip(len(tokenizer.numbers))
-        optimizer = torch.optim.AdamW(clip.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.05)
-        plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2), pct_start=0.1)
+        save(small_clip(len(ClipTokenizer(aside).numbers)), aside)
+        (aside / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+
+
+def save(clip: nn.Module, folder: Path) -> None:
+    """Without the library's bar."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        clip.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def train_places(
+    folder: Path, out: Path, pictures: Tensor, labels: Tensor, names: list[str], template: str, plain: int,
+    seed: int, steps: int, batch: int = 32, rate: float = 3e-3,
+) -> float:  # fmt: skip
+    """Train both towers whole: each place of a picture is told which text is of its class, by cosines and a softmax.
+
+    It stands for what published weights know from captions; of an aggregator nothing is used.
+
+    Args:
+        folder, out: of the CLIP, before and after. pictures: `[N, 3, S, S]` in [-1, 1]. labels: int64 `[N, S, S]`.
+        plain: the last of the names, with less weight.
+
+    Returns:
+        The mean loss of the last steps.
+    """
+    torch.manual_seed(seed)
+    model = Segmenter.from_clip(folder, templates=(template,), sizes=SIZES).tune("all")
+    numbers, grid = model.numbers(names), model.grid
+    # a place is of the class that most of its middle is of
+    part = SIDE // grid
+    middles = torch.stack([labels[:, i::part, j::part] for i in (1, 2) for j in (1, 2)]).mode(0).values
+    weight = torch.ones(len(names))
+    weight[-plain:] = PLAIN
+    optimizer = torch.optim.AdamW(model.towers.parameters(), rate, weight_decay=0.05)
+    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2), pct_start=0.1)
+    losses = []
+    with phase("towers", steps) as bar:
         for step in range(steps):
-            numbers = range(step * batch, (step + 1) * batch)
-            pixels = to_tensor(np.stack([picture_of("train", seed, n) for n in numbers]))
-            texts = torch.from_numpy(tokenizer([scene_of("train", seed, n).caption for n in numbers]))
-            made = clip(input_ids=texts, pixel_values=pixels)
-            # equal captions are no mistake of each other
-            same = (texts[:, None] == texts).all(-1).float()
-            goal = same / same.sum(1, keepdim=True)
-            loss = (F.cross_entropy(made.logits_per_text, goal) + F.cross_entropy(made.logits_per_image, goal)) / 2
+            chosen = torch.randint(len(pictures), (batch,))
+            some, right = pictures[chosen], middles[chosen]
+            if step % 2:
+                some, right = some.flip(-1), right.flip(-1)
+            cosines = cost_volume(model.dense(some).tokens, model.embed(numbers)[None])[:, :, 0]
+            loss = F.cross_entropy(cosines * model.towers.logit_scale.exp(), right, weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             plan.step()
             losses.append(loss.item())
-        clip.save_pretrained(aside)
-        (aside / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
-    return losses
+            bar.update()
+    with written(out) as aside:
+        aside.mkdir()
+        for path in sorted(folder.iterdir()):
+            if path.suffix != ".safetensors":
+                (aside / path.name).write_bytes(path.read_bytes())
+        save(model.towers, aside)
+    return sum(losses[-50:]) / max(len(losses[-50:]), 1)
