@@ -58,8 +58,8 @@ def test_training_never_shows_an_unseen_crossing(tmp_path):
 
 @pytest.mark.slow
 def test_the_verb_measures(tmp_path, capsys):
-    given = ["--out", tmp_path / "out", "--pictures", 8, "--held-out", 4, "--tower-steps", 2, "--steps", 2, "--batch", 2,
-             "--json", tmp_path / "s.json", "--html", tmp_path / "s.html"]  # fmt: skip
+    given = ["--out", tmp_path / "out", "--pictures", 8, "--held-out", 4, "--tower-steps", 2, "--steps", 2]
+    given += ["--batch", 2, "--json", tmp_path / "s.json", "--html", tmp_path / "s.html"]
     with torch.random.fork_rng():
         assert run(["segment", *map(str, given)]) == 0
     stored = json.loads((tmp_path / "s.json").read_text())
