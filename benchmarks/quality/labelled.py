@@ -15,8 +15,19 @@ UNSEEN = tuple(f"{colour} {shape}" for shape, colour in sorted(HELD_OUT))
 # in training: those that are seen, and the grounds
 KNOWN = (*SEEN, *GROUNDS)
 EVERY = (*KNOWN, *UNSEEN)
-# scenes of the training's kind that it does not draw
-OTHERS = 1_000_000
+# scenes of the training's kind that it does not draw; and the least radius, in pixels, of an object whose shape can be
+# told on tokens of four
+OTHERS, LEAST = 1_000_000, 5.5
+
+
+def large(split: str, seed: int, first: int, count: int) -> list[int]:
+    """The first scenes of a split, from a number on, all of whose objects are large."""
+    found, number = [], first
+    while len(found) < count:
+        if min(thing.radius for thing in scene_of(split, seed, number).things) >= LEAST:
+            found.append(number)
+        number += 1
+    return found
 
 
 def labels_of(split: str, seed: int, number: int) -> np.ndarray:
@@ -44,8 +55,8 @@ def draw_labelled(out: Path, seed: int, pictures: int) -> None:
     with written(out, durable=False) as aside:
         for name in ("images", "masks"):
             (aside / name).mkdir(parents=True)
-        for number in range(pictures):
-            name = f"{number:05d}.png"
+        for number in large("train", seed, 0, pictures):
+            name = f"{number:06d}.png"
             Image.fromarray(picture_of("train", seed, number)).save(aside / "images" / name, compress_level=1)
             Image.fromarray(labels_of("train", seed, number)).save(aside / "masks" / name, compress_level=1)
         (aside / "classes.json").write_text(json.dumps(KNOWN))
@@ -55,7 +66,7 @@ def draw_labelled(out: Path, seed: int, pictures: int) -> None:
 def held_out(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Pictures uint8 `[2 * count, SIDE, SIDE, 3]` and classes `[2 * count, SIDE, SIDE]` that training does not see: the
     first half of its kind, each of the others with a crossing that it does not know."""
-    places = [("train", OTHERS + n) for n in range(count)] + [("val", n) for n in range(count)]
+    places = [(split, n) for split, first in (("train", OTHERS), ("val", 0)) for n in large(split, seed, first, count)]
     pictures = np.stack([picture_of(split, seed, n) for split, n in places])
     return pictures, np.stack([labels_of(split, seed, n) for split, n in places])
 

@@ -1,6 +1,7 @@
 """A small CLIP in transformers' format for drawn scenes: a stand-in, in minutes, where no published weights are."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ WORDS = (*SHAPES, *(PLURALS.get(shape, shape + "s") for shape in SHAPES), *COLOU
 PATCH, WIDTH, DEPTH, HEADS, JOINT = 4, 64, 4, 4, 64
 # of an aggregator on its 8 x 8 tokens; and the weight of classes that most of every picture is of
 SIZES = Sizes(hidden=32, guidance=32, window=4, decoder=(32, 16), raised=(32, 16), projected=(16, 8), padding=32)
-PLAIN = 0.1
+PLAIN, IGNORED = 0.1, -100
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -86,28 +87,32 @@ def save(clip: nn.Module, folder: Path) -> None:
 
 
 def train_places(
-    folder: Path, out: Path, pictures: Tensor, labels: Tensor, names: list[str], template: str, plain: int,
-    seed: int, steps: int, batch: int = 32, rate: float = 3e-3,
+    folder: Path, out: Path, pictures: Tensor, labels: Tensor, names: Sequence[str], template: str, seed: int,
+    steps: int, batch: int = 32, rate: float = 3e-3,
 ) -> float:  # fmt: skip
     """Train both towers whole: each place of a picture is told which text is of its class, by cosines and a softmax.
 
-    It stands for what published weights know from captions; of an aggregator nothing is used.
+    It stands for what published weights know from captions, which also say "cross" or "red" alone: a place is told its shape
+    and its colour too. Of an aggregator nothing is used.
 
     Args:
-        folder, out: of the CLIP, before and after. pictures: `[N, 3, S, S]` in [-1, 1]. labels: int64 `[N, S, S]`.
-        plain: the last of the names, with less weight.
+        folder, out: of the CLIP, before and after. pictures: `[N, 3, S, S]` in [-1, 1]. labels: int64 `[N, S, S]`,
+            numbers of the names.
 
     Returns:
         The mean loss of the last steps.
     """
     torch.manual_seed(seed)
     model = Segmenter.from_clip(folder, templates=(template,), sizes=SIZES).tune("all")
-    numbers, grid = model.numbers(names), model.grid
+    grid, texts, rights = model.grid, [names, SHAPES, tuple(COLOURS)], []
+    numbers = model.numbers([name for each in texts for name in each])
+    for which, each in enumerate(texts):
+        words = [name.split()[::-1][which - 1] if which and " " in name else name for name in names]
+        rights.append(torch.tensor([each.index(word) if word in each else IGNORED for word in words]))
     # a place is of the class that most of its middle is of
     part = SIDE // grid
     middles = torch.stack([labels[:, i::part, j::part] for i in (1, 2) for j in (1, 2)]).mode(0).values
-    weight = torch.ones(len(names))
-    weight[-plain:] = PLAIN
+    weight = torch.tensor([PLAIN if name in GROUNDS else 1.0 for name in names])
     optimizer = torch.optim.AdamW(model.towers.parameters(), rate, weight_decay=0.05)
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2), pct_start=0.1)
     losses = []
@@ -118,13 +123,18 @@ def train_places(
             if step % 2:
                 some, right = some.flip(-1), right.flip(-1)
             cosines = cost_volume(model.dense(some).tokens, model.embed(numbers)[None])[:, :, 0]
-            loss = F.cross_entropy(cosines * model.towers.logit_scale.exp(), right, weight)
+            each = (cosines * model.towers.logit_scale.exp()).split([len(one) for one in texts], 1)
+            loss = F.cross_entropy(each[0], right, weight)
+            for scores, table in zip(each[1:], rights[1:], strict=True):
+                loss = loss + F.cross_entropy(scores, table[right], ignore_index=IGNORED)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             plan.step()
             losses.append(loss.item())
             bar.update()
+            if (step + 1) % 100 == 0:
+                print(f"towers: step {step + 1}  loss {sum(losses[-100:]) / 100:.4f}", flush=True)
     with written(out) as aside:
         aside.mkdir()
         for path in sorted(folder.iterdir()):
