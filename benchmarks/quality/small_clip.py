@@ -92,8 +92,8 @@ def train_places(
 ) -> float:  # fmt: skip
     """Train both towers whole: each place of a picture is told which text is of its class, by cosines and a softmax.
 
-    It stands for what published weights know from captions, which also say "cross" or "red" alone: a place is told its shape
-    and its colour too. Of an aggregator nothing is used.
+    It stands for what published weights know from captions, which also say "cross" or "red" alone: a place is told its
+    shape and its colour too. Of an aggregator nothing is used.
 
     Args:
         folder, out: of the CLIP, before and after. pictures: `[N, 3, S, S]` in [-1, 1]. labels: int64 `[N, S, S]`,
