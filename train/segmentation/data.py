@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from semantica.errors import UserError
 from semantica.images import fit, load_image, to_tensor
@@ -90,8 +90,9 @@ class Samples(Dataset):
     def orders(self) -> dict[int, np.ndarray]:
         return {}
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """`[3, S, S]` in [-1, 1], and numbers of classes `[S, S]`, int64."""
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | UserError:
+        """`[3, S, S]` in [-1, 1], and numbers of classes `[S, S]`, int64; or what is wrong with the files, as a value:
+        raised in a process that loads, it would come with that process's traceback."""
         if not 0 <= index < self.count:
             raise IndexError(index)
         number = self.first + index
@@ -99,13 +100,21 @@ class Samples(Dataset):
         if epoch not in self.orders:
             self.orders.clear()
             self.orders[epoch] = generator(self.seed, ORDER, epoch).permutation(len(self.data.files))
-        image, mask = self.data.read(int(self.orders[epoch][place]))
+        try:
+            image, mask = self.data.read(int(self.orders[epoch][place]))
+        except UserError as error:
+            return error
         x, y, zoom, mirrored = generator(self.seed, VIEW, number).random(4)
         view = {"x": x, "y": y, "zoom": self.crop + (1 - self.crop) * zoom}
         picture, labels = fit(image, self.size, **view), nearest(mask, self.size, **view)
         if self.flip and mirrored < 0.5:
             picture, labels = picture[:, ::-1], labels[:, ::-1]
         return to_tensor(picture[None])[0], torch.from_numpy(labels.astype(np.int64))
+
+
+def batch_of(samples: list) -> list[Tensor] | UserError:
+    """Samples as a batch, or the first error among them."""
+    return next((each for each in samples if isinstance(each, UserError)), None) or default_collate(samples)
 
 
 def nearest(mask: np.ndarray, size: int, x: float, y: float, zoom: float) -> np.ndarray:

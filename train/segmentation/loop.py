@@ -19,7 +19,7 @@ from semantica.files import read_json, write_json, written
 from semantica.segmentation.segmenter import Segmenter
 from semantica.segmentation.windows import EMPTY
 from semantica.train.segmentation.config import TrainSegmenterConfig
-from semantica.train.segmentation.data import Labelled, Samples
+from semantica.train.segmentation.data import Labelled, Samples, batch_of
 
 OPTIONS, LOG, CHECKPOINT = "options.json", "log.jsonl", "checkpoint.safetensors"
 # options that may change when a run is continued: they change no weight
@@ -103,10 +103,13 @@ def begun(config: TrainSegmenterConfig) -> None:
 
 
 def batches(config: TrainSegmenterConfig, data: Labelled, size: int, step: int) -> Iterator[list[Tensor]]:
-    """Those of the steps that are left."""
+    """Those of the steps that are left. Raises `UserError` for a picture or mask that cannot be used."""
     left = (config.steps - step) * config.batch
     samples = Samples(data, size, config.seed, config.crop, config.flip, step * config.batch, left)
-    return iter(DataLoader(samples, config.batch, num_workers=config.workers))
+    for batch in DataLoader(samples, config.batch, num_workers=config.workers, collate_fn=batch_of):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def train_segmenter(config: TrainSegmenterConfig) -> None:
@@ -143,7 +146,8 @@ def train_segmenter(config: TrainSegmenterConfig) -> None:
         optimizer.step()
         step += 1
         losses.append(loss.detach())
-        if step % config.log_every == 0 or step == config.steps:
+        kept = step % config.save_every == 0 or step == config.steps
+        if kept or step % config.log_every == 0:
             mean = torch.stack(losses).mean().item()
             if not math.isfinite(mean):
                 raise FloatingPointError(f"the loss is {mean} after {step} steps: give a lower --rate")
@@ -152,7 +156,7 @@ def train_segmenter(config: TrainSegmenterConfig) -> None:
                 log.write(json.dumps({"step": step, "loss": mean, "steps_per_second": round(speed, 3)}) + "\n")
             print(f"step {step:6d}  loss {mean:.4f}  {speed:.2f} steps/s", flush=True)
             losses, began = [], time.perf_counter()
-        if step % config.save_every == 0 or step == config.steps:
+        if kept:
             save(path, step, segmenter, optimizer)
     segmenter.save_pretrained(config.out)
     print(f'{config.out}: semantica segment --model {config.out} --image FILE --classes "..."')
