@@ -77,7 +77,9 @@ def intersections(found: np.ndarray, right: np.ndarray, classes: int) -> np.ndar
     Args:
         found, right: numbers of classes, of one shape; -1 in `found` for none.
     """
-    pairs = np.bincount((found.ravel() + 1) * classes + right.ravel(), minlength=(classes + 1) * classes)
+    # pixels of pictures may be of 8 bits
+    found, right = (part.ravel().astype(np.int64) for part in (found, right))
+    pairs = np.bincount((found + 1) * classes + right, minlength=(classes + 1) * classes)
     table = pairs.reshape(classes + 1, classes)
     both = np.diagonal(table[1:])
     either = table[1:].sum(1) + table.sum(0) - both
