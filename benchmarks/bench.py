@@ -13,8 +13,8 @@ from semantica.benchmarks.kernels import tune_command as bench_tune
 from semantica.benchmarks.loading import command as bench_loading
 from semantica.benchmarks.quality import edits as bench_edits
 from semantica.benchmarks.quality import guiders as bench_guiders
-from semantica.benchmarks.quality import streams as bench_streams
 from semantica.benchmarks.quality import segment as bench_segment
+from semantica.benchmarks.quality import streams as bench_streams
 from semantica.benchmarks.sampling import command as bench_sample
 from semantica.benchmarks.serving import command as bench_serve
 from semantica.benchmarks.training import command as bench_train
