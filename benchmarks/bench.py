@@ -13,6 +13,7 @@ from semantica.benchmarks.kernels import tune_command as bench_tune
 from semantica.benchmarks.loading import command as bench_loading
 from semantica.benchmarks.quality import edits as bench_edits
 from semantica.benchmarks.quality import guiders as bench_guiders
+from semantica.benchmarks.quality import segment as bench_segment
 from semantica.benchmarks.quality import streams as bench_streams
 from semantica.benchmarks.quality.published import edited as bench_edited
 from semantica.benchmarks.quality.published import subjects as bench_subjects
@@ -38,6 +39,7 @@ USAGE = """usage: semantica bench kernels [options]           time the operators
        semantica bench streams [options]           do samples follow a picture and a text at once, by kinds of fusion
        semantica bench pie-bench [options]         score edited pictures on PIE-Bench
        semantica bench dreambench [options]        score pictures of subjects on DreamBench or DreamBench++
+       semantica bench segment [options]           open-vocabulary segmentation of drawn scenes, unseen crossings
        semantica bench compare A.json B.json       ratios of time, with the band of noise
        semantica bench table FILE.json ...         the rows as Markdown, stale ones marked
        semantica bench tune --op group_norm        tune an operator's launch table on the GPU at hand
@@ -180,6 +182,7 @@ VERBS = {
     "dreambench": (bench_subjects.SubjectsConfig, bench_subjects.score),
     "guiders": (bench_guiders.GuidersConfig, bench_guiders.guiders),
     "streams": (bench_streams.StreamsConfig, bench_streams.streams),
+    "segment": (bench_segment.SegmentBenchConfig, bench_segment.segment),
     "compare": (CompareConfig, compare),
     "table": (TableConfig, table),
     "tune": (bench_tune.TuneConfig, bench_tune.tune),

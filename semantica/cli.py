@@ -53,6 +53,24 @@ register_verb(
     "semantica.editing.command:EditConfig",
 )
 register_verb(
+    "segment",
+    "say which parts of a picture are what, by names of your choice",
+    "semantica.segmentation.command:run",
+    "semantica.segmentation.command:SegmentConfig",
+)
+register_verb(
+    "train-segmenter",
+    "train the model of segment on pictures and masks, or continue a run",
+    "semantica.train.segmentation.loop:train_segmenter",
+    "semantica.train.segmentation.config:TrainSegmenterConfig",
+)
+register_verb(
+    "convert-segmenter",
+    "published weights of CAT-Seg as a model of segment",
+    "semantica.segmentation.convert:convert",
+    "semantica.segmentation.convert:ConvertConfig",
+)
+register_verb(
     "export",
     "turn a run into a bundle of ONNX graphs, checked against the network, or into one file that samples",
     "semantica.export.products:run",
@@ -101,7 +119,7 @@ def usage() -> str:
         "",
         "usage: semantica VERB [options]        semantica VERB --help for a verb's options",
         "",
-        *(f"  {name:<10} {verb.help}" for name, verb in VERBS.items()),
+        *(f"  {name:<17} {verb.help}" for name, verb in VERBS.items()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -20,13 +20,14 @@ FLOORS = {
     "semantica": [
         [""],
         ["fused", "model"],
+        ["segmentation"],
         ["sampling"],
         ["engines"],
         ["steering"],
         ["pipelines"],
         ["editing", "serving"],
     ],
-    "train": [["data"], ["pages"], ["run"], [""]],
+    "train": [["data"], ["pages", "segmentation"], ["run"], [""]],
     "export": [["builders"], [""], ["one_file"], ["repository", "web"]],
     "benchmarks": [
         ["harness"],

@@ -66,6 +66,7 @@ def test_regions_are_the_patches_that_lie_in_them(place):
     assert Region(box=(0, 0, 0.5, 0.5)).patches(4) == (0, 1, 4, 5)
     assert Region(point=(1, 0.3)).patches(4) == (7,)
     assert Region(mask=place / "mask.png").patches(4) == (2, 3, 6, 7, 10, 11, 14, 15)
+    assert Region(pixels=np.array(Image.open(place / "mask.png")) > 0).patches(4) == (2, 3, 6, 7, 10, 11, 14, 15)
     # the second of two pictures, with a class token before its patches
     assert Region(point=(0, 0)).tokens(16, 34, picture=1, pictures=2) == (18,)
     for wrong, message in (
@@ -158,6 +159,7 @@ TERM = {"energy": "position", "to": [0.5, 0.5]}
     ({"objects": {"a": {"box": [0, 0, 2, 1]}}, "terms": [TERM]}, "lies outside the picture"),
     ({"objects": {"a": {"box": [0, 0, 0, 1]}}, "terms": [TERM]}, "is empty"),
     ({"objects": {"a": {"mask": "no.png"}}, "terms": [TERM]}, "no.png is not there"),
+    ({"objects": {"a": {"subject": "red ring"}}, "terms": [TERM]}, "none is named: give 'segmenter', its folder"),
     ({"objects": {"a": {"tokens": []}}, "terms": [TERM]}, "object 'a' has no tokens"),
     ({"objects": OBJECTS, "terms": [{"energy": "place", "to": [0, 0]}]}, "terms[0].energy is 'place': expected one of"),
     ({"objects": OBJECTS, "terms": [{"energy": "size"}]}, "the energy 'size' has no target"),
@@ -227,3 +229,37 @@ def test_every_member_of_the_file_arrives(place):
     assert (read.weight, read.factor, read.pattern.steps(2)) == (2, "one", [False, True])
     assert (read.taps.layers, read.taps.activations, read.taps.stream) == (("x",), "y", "z")
     assert read.objects["b"].tokens == (3, 4) and set(read.sources) == {"photo", "original"}
+
+
+def test_a_subject_is_where_a_segmenter_finds_it(place, small_run, tmp_path):
+    from semantica.benchmarks.quality.small_clip import write_clip
+    from semantica.model.conditioner import encoders_of
+    from semantica.pipelines.sample import load_pipeline
+    from semantica.pipelines.steered import length_of, objects_of
+    from semantica.segmentation.segmenter import Segmenter
+    from semantica.segmentation.sizes import Sizes
+    from semantica.segmentation.windows import locate, squeezed
+
+    write_clip(tmp_path / "clip", 0)
+    torch.manual_seed(0)
+    sizes = Sizes(16, 1, 4, 4, 2, 16, (16, 16), (8, 8), (4, 4))
+    segmenter, photo = Segmenter.from_clip(tmp_path / "clip", sizes=sizes).eval(), Image.open(place / "photo.png")
+    with torch.no_grad():
+        # half of the picture is likely enough
+        logits = segmenter.aggregator.head
+        logits.bias.zero_()
+        seen = segmenter(squeezed(photo, 32, 32), segmenter.embed(segmenter.numbers(["red ring"])))
+        logits.bias.fill_(-float(seen.median()))
+    segmenter.save_pretrained(place / "segmenter")
+    mask = locate(segmenter, photo, "red ring")
+    steer = {
+        "objects": {"it": {"subject": "red ring"}},
+        "segmenter": "segmenter",
+        "terms": [TERM | {"objects": ["it"]}],
+    }
+    read = read_steering(written(place, **steer))
+    pipeline = load_pipeline(small_run, "cpu")
+    (stream,) = encoders_of(pipeline.encoder)
+    made = objects_of(pipeline, read.objects, {stream: photo}, stream, read.segmenter)
+    tokens = Region(pixels=mask).tokens(pipeline.encoder.patches, length_of(pipeline, {stream: photo}, stream))
+    assert 0 < len(tokens) < pipeline.encoder.patches and made.index[0].tolist() == list(tokens)

@@ -1,6 +1,8 @@
 """A pipeline's samples under self-guidance, as a steering file asks for it: words and regions become tokens."""
 
+import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,12 @@ from semantica.model.conditioner import encoders_of, picture_input
 from semantica.pipelines.networks import NetworkPipeline
 from semantica.sampling.loop import Guidance, Predict
 from semantica.sampling.settings import Sampling
+from semantica.segmentation.segmenter import Segmenter, load_segmenter
+from semantica.segmentation.windows import locate
 from semantica.steering.file import Chosen, Photo, SteerFile
 from semantica.steering.guider import SelfGuidance, Source
 from semantica.steering.objects import Objects
+from semantica.steering.regions import Region
 from semantica.steering.sources import Picture, Recording
 from semantica.steering.taps import Taps
 from semantica.steering.terms import ORIGINAL
@@ -57,7 +62,7 @@ def steered(
     try:
         with torch.no_grad(), current(torch.device(pipeline.denoiser.device)):
             samples = [{name: each and each[i] for name, each in values.items()} for i in range(count)]
-            objects = [objects_of(pipeline, file.objects, sample, stream) for sample in samples]
+            objects = [objects_of(pipeline, file.objects, sample, stream, file.segmenter) for sample in samples]
             sources: list[dict[str, Source]] = [
                 {name: source_of(pipeline, file, photo, sample, stream, settings.seed)
                  for name, photo in file.photos.items() if name in file.sources}
@@ -91,7 +96,8 @@ def stream_of(pipeline: NetworkPipeline, file: SteerFile) -> tuple[str, Taps]:
     encoders, kinds = encoders_of(pipeline.encoder), set()
     every = [file.objects, *(photo.objects for photo in file.photos.values() if photo.objects)]
     for chosen in (each for objects in every for each in objects.values()):
-        kinds |= {"words"} if chosen.words is not None else {"region"} if chosen.region is not None else set()
+        placed = chosen.region is not None or chosen.subject is not None
+        kinds |= {"words"} if chosen.words is not None else {"region"} if placed else set()
     if len(kinds) > 1:
         raise UserError("objects by words and by regions are tokens of two streams: choose them in one")
     name = file.taps.stream
@@ -111,7 +117,11 @@ def stream_of(pipeline: NetworkPipeline, file: SteerFile) -> tuple[str, Taps]:
 
 
 def objects_of(
-    pipeline: NetworkPipeline, chosen: Mapping[str, Chosen], sample: Mapping[str, Any], stream: str
+    pipeline: NetworkPipeline,
+    chosen: Mapping[str, Chosen],
+    sample: Mapping[str, Any],
+    stream: str,
+    segmenter: Path | None = None,
 ) -> Objects:
     """Objects of a sample as tokens of a stream. Raises `UserError` where one is not there."""
     encoder, value = encoders_of(pipeline.encoder)[stream], sample[stream]
@@ -124,17 +134,31 @@ def objects_of(
                 if not hasattr(encoder, "tokenizer"):
                     raise UserError(f"stream {stream!r} is of no text: choose a region of the picture")
                 tokens[name] = encoder.tokenizer.tokens_of(value, each.words)
-            elif each.region is not None:
+            elif each.region is not None or each.subject is not None:
                 if not hasattr(encoder, "patches"):
                     raise UserError(f"the encoder of {stream!r} has no patches: its tokens are of the whole picture")
-                pictures = len(value) if isinstance(value, list) else 1
-                tokens[name] = each.region.tokens(encoder.patches, length_of(pipeline, sample, stream), each.picture,
-                                                  pictures)  # fmt: skip
+                shown = value if isinstance(value, list) else [value]
+                region = each.region or found(segmenter, shown, each)
+                length = length_of(pipeline, sample, stream)
+                tokens[name] = region.tokens(encoder.patches, length, each.picture, len(shown))
             else:
                 tokens[name] = each.tokens
         except UserError as error:
             raise UserError(f"object {name!r}: {error}") from error
     return Objects.of(tokens)
+
+
+def found(segmenter: Path, shown: list, chosen: Chosen) -> Region:
+    """What a segmenter finds by a name in one of a sample's pictures. Raises `UserError` where that is nothing."""
+    if not 0 <= chosen.picture < len(shown) or not isinstance(shown[chosen.picture], Image.Image):
+        raise UserError(f"picture {chosen.picture} of {len(shown)} is none that a subject can be looked for in")
+    return Region(pixels=locate(kept(segmenter), shown[chosen.picture].convert("RGB"), chosen.subject))
+
+
+@functools.lru_cache(maxsize=1)
+def kept(folder: Path) -> Segmenter:
+    """A segmenter, read once for all samples and sources of a call."""
+    return load_segmenter(folder)
 
 
 def length_of(pipeline: NetworkPipeline, sample: Mapping[str, Any], stream: str) -> int:
@@ -160,7 +184,7 @@ def source_of(
         given = None if sample[name] is None and photo.condition is None else shown
         theirs[name] = given if hasattr(encoder, "image_size") else own
     condition: Condition = pipeline.condition(pipeline.prepare(one(theirs)))
-    objects = objects_of(pipeline, photo.objects or file.objects, theirs, stream)
+    objects = objects_of(pipeline, photo.objects or file.objects, theirs, stream, file.segmenter)
     return Picture(encoded(pipeline, picture), condition, objects, seed)
 
 

@@ -4,7 +4,8 @@ The file is an object with these members; those marked * must be there, and othe
 
     objects*     {name: what}, each of {"words": "red ball"} (of the prompt), {"box": [left, top, right, bottom]},
                  {"point": [x, y]}, {"mask": "mask.png"} (of the condition picture; shares of its middle square, 0 to 1;
-                 "picture": number, where a sample has several), or {"tokens": [numbers]}.
+                 "picture": number, where a sample has several), or {"tokens": [numbers]}, or {"subject": "red circle"},
+                 what a segmenter finds by that name in the condition picture.
     terms        a list of energies, each {"energy"*: "position" | "size" | "shape" | "appearance",
                  "objects": [names] (all by default), "weight": number (1), "distance": "l1" | "l2"} and a target:
                  {"to": [x, y]} of a position, {"to": share of the picture} of a size, {"to": "mask.png"} of a shape;
@@ -20,6 +21,7 @@ The file is an object with these members; those marked * must be there, and othe
                  run without steering, from the same noise.
     weight       of all energies (1).     factor   "sigma" (by default) | "variance" | "one" | "velocity"
     steps        "paper" | "all" | [numbers of steps]
+    segmenter    folder of `semantica train-segmenter`, for subjects.
     layers       [names of cross-attentions].     activations   name of a module.     stream   name of a stream
 
 Files are looked for beside the steering file.
@@ -72,10 +74,11 @@ FINE = 256
 
 @dataclass(frozen=True)
 class Chosen:
-    """Tokens of an object: words of the prompt, a region of a condition picture, or their numbers."""
+    """Tokens of an object: words of the prompt, a region or a name in a condition picture, or their numbers."""
 
     words: str | None = None
     region: Region | None = None
+    subject: str | None = None
     picture: int = 0
     tokens: tuple[int, ...] = ()
 
@@ -102,6 +105,7 @@ class SteerFile:
     factor: str
     pattern: Pattern
     taps: Taps
+    segmenter: Path | None = None
 
     @property
     def sources(self) -> dict[str, set[str]]:
@@ -133,8 +137,8 @@ class Parser:
         self.folder = folder
 
     def file(self, path: Path, given: Any) -> SteerFile:
-        known = ("terms", "recipes", "sources", "weight", "factor", "steps", "layers", "activations", "stream")
-        given = members(given, "the file", ("objects",), known)
+        settings = ("weight", "factor", "steps", "layers", "activations", "stream", "segmenter")
+        given = members(given, "the file", ("objects",), ("terms", "recipes", "sources", *settings))
         objects = self.objects(given["objects"], "objects")
         terms = [t for i, each in enumerate(listed(given, "terms")) for t in (self.term(each, f"terms[{i}]"),)]
         for i, each in enumerate(listed(given, "recipes")):
@@ -148,14 +152,17 @@ class Parser:
         taps = Taps(layers, optional(given, "activations", text), optional(given, "stream", text))
         factor = choice(given.get("factor", "sigma"), "factor", FACTORS)
         weight = number(given.get("weight", 1.0), "weight")
-        read = SteerFile(
-            path, objects, tuple(terms), photos, weight, factor, pattern(given.get("steps", "paper")), taps
-        )
+        segmenter = self.folder / text(given["segmenter"], "segmenter") if "segmenter" in given else None
+        steps = pattern(given.get("steps", "paper"))
+        read = SteerFile(path, objects, tuple(terms), photos, weight, factor, steps, taps, segmenter)
         self.check(read)
         return read
 
     def check(self, read: SteerFile) -> None:
         """Raises `UserError` where a term names an object or a source that is not there."""
+        every = (read.objects, *(photo.objects for photo in read.photos.values() if photo.objects))
+        if read.segmenter is None and any(each.subject for objects in every for each in objects.values()):
+            raise UserError("a subject is looked for by a segmenter, and none is named: give 'segmenter', its folder")
         for name in sorted(set(read.sources) - {ORIGINAL, *read.photos}):
             raise UserError(f"no source is called {name!r}: there are {', '.join((ORIGINAL, *read.photos))}")
         for term in read.terms:
@@ -178,7 +185,7 @@ class Parser:
         return {name: self.chosen(each, f"{where}.{name}") for name, each in found.items()}
 
     def chosen(self, given: Any, where: str) -> Chosen:
-        kinds = ("words", "box", "point", "mask", "tokens")
+        kinds = ("words", "box", "point", "mask", "tokens", "subject")
         given = members(given, where, (), (*kinds, "picture"))
         if sum(kind in given for kind in kinds) != 1:
             raise UserError(f"{where}: give one of {', '.join(kinds)}")
@@ -188,6 +195,8 @@ class Parser:
         if "tokens" in given:
             found = tuple(whole(each, f"{where}.tokens") for each in listed(given, "tokens"))
             return Chosen(tokens=found)
+        if "subject" in given:
+            return Chosen(subject=text(given["subject"], f"{where}.subject"), picture=picture)
         box, point = (
             tuple(many(given[kind], f"{where}.{kind}")) if kind in given else None for kind in ("box", "point")
         )

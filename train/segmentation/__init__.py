@@ -1,0 +1,1 @@
+"""Training of segmenters: pictures with a class for each pixel in, a folder that `semantica segment` reads out."""
