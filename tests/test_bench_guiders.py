@@ -97,11 +97,18 @@ def test_bad_options_are_one_line(small_run, tmp_path, capsys):
     assert "cannot be written" in said("--json", tmp_path / "no" / "rows.json")
 
 
-@pytest.mark.parametrize("verb", [("bench", "guiders"), ("evaluate",)])
-def test_a_model_that_is_not_judged_is_one_line(web, foreign, tmp_path, capsys, verb):
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        (("bench", "guiders"), "reads text by encoders of their own: runs that pictures alone condition"),
+        (("evaluate",), "(StableDiffusionPipeline) reads text alone, and a condition is a picture: give --ip-adapter"),
+    ],
+    ids=["guiders", "evaluate"],
+)
+def test_a_model_that_is_not_judged_is_one_line(web, foreign, tmp_path, capsys, verb, words):
     folder = foreign.write(tmp_path / "sd", "sd")
     given = (*verb, "--model", folder, "--data", web / "val", "--device", "cpu")
     capsys.readouterr()
     assert main([str(a) for a in given]) == 2
     said = capsys.readouterr().err.strip()
-    assert "reads text by encoders of their own: runs that pictures alone condition" in said and "\n" not in said
+    assert words in said and "\n" not in said

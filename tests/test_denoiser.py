@@ -283,7 +283,8 @@ def test_branches_share_what_comes_before_the_first_cross_attention(make, shared
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     found = joined(z, levels, both)
-    assert relative(found, expected) < 2e-6 and not torch.equal(found[:2], found[2:])
+    # convolutions of two rows add up in another order than those of four
+    assert relative(found, expected) < 4e-6 and not torch.equal(found[:2], found[2:])
     assert rows[: shared + 2] == [4] + [2] * shared + [4] and rows.count(2) == shared
     assert {id(p) for p in joined.parameters()} == {id(p) for p in denoiser.parameters()}
 

@@ -48,9 +48,10 @@ def adapt(unet: UViT, rank: int, new: Iterable[str]) -> None:
             parameter.requires_grad_(stream in new)
 
 
-def merged(unet: UViT) -> UViT:
-    """A network without LoRAs that computes the same: W + B A as one matrix. As it is where there are none."""
-    if importlib.util.find_spec("peft") is None:
+def merged(unet: UViT | None) -> UViT | None:
+    """A network without LoRAs that computes the same: W + B A as one matrix. As it is where there are none, or where
+    another process has it."""
+    if unet is None or importlib.util.find_spec("peft") is None:
         return unet
     from peft.tuners.tuners_utils import BaseTunerLayer
 

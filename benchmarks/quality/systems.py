@@ -63,9 +63,10 @@ def record(config: EvaluateConfig, pipeline: "NetworkPipeline", size: int) -> di
 
     size: side at which its pictures are judged; `sampled` is the side at which it makes them.
     """
-    from semantica.pipelines.runfolder import located
+    from semantica.model.hub import located
+    from semantica.pipelines.runfolder import PATTERNS
 
-    folder, settings = located(config.model), settings_of(config)
+    folder, settings = located(config.model, PATTERNS), settings_of(config)
     kind = read_json(folder / INDEX)["_class_name"]
     parts, adapter = ("unet", "encoder"), {}
     if foreign(folder):

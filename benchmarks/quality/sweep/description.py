@@ -12,6 +12,7 @@ from typing import Any
 from semantica.benchmarks.quality.evaluate import EvaluateConfig
 from semantica.benchmarks.quality.sweep.typed import built, known, option, required
 from semantica.errors import UserError
+from semantica.sampling.settings import Sampling
 from semantica.train.config import TrainConfig
 
 PARTS = ("train", "axes", "seeds", "evaluate")
@@ -213,8 +214,8 @@ def guidances(judged: Any) -> tuple[float, ...]:
     """The scales, taken out of the options of evaluating."""
     if not isinstance(judged, dict):
         raise UserError(f"evaluate is {judged!r}: give an object of options")
-    default = next(field.default for field in dataclasses.fields(EvaluateConfig) if field.name == "guidance")
-    given = judged.pop("guidance", default)
+    # that of runs, which `evaluate` leaves to the model
+    given = judged.pop("guidance", Sampling.guidance)
     given = filled({"evaluate.guidance": given}, "evaluate.guidance", []) if isinstance(given, list) else [given]
     scales = tuple(option(EvaluateConfig, "guidance", g, f"evaluate.guidance[{i}]") for i, g in enumerate(given))
     apart((f"{scale:g}" for scale in scales), "evaluate.guidance")
